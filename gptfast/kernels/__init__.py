@@ -1,0 +1,46 @@
+"""Which backends are here and, for each that isn't, the reason as a sentence.
+
+The kernels live in kernels/<backend> at the top of the repository and are installed as gptfast.kernels.<backend>.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+BACKENDS = ("cpu", "triton", "cuda")
+
+_checkout = Path(__file__).parents[2] / "kernels"
+if (_checkout / "cpu" / "bindings.cpp").exists():  # running from a checkout: the kernels are where they are written
+    __path__.append(str(_checkout))
+
+
+@cache
+def reason_missing(backend: str) -> str | None:
+    """None if the backend can be used, else why not and what mends it."""
+    if backend == "cpu":
+        try:
+            importlib.import_module("gptfast._cpu")
+        except ImportError as error:
+            return (
+                f"the C++ extension gptfast._cpu is not built ({error}); install CMake and a C++20 compiler "
+                "(Debian: apt install g++ cmake) and reinstall gptfast-kernels"
+            )
+        return None
+    return f"this version of gptfast has no {backend} kernels yet"
+
+
+@cache
+def find(backend: str, op: str) -> ModuleType | str:
+    """The module gptfast.kernels.<backend>.<op>, or the reason why there is none."""
+    if (reason := reason_missing(backend)) is not None:
+        return reason
+    name = f"gptfast.kernels.{backend}.{op}"
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        return f"the {backend} backend has no kernel for {op}"

@@ -1,0 +1,24 @@
+"""The ops: one page each, with its meaning, reference, cost, cases and public function."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+
+from gptfast.ops.dispatch import BackendError, Choice, backends, explain
+from gptfast.ops.layer_norm import layer_norm
+from gptfast.ops.spec import Op
+
+__all__ = ["BackendError", "Choice", "backends", "explain", "layer_norm", "pages"]
+
+
+@cache
+def pages() -> dict[str, Op]:
+    """Every op by name: each module of this package that declares one."""
+    found: dict[str, Op] = {}
+    for info in pkgutil.iter_modules(__path__):
+        page = importlib.import_module(f"gptfast.ops.{info.name}")
+        for op in getattr(page, "OPS", [page.OP] if hasattr(page, "OP") else []):
+            found[op.name] = op
+    return found

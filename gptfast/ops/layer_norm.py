@@ -1,0 +1,136 @@
+"""Layer normalisation, with an optional fused residual add.
+
+    s = x + residual                       (in fp32; s = x without a residual)
+    y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias
+
+mean and var (the biased variance, centred) are over the last dimension. Ba, Kiros, Hinton: Layer Normalization
+(arXiv:1607.06450), equation 4.
+
+x         (..., C)  float32, bfloat16 or float16 (float64 on the reference)
+weight    (C)       x's dtype or float32
+bias      (C)       weight's dtype, or None
+residual  (..., C)  x's shape and dtype; with it the sum, rounded to the storage dtype, is returned too
+eps       float     added to the variance
+
+Everything is computed in fp32 (fp64 for fp64) and rounded once at the end; y comes from the unrounded sum. A row's
+result depends on that row alone. dropout_p drops elements of x before the residual is added, scaled by 1 / (1 - p).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptfast.ops import dispatch
+from gptfast.ops.dispatch import require, shape
+from gptfast.ops.philox import dropout_keep
+from gptfast.ops.spec import Case, Cost, Inputs, Op, nbytes
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    stream: int = 0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The meaning of layer_norm, in plain PyTorch."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    s = x.to(wide)
+    if dropout_p:
+        s = torch.where(dropout_keep(tuple(x.shape), dropout_p, seed, stream, x.device), s / (1 - dropout_p), 0.0)
+    if residual is not None:
+        s = s + residual.to(wide)
+    centred = s - s.mean(-1, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight.to(wide)
+    if bias is not None:
+        y = y + bias.to(wide)
+    return y.to(x.dtype) if residual is None else (y.to(x.dtype), s.to(x.dtype))
+
+
+def baseline(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, *, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What one writes with PyTorch."""
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if residual is None:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    s = x + residual
+    return F.layer_norm(s, s.shape[-1:], weight, bias, eps), s
+
+
+def cost(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, *, residual: Tensor | None = None) -> Cost:
+    moved = nbytes(x, x, weight, bias, residual, residual)  # x in, y out; residual in, sum out
+    return Cost(flops=(8 + (residual is not None)) * x.numel(), bytes=moved)
+
+
+def cases() -> list[Case]:
+    def case(*shape: int, residual: bool = False, bias: bool = True, fp32_weight: bool = False, tags: str = "") -> Case:
+        def make(i: Inputs) -> dict[str, Any]:
+            C, dtype = shape[-1], torch.float32 if fp32_weight else i.dtype
+            return {
+                "x": i.randn(*shape, scale=2.0, shift=0.5),
+                "weight": i.randn(C, shift=1.0, scale=0.2, dtype=dtype),
+                "bias": i.randn(C, scale=0.1, dtype=dtype) if bias else None,
+                **({"residual": i.randn(*shape)} if residual else {}),
+            }
+
+        name = "x".join(map(str, shape)) + "+residual" * residual + "-nobias" * (not bias) + "-fp32w" * fp32_weight
+        return Case(name, make, frozenset(tags.split()))
+
+    return [
+        case(2, 3, 64),
+        case(5, 1),
+        case(3, 7, 33, residual=True),
+        case(17, 769, bias=False),
+        case(4, 255, residual=True, fp32_weight=True),
+        case(300, 768, residual=True, bias=False),
+        case(2, 5, 3000),
+        case(0, 16),
+        case(8192, 768, tags="bench"),
+        case(8192, 768, residual=True, tags="bench"),
+    ]
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    stream: int = 0,
+    backend: str | None = None,
+) -> Any:
+    """y, or (y, x + residual) where a residual is given. Formula, shapes and dtypes: the top of this page.
+
+    Raises ValueError for shapes and dtypes that don't fit; BackendError where `backend` can't serve the call.
+    """
+    require(x.dim() >= 1 and x.is_floating_point(), f"layer_norm: expected x (..., C) of floats, got {shape(x)}")
+    C = x.shape[-1]
+    require(weight.shape == (C,), f"layer_norm: expected weight ({C},), got {shape(weight)}")
+    require(bias is None or (bias.shape == (C,) and bias.dtype == weight.dtype),
+            f"layer_norm: expected bias like weight {shape(weight)}, got {bias is not None and shape(bias)}")  # fmt: skip
+    require(residual is None or (residual.shape == x.shape and residual.dtype == x.dtype),
+            f"layer_norm: expected residual like x {shape(x)}, got {residual is not None and shape(residual)}")  # fmt: skip
+    require(0 <= dropout_p < 1, f"layer_norm: expected 0 <= dropout_p < 1, got {dropout_p}")
+    return dispatch.run(
+        *("layer_norm", backend, reference, x),
+        **dict(x=x, weight=weight, bias=bias, eps=eps, residual=residual, dropout_p=dropout_p, seed=seed, stream=stream),
+    )
+
+
+def _take(arguments: Any, b: int) -> dict[str, Any]:
+    return {k: v[b : b + 1] if k in ("x", "residual") else v for k, v in arguments.items()}
+
+
+OP = Op("layer_norm", layer_norm, reference, cost, cases, baseline, take=_take)

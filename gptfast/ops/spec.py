@@ -1,0 +1,109 @@
+"""What an op page declares: its reference, its cost, its cases. Tests and benchmarks are made from this alone."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Inputs:
+    """Makes a case's inputs: random, reproducible, rounded to the storage dtype."""
+
+    def __init__(self, dtype: torch.dtype, key: str = "", device: str = "cpu") -> None:
+        self.dtype, self.device = dtype, device
+        self.generator = torch.Generator().manual_seed(zlib.crc32(f"{key}/{dtype}".encode()))
+
+    def randn(self, *shape: int, scale: float = 1.0, shift: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
+        """Normal values in the storage dtype (or `dtype`)."""
+        x = torch.randn(shape, generator=self.generator) * scale + shift
+        return x.to(self.device, dtype or self.dtype)
+
+    def rand(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Uniform values in [0, 1)."""
+        return torch.rand(shape, generator=self.generator).to(self.device, dtype or self.dtype)
+
+    def randint(self, low: int, high: int, shape: tuple[int, ...], dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.randint(low, high, shape, generator=self.generator).to(self.device, dtype)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One named set of arguments. `make` returns the keyword arguments of the public function."""
+
+    name: str
+    make: Callable[[Inputs], dict[str, Any]]
+    tags: frozenset[str] = frozenset()  # "bench": timed; "big": too large for interpreters
+
+    def arguments(self, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
+        return self.make(Inputs(dtype, self.name, device))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an ideal implementation must do: the roofline of a call."""
+
+    flops: float  # floating-point (or integer multiply-add) operations, a multiply-add counting two
+    bytes: float  # the fewest bytes that must cross memory: inputs read once, outputs written once
+    unit: str = "fp32"  # the arithmetic peak that bounds it: "fp32" or "int8"
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op page, as data."""
+
+    name: str
+    function: Callable[..., Any]  # the public function
+    reference: Callable[..., Any]  # the meaning, in plain PyTorch; takes the public function's arguments but `backend`
+    cost: Callable[..., Cost]  # of the public function's arguments
+    cases: Callable[[], list[Case]]
+    # What a user would write with PyTorch today, for timing and for the tolerance; None = the reference itself.
+    baseline: Callable[..., Any] | None = None
+    dtypes: tuple[torch.dtype, ...] = STORAGE
+    mutates: tuple[str, ...] = ()  # arguments written in place; they count as outputs
+    exact: bool = False  # outputs equal the reference's bit for bit
+    # The arguments of row `b` of the batch alone, and how many rows a call has; None = no batch.
+    take: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
+    batch: Callable[[Mapping[str, Any]], int] = field(default=lambda arguments: next(iter(arguments.values())).shape[0])
+
+
+def nbytes(*tensors: Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def map_tensors(f: Callable[[Tensor], Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The same arguments with f applied to each tensor."""
+    return {name: f(value) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+def double(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The same arguments with every floating tensor in fp64."""
+    return map_tensors(lambda t: t.double() if t.is_floating_point() else t.clone(), arguments)
+
+
+def outputs(result: Any) -> list[Tensor]:
+    """A call's outputs as a list of tensors."""
+    return [result] if isinstance(result, Tensor) else [r for r in result if r is not None]
+
+
+def ulp(scale: float, dtype: torch.dtype) -> float:
+    """One unit in the last place of `dtype` at values of this magnitude."""
+    return torch.finfo(dtype).eps * 2.0 ** torch.tensor(max(scale, 1e-30)).log2().floor().item()
+
+
+def tolerance(baseline: Tensor, exact: Tensor) -> float:
+    """The largest error a kernel may make: twice what PyTorch's own op makes, plus one unit in the last place.
+
+    `baseline` is PyTorch's result in the storage dtype, `exact` the reference's in fp64, on the same inputs.
+    """
+    finite = exact.isfinite()
+    if not finite.any():
+        return 0.0
+    error = (baseline.double() - exact)[finite].abs().nan_to_num(posinf=0.0).max().item()
+    return 2 * error + ulp(exact[finite].abs().max().item(), baseline.dtype)

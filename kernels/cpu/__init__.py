@@ -1,0 +1,46 @@
+"""The CPU backend: C++ kernels (gptfast._cpu), one instruction set of several chosen when the module loads.
+
+Each module here has the name of its op and two functions: `supports(...)`, None or the reason why not as a sentence,
+and the op itself, which allocates the outputs and passes pointers. Arguments come checked from the op page.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def unsupported(*tensors: Tensor | None) -> str | None:
+    """The reasons common to all kernels: storage dtype, device, and gradients."""
+    for t in tensors:
+        if t is None:
+            continue
+        if t.device.type != "cpu":
+            return f"the tensors are on {t.device}, and this backend's are on the CPU"
+        if t.dtype not in DTYPES:
+            return f"it takes float32, bfloat16 and float16, not {str(t.dtype).removeprefix('torch.')}"
+        if t.requires_grad and torch.is_grad_enabled():
+            return "an input requires a gradient, and this kernel has no backward yet"
+    return None
+
+
+def threads(elements: int) -> int:
+    """How many threads work on so many elements: PyTorch's own setting, or one where waking others would cost more."""
+    return 1 if elements < 16384 else torch.get_num_threads()
+
+
+def rows(x: Tensor) -> tuple[Tensor, int]:
+    """`x` (..., C) as rows with one stride: (x, row stride in elements), copied only if its strides don't allow it."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    if x.stride(-1) == 1 and x.dim() == 2:
+        return x, x.stride(0)
+    if x.stride(-1) == 1 and all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in range(x.dim() - 2)):
+        return x, x.stride(-2)
+    return x.contiguous(), x.shape[-1]
+
+
+def pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()

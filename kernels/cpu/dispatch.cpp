@@ -1,0 +1,73 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+namespace gptfast {
+
+namespace baseline {
+extern const Kernels kernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+namespace {
+
+struct Choice {
+  std::string name;
+  Kernels kernels;
+};
+
+std::vector<Choice> runnable() {
+  std::vector<Choice> all{{"baseline", baseline::kernels}};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    all.push_back({"avx2", avx2::kernels});
+  if (all.size() == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    all.push_back({"avx512", avx512::kernels});
+#endif
+  return all;
+}
+
+std::vector<Choice>& choices() {
+  static std::vector<Choice> all = runnable();
+  return all;
+}
+
+size_t find(const std::string& name) {
+  std::string names;
+  for (size_t i = 0; i < choices().size(); i++) {
+    if (choices()[i].name == name) return i;
+    names += (i ? ", " : "") + choices()[i].name;
+  }
+  throw std::invalid_argument("instruction set '" + name + "' was asked for; this machine and build run " + names);
+}
+
+size_t& current() {
+  static size_t index = [] {
+    const char* want = std::getenv("GPTFAST_CPU_ISA");
+    return want && *want ? find(want) : choices().size() - 1;
+  }();
+  return index;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return choices()[current()].kernels; }
+const std::string& isa() { return choices()[current()].name; }
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Choice& choice : choices()) names.push_back(choice.name);
+  return names;
+}
+void use_isa(const std::string& name) { current() = find(name); }
+
+}  // namespace gptfast

@@ -1,0 +1,282 @@
+// One vector type, as wide as the instruction set this file is being compiled for, and the few operations on it that the
+// compiler's vector extensions don't spell. Kernels are written once in terms of it.
+//
+// Everything here lives in the ISA's own namespace, and kernel sources use no std:: templates: an inline function shared
+// by two instruction sets would be merged by the linker, and the wider copy may win on a machine that can't run it.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if defined(__AVX512F__)
+#define VEC_BYTES 64
+#elif defined(__AVX2__)
+#define VEC_BYTES 32
+#else
+#define VEC_BYTES 16
+#endif
+#define INLINE inline __attribute__((always_inline))
+
+namespace gptfast::ISA {
+
+constexpr int LANES = VEC_BYTES / 4;
+typedef float f32v __attribute__((vector_size(VEC_BYTES)));
+typedef int32_t i32v __attribute__((vector_size(VEC_BYTES)));
+typedef uint32_t u32v __attribute__((vector_size(VEC_BYTES)));
+typedef uint16_t u16v __attribute__((vector_size(VEC_BYTES / 2)));  // LANES stored 16-bit values
+
+// Storage types: bits only. Arithmetic is fp32.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <class T>
+INLINE T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+INLINE T max(T a, T b) {
+  return a < b ? b : a;
+}
+INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class To, class From>
+INLINE To bitcast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+INLINE f32v splat(float x) { return f32v{} + x; }
+INLINE i32v splat(int32_t x) { return i32v{} + x; }
+INLINE i32v iota() {  // 0, 1, 2, ...
+  i32v v;
+  for (int i = 0; i < LANES; i++) v[i] = i;
+  return v;
+}
+INLINE f32v select(i32v mask, f32v a, f32v b) { return mask ? a : b; }
+INLINE f32v to_float(i32v v) { return __builtin_convertvector(v, f32v); }
+
+// a * b + c. Rounded once where the machine has the instruction (every ISA but baseline x86), twice where it hasn't.
+INLINE f32v fma(f32v a, f32v b, f32v c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f32(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+INLINE float fma(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// The larger (smaller) of each lane; where a lane of a is NaN, b's.
+INLINE f32v max(f32v a, f32v b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+INLINE f32v min(f32v a, f32v b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+INLINE f32v abs(f32v v) { return bitcast<f32v>(bitcast<i32v>(v) & 0x7fffffff); }
+INLINE f32v sqrt(f32v v) {
+#if defined(__AVX512F__)
+  return _mm512_sqrt_ps(v);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_ps(v);
+#elif defined(__SSE2__)
+  return _mm_sqrt_ps(v);
+#else
+  return vsqrtq_f32(v);
+#endif
+}
+
+// Horizontal sum and maximum, always by halves: lane i + lane i + n/2, and again.
+INLINE float sum(f32v v) {
+#if defined(__AVX512F__)
+  __m256 h = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+#elif defined(__AVX2__)
+  __m256 h = v;
+#endif
+#if defined(__AVX2__)
+  __m128 q = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
+#else
+  return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+INLINE float max(f32v v) {
+  float m[LANES];
+  memcpy(m, &v, sizeof m);
+  for (int n = LANES / 2; n; n /= 2)
+    for (int i = 0; i < n; i++) m[i] = max(m[i], m[i + n]);
+  return m[0];
+}
+
+// Widening and rounding of the storage types; stores round to nearest even and keep NaN.
+INLINE f32v widen(u16v h, bf16) {
+  return bitcast<f32v>(__builtin_convertvector(h, u32v) << 16);
+}
+INLINE f32v widen(u16v h, f16) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(bitcast<__m256i>(h));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(bitcast<__m128i>(h));
+#elif defined(__aarch64__)
+  return vcvt_f32_f16(vreinterpret_f16_u16(bitcast<uint16x4_t>(h)));
+#else
+  u32v u = __builtin_convertvector(h, u32v), mag = u & 0x7fff, sign = (u & 0x8000) << 16;
+  u32v normal = (mag << 13) + (112u << 23);
+  normal = mag >= 0x7c00 ? (mag << 13) | 0x7f800000u : normal;
+  f32v small = bitcast<f32v>((mag << 13) + (113u << 23)) - 0x1p-14f;  // subnormal halves are exact in fp32
+  return bitcast<f32v>((mag < 0x400 ? bitcast<u32v>(small) : normal) | sign);
+#endif
+}
+INLINE u16v narrow(f32v v, bf16) {
+  u32v u = bitcast<u32v>(v), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  return __builtin_convertvector((u & 0x7fffffff) > 0x7f800000 ? (u >> 16) | 0x40 : rounded, u16v);
+}
+INLINE u16v narrow(f32v v, f16) {
+#if defined(__AVX512F__)
+  return bitcast<u16v>(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  return bitcast<u16v>(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  return bitcast<u16v>(vreinterpret_u16_f16(vcvt_f16_f32(v)));
+#else
+  u32v u = bitcast<u32v>(v), sign = (u >> 16) & 0x8000, mag = u & 0x7fffffff;
+  u32v normal = (mag - (112u << 23) + 0xfff + ((mag >> 13) & 1)) >> 13;
+  u32v small = bitcast<u32v>(bitcast<f32v>(mag) + 0.5f) - 0x3f000000u;  // the addition rounds at 2^-24
+  u32v half = mag < (113u << 23) ? small : normal;
+  half = mag >= 0x477ff000u ? u32v{} + 0x7c00u : half;
+  half = mag > 0x7f800000u ? u32v{} + 0x7e00u : half;
+  return __builtin_convertvector(half | sign, u16v);
+#endif
+}
+
+// Loads and stores of LANES values of a storage type at any address.
+INLINE f32v load(const float* p) {
+  f32v v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+INLINE void store(float* p, f32v v) { memcpy(p, &v, sizeof v); }
+template <class T>
+INLINE f32v load(const T* p) {
+  u16v h;
+  memcpy(&h, p, sizeof h);
+  return widen(h, T{});
+}
+template <class T>
+INLINE void store(T* p, f32v v) {
+  u16v h = narrow(v, T{});
+  memcpy(p, &h, sizeof h);
+}
+
+// The first n of LANES values, 0 <= n <= LANES: lanes beyond n load as zero and are not stored; no byte beyond is touched.
+template <class T>
+INLINE f32v load(const T* p, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+  else
+    return widen(bitcast<u16v>(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p)), T{});
+#else
+  T tail[LANES] = {};
+  for (int i = 0; i < n; i++) tail[i] = p[i];
+  return load(tail);
+#endif
+}
+template <class T>
+INLINE void store(T* p, f32v v, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), v);
+  else
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), bitcast<__m256i>(narrow(v, T{})));
+#else
+  T tail[LANES];
+  store(tail, v);
+  for (int i = 0; i < n; i++) p[i] = tail[i];
+#endif
+}
+INLINE float load1(const float* p) { return *p; }
+template <class T>
+INLINE float load1(const T* p) {
+  u16v h = {};
+  h[0] = p->bits;
+  return widen(h, T{})[0];
+}
+
+// Round to the nearest integer, ties to even, |v| < 2^22.
+INLINE f32v round(f32v v) {
+#if defined(__AVX512F__)
+  return _mm512_roundscale_ps(v, 8);
+#elif defined(__AVX2__)
+  return _mm256_round_ps(v, 8);
+#else
+  return (v + 0x1.8p23f) - 0x1.8p23f;
+#endif
+}
+
+// 2^x to 1 unit in the last place for x <= 127.5; below -126 the result is 0 (no denormals), NaN stays NaN.
+// A degree-6 polynomial on [-1/2, 1/2], then the exponent is added in the integer domain.
+INLINE f32v exp2(f32v x) {
+  f32v n = round(max(splat(-127.0f), x)), f = x - n;
+  f32v p = splat(1.535336188319500e-4f);
+  p = fma(p, f, splat(1.339887440266574e-3f));
+  p = fma(p, f, splat(9.618437357674640e-3f));
+  p = fma(p, f, splat(5.550332471162809e-2f));
+  p = fma(p, f, splat(2.402264791363012e-1f));
+  p = fma(p, f, splat(6.931472028550421e-1f));
+  p = fma(p, f, splat(1.0f));
+  i32v e = __builtin_convertvector(n, i32v) << 23;
+  return x < -126.0f ? f32v{} : bitcast<f32v>(bitcast<i32v>(p) + e);
+}
+INLINE f32v exp(f32v x) { return exp2(x * 1.44269504088896341f); }
+
+// Calls f with a value of the storage type that `dtype` names (kernels.h).
+template <class F>
+INLINE void with_storage(int dtype, F f) {
+  if (dtype == 0)
+    f(float{});
+  else if (dtype == 1)
+    f(bf16{});
+  else
+    f(f16{});
+}
+
+}  // namespace gptfast::ISA
