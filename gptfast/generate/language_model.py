@@ -344,7 +344,9 @@ class LanguageModel:
     def _check(self, ids: list[int]) -> None:
         V = self.model.config.vocab_size
         if not ids:
-            raise ValueError("expected at least one prompt token, got none: this tokenizer adds no BOS token to start from")
+            raise ValueError(
+                "expected at least one prompt token, got none: this tokenizer adds no BOS token to start from"
+            )
         if not (0 <= min(ids) and max(ids) < V):
             raise ValueError(f"expected token ids from 0 to {V - 1}, got {min(ids) if min(ids) < 0 else max(ids)}")
 
@@ -390,7 +392,9 @@ def _parameters(given: dict[str, Any], prompts: int, n: int) -> dict[str, Any]:
     spread: dict[str, Any] = {}
     for name, value in given.items():
         if name not in NEUTRAL:
-            raise TypeError(f"generate has no setting {name!r}: expected one of {', '.join(NEUTRAL)} or those of its help")
+            raise TypeError(
+                f"generate has no setting {name!r}: expected one of {', '.join(NEUTRAL)} or those of its help"
+            )
         if isinstance(value, Tensor):
             value = value.tolist()
         if isinstance(value, Sequence) and not isinstance(value, str):
