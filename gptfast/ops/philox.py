@@ -28,7 +28,9 @@ def philox(seed: Tensor | int, index: Tensor, stream: Tensor | int = 0) -> tuple
     return c0, c1, c2, c3
 
 
-def dropout_keep(shape: tuple[int, ...], p: float, seed: int, stream: int, device: torch.device | str = "cpu") -> Tensor:
+def dropout_keep(
+    shape: tuple[int, ...], p: float, seed: int, stream: int, device: torch.device | str = "cpu"
+) -> Tensor:
     """The bool mask (True = kept) of a tensor of this shape: element e, counted in row-major order, takes word e % 4 of
     index e // 4 and is dropped where word < floor(p * 2^32)."""
     n = 1
