@@ -73,7 +73,7 @@ def choose(
             assert not isinstance(kernel, str)
             return _chosen(op, name, passed_over), kernel.function
         passed_over = (*passed_over, (name, reason))
-    raise BackendError(f"{op} can't run on backend {backend!r}: {passed_over[0][1]}")
+    raise BackendError(f"{op} can't run on backend {backend!r}: {dict(passed_over)[order[0]]}")
 
 
 @cache
