@@ -49,7 +49,10 @@ class Explain:
 
 
 def run(op: str, backend: str | Explain | None, reference: Callable[..., Any], device: Tensor, **arguments: Any) -> Any:
-    """Calls the op on the backend that choose() picks. `device` is the tensor whose device decides."""
+    """Calls the op on the backend that choose() picks. `device` is the tensor whose device decides.
+
+    `op` is "page.function", or the page's name alone where its only function has the same name.
+    """
     explain = isinstance(backend, Explain)
     choice, function = choose(op, backend.backend if isinstance(backend, Explain) else backend, device, arguments)
     if explain:
@@ -75,13 +78,18 @@ def choose(
     for name in order:
         if name == "reference":
             return _chosen(op, name, passed_over), None
-        module = kernels.find(name, op)
-        reason = module if isinstance(module, str) else module.supports(**arguments)
+        kernel = kernels.find(name, *_page_and_function(op))
+        reason = kernel if isinstance(kernel, str) else kernel.supports(**arguments)
         if reason is None:
-            assert not isinstance(module, str)
-            return _chosen(op, name, passed_over), getattr(module, op)
+            assert not isinstance(kernel, str)
+            return _chosen(op, name, passed_over), kernel.function
         passed_over[name] = reason
     raise BackendError(f"{op} can't run on backend {backend!r}: {passed_over[order[0]]}")
+
+
+def _page_and_function(op: str) -> tuple[str, str]:
+    page, _, function = op.partition(".")
+    return page, function or page
 
 
 def _chosen(op: str, backend: str, passed_over: dict[str, str]) -> Choice:
