@@ -49,20 +49,6 @@ TYPE_NAMES = (
     *("uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "bool", "string", "array"),
     *("uint64", "int64", "float64"),
 )
-    "uint8",
-    "int8",
-    "uint16",
-    "int16",
-    "uint32",
-    "int32",
-    "float32",
-    "bool",
-    "string",
-    "array",
-    "uint64",
-    "int64",
-    "float64",
-]
 
 # ggml's tensor types that gptfast can list but not compute with: number -> (name, values in a block, bytes of a block).
 LISTED = {

@@ -1,6 +1,6 @@
 """Hugging Face model folders at file level: JSON configs, safetensors (one file or shards), tokenizer files.
 
-Names and configs are not interpreted here. Nothing is ever unpickled: a folder with only `pytorch_model.bin` is refused.
+Names and configs are not interpreted here. Nothing is ever unpickled: a folder of pickles is refused.
 """
 
 from __future__ import annotations
