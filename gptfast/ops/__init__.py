@@ -8,9 +8,20 @@ from functools import cache
 
 from gptfast.ops.dispatch import BackendError, Choice, backends, explain
 from gptfast.ops.layer_norm import layer_norm
+from gptfast.ops.rope import rope, rope_frequencies, rope_tables
 from gptfast.ops.spec import Op
 
-__all__ = ["BackendError", "Choice", "backends", "explain", "layer_norm", "pages"]
+__all__ = [
+    "BackendError",
+    "Choice",
+    "backends",
+    "explain",
+    "layer_norm",
+    "pages",
+    "rope",
+    "rope_frequencies",
+    "rope_tables",
+]
 
 
 @cache

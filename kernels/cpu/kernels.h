@@ -11,16 +11,26 @@ namespace gptfast {
 enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 // One row per op: its name in C++ and Python, and its arguments in kernels.h.
-#define GPTFAST_KERNELS(KERNEL) KERNEL(layer_norm, LayerNorm)
+#define GPTFAST_KERNELS(KERNEL) \
+  KERNEL(layer_norm, LayerNorm) \
+  KERNEL(rope, Rope)
 
 struct LayerNorm {
-  void *y, *sum;               // (rows, cols); sum = x + residual, null without a residual
-  float *mean, *rstd;          // (rows), or null
-  const void *x, *residual;    // (rows, cols) with row strides; residual may be null
-  const void *weight, *bias;   // (cols), bias may be null
+  void *y, *sum;              // (rows, cols); sum = x + residual, null without a residual
+  float *mean, *rstd;         // (rows), or null
+  const void *x, *residual;   // (rows, cols) with row strides; residual may be null
+  const void *weight, *bias;  // (cols), bias may be null
   int64_t rows, cols, x_stride, residual_stride;
   float eps;
   int32_t dtype, weight_dtype;  // weight_dtype is dtype or FLOAT32
+};
+
+struct Rope {
+  void *q_out, *k_out;     // (B, S, Hq, D) and (B, S, Hk, D), contiguous
+  const void *q, *k;       // the same shapes with strides in elements, D contiguous
+  const float *cos, *sin;  // (B, S, R/2); table_b is 0 where the batch shares one
+  int64_t B, S, Hq, Hk, D, R, q_b, q_s, q_h, k_b, k_s, k_h, table_b, table_s;
+  int32_t interleaved, dtype;
 };
 
 struct Kernels {

@@ -233,6 +233,33 @@ INLINE void store(T* p, f32v v, int n) {
   for (int i = 0; i < n; i++) p[i] = tail[i];
 #endif
 }
+// All lanes: what a count of lanes is where the vector is whole.
+struct All {};
+template <class T>
+INLINE f32v load(const T* p, All) {
+  return load(p);
+}
+template <class T>
+INLINE void store(T* p, f32v v, All) {
+  store(p, v);
+}
+INLINE f32v first(f32v v, int n) { return iota() < n ? v : f32v{}; }  // the first n lanes; the others zero
+INLINE f32v first(f32v v, All) { return v; }
+
+// Calls f(c, n, u) for each vector of a row of C elements: it starts at c and has n lanes, All{} or the count of those
+// that are left; u is the accumulator that a reduction adds it to, 0 .. 3. The order depends on C alone.
+template <class F>
+INLINE void each_vector(int64_t C, F f) {
+  int64_t c = 0;
+  for (; c + 4 * LANES <= C; c += 4 * LANES) {
+    f(c, All{}, 0);
+    f(c + LANES, All{}, 1);
+    f(c + 2 * LANES, All{}, 2);
+    f(c + 3 * LANES, All{}, 3);
+  }
+  for (; c + LANES <= C; c += LANES) f(c, All{}, 0);
+  if (c < C) f(c, (int)(C - c), 0);
+}
 INLINE float load1(const float* p) { return *p; }
 template <class T>
 INLINE float load1(const T* p) {
