@@ -86,9 +86,7 @@ def generate(
     n: Annotated[int, typer.Option(min=1, help="Texts to write.")] = 1,
     stop: Stop = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Don't end at the model's end token.")] = False,
-    parse_special: Annotated[
-        bool, typer.Option("--parse-special", help="<|name|> in the prompt means the token.")
-    ] = False,
+    parse_special: Annotated[bool, typer.Option("--parse-special", help="<|name|> means the token.")] = False,
     logprobs: Annotated[bool, typer.Option("--logprobs", help="With --json: log-probabilities.")] = False,
     weights: Weights = None,
     activations: Activations = None,

@@ -135,20 +135,17 @@ class Chat:
         decoded, seconds = sum(g.stats.decode_tokens for g in self.turns), sum(g.stats.decode_s for g in self.turns)
         rate = f", {decoded / seconds:.1f} tokens/s" if seconds else ""
         out.print(
-            f"{len(self.turns)} answers, {new:,} tokens{rate}; {len(self.cache):,} of {self.lm.context:,} tokens of context; "
-            f"{torch.get_num_threads()} threads",
+            f"{len(self.turns)} answers, {new:,} tokens{rate}; "
+            f"{len(self.cache):,} of {self.lm.context:,} tokens of context; {torch.get_num_threads()} threads",
             style="dim",
         )
 
     def _speed(self, generation: Generation) -> str:
-        s = generation.stats
-        parts = [
-            f"{len(generation.token_ids)} tokens",
-            f"{s.decode_tokens_per_s:.1f} tokens/s" if s.decode_tokens else "",
-        ]
-        parts.append(
-            {"length": "cut at max_new_tokens", "context": "the context is full"}.get(generation.finish_reason, "")
-        )
+        ends = {"length": "cut at max_new_tokens", "context": "the context is full", "interrupted": "interrupted"}
+        parts = [f"{len(generation.token_ids)} tokens"]
+        if generation.stats.decode_tokens:
+            parts.append(f"{generation.stats.decode_tokens_per_s:.1f} tokens/s")
+        parts.append(ends.get(generation.finish_reason, ""))
         return " · ".join(filter(None, parts))
 
 
