@@ -12,7 +12,7 @@ import torch
 import typer
 
 import gptfast
-from gptfast.cli.console import out, reported, settings, waiting
+from gptfast.cli.console import out, reported, settings, waiting, write
 from gptfast.generate import Generation, LanguageModel, load
 
 app = typer.Typer(
@@ -129,11 +129,11 @@ def generate(
             try:
                 for piece in stream:
                     wait.stop()
-                    out.print(piece, end="", markup=False)
+                    write(piece)
             except KeyboardInterrupt:
                 stream.close()
             out.print()
-            out.print(stats_line(lm, stream.generation), style="dim")
+            out.print(stats_line(lm, stream.generation), style="dim", soft_wrap=True)
 
 
 def _prompt_text(prompt: str | None, prompt_file: str | None) -> str:
@@ -156,8 +156,8 @@ def _print_texts(lm: LanguageModel, found: list[Generation], as_json: bool) -> N
         return
     for i, generation in enumerate(found):
         out.print(f"[dim]{i + 1}.[/] ", end="")
-        out.print(generation.text, markup=False)
-    out.print(stats_line(lm, found[0]), style="dim")
+        write(generation.text + "\n")
+    out.print(stats_line(lm, found[0]), style="dim", soft_wrap=True)
 
 
 def stats_line(lm: LanguageModel, generation: Generation) -> str:

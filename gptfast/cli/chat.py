@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gptfast.cli.console import out, waiting
+from gptfast.cli.console import out, waiting, write
 from gptfast.formats.files import replacing
 from gptfast.generate import Generation, LanguageModel
 
@@ -37,9 +37,8 @@ class Chat:
         """Reads and answers until the end of the input."""
         if not self.quiet:
             _line_editing()
-            out.print(
-                f"[bold]{self.lm.name}[/] [dim]on {self.lm.backend}, context {self.lm.context:,} tokens; /help for help[/]"
-            )
+            about = f"on {self.lm.backend}, context {self.lm.context:,} tokens; /help for help"
+            out.print(f"[bold]{self.lm.name}[/] [dim]{about}[/]")
         while True:
             try:
                 line = input("" if self.quiet else "> ").strip()
@@ -69,7 +68,7 @@ class Chat:
                 try:
                     for piece in stream:
                         wait.stop()
-                        out.print(piece, end="", markup=False)
+                        write(piece)
                 except KeyboardInterrupt:
                     stream.close()
         except (ValueError, RuntimeError) as error:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -196,7 +196,7 @@ class LanguageModel:
         seed: int | Sequence[int] | None = None,
         stop: str | int | Sequence[str | int] = (),
         ignore_eos: bool = False,
-        return_logprobs: bool | str = False,
+        return_logprobs: bool | Literal["raw", "processed"] = False,
         processors: Sequence[Processor] = (),
         logit_bias: Mapping[int, float] | Tensor | None = None,
         parse_special: bool = False,
