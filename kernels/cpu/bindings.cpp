@@ -57,8 +57,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", &isa, "The instruction set in use.");
   m.def("isas", &isas, "The instruction sets this machine can run, the narrowest first.");
   m.def("use_isa", &use_isa, py::arg("name"), "Use another instruction set's kernels from now on.");
-  BIND(layer_norm, LayerNorm, y, sum, mean, rstd, x, residual, weight, bias, rows, cols, x_stride, residual_stride, eps,
-       dtype, weight_dtype);
+  BIND(layer_norm, Norm, y, sum, mean, rstd, x, residual, weight, bias, rows, cols, x_stride, residual_stride, seed,
+       eps, keep_scale, stream, drop_below, dtype, weight_dtype);
+  BIND(rms_norm, Norm, y, sum, rstd, x, residual, weight, rows, cols, x_stride, residual_stride, seed, eps, keep_scale,
+       stream, drop_below, dtype, weight_dtype);
   BIND(rope, Rope, q_out, k_out, q, k, cos, sin, B, S, Hq, Hk, D, R, q_b, q_s, q_h, k_b, k_s, k_h, table_b, table_s,
        interleaved, dtype);
 }

@@ -12,16 +12,19 @@ enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 // One row per op: its name in C++ and Python, and its arguments in kernels.h.
 #define GPTFAST_KERNELS(KERNEL) \
-  KERNEL(layer_norm, LayerNorm) \
+  KERNEL(layer_norm, Norm)      \
+  KERNEL(rms_norm, Norm)        \
   KERNEL(rope, Rope)
 
-struct LayerNorm {
-  void *y, *sum;              // (rows, cols); sum = x + residual, null without a residual
+struct Norm {                 // layer_norm and rms_norm
+  void *y, *sum;              // (rows, cols); sum = dropout(x) + residual, null without a residual
   float *mean, *rstd;         // (rows), or null
   const void *x, *residual;   // (rows, cols) with row strides; residual may be null
   const void *weight, *bias;  // (cols), bias may be null
   int64_t rows, cols, x_stride, residual_stride;
-  float eps;
+  uint64_t seed;
+  float eps, keep_scale;        // keep_scale = 1 / (1 - p)
+  uint32_t stream, drop_below;  // drop_below = floor(p * 2^32); 0 = no dropout
   int32_t dtype, weight_dtype;  // weight_dtype is dtype or FLOAT32
 };
 
