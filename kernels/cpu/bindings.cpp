@@ -16,7 +16,7 @@ template <class Field>
 using Value = std::conditional_t<std::is_pointer_v<Field>, std::uintptr_t, Field>;
 
 template <class Args, class Field>
-void set(Args& args, Field Args::*field, Value<Field> value) {
+void set(Args& args, Field Args::* field, Value<Field> value) {
   if constexpr (std::is_pointer_v<Field>)
     args.*field = reinterpret_cast<Field>(value);
   else
@@ -59,6 +59,13 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("use_isa", &use_isa, py::arg("name"), "Use another instruction set's kernels from now on.");
   BIND(layer_norm, LayerNorm, y, sum, mean, rstd, x, residual, weight, bias, rows, cols, x_stride, residual_stride, eps,
        dtype, weight_dtype);
+  BIND(linear, Linear, y, x, weight, bias, workspace, rows, cols, depth, x_stride, weight_stride, dtype, format,
+       bias_dtype);
+  BIND(linear_exact, Linear, y, x, weight, bias, workspace, rows, cols, depth, x_stride, weight_stride, dtype, format,
+       bias_dtype);
+  BIND(linear_int8, Linear, y, x, weight, bias, workspace, rows, cols, depth, x_stride, weight_stride, dtype, format,
+       bias_dtype);
+  BIND(dequantize, Dequantize, y, packed, ids, rows, depth, format);
 }
 
 }  // namespace gptfast
