@@ -8,6 +8,7 @@ from functools import cache
 
 from gptfast.ops.dispatch import BackendError, Choice, backends, explain
 from gptfast.ops.layer_norm import layer_norm
+from gptfast.ops.linear import linear
 from gptfast.ops.rms_norm import rms_norm
 from gptfast.ops.rope import rope, rope_frequencies, rope_tables
 from gptfast.ops.spec import Op
@@ -18,6 +19,7 @@ __all__ = [
     "backends",
     "explain",
     "layer_norm",
+    "linear",
     "pages",
     "rms_norm",
     "rope",

@@ -16,7 +16,7 @@ template <class Field>
 using Value = std::conditional_t<std::is_pointer_v<Field>, std::uintptr_t, Field>;
 
 template <class Args, class Field>
-void set(Args& args, Field Args::*field, Value<Field> value) {
+void set(Args& args, Field Args::* field, Value<Field> value) {
   if constexpr (std::is_pointer_v<Field>)
     args.*field = reinterpret_cast<Field>(value);
   else
@@ -63,6 +63,13 @@ PYBIND11_MODULE(_cpu, m) {
        stream, drop_below, dtype, weight_dtype);
   BIND(rope, Rope, q_out, k_out, q, k, cos, sin, B, S, Hq, Hk, D, R, q_b, q_s, q_h, k_b, k_s, k_h, table_b, table_s,
        interleaved, dtype);
+  BIND(linear, Linear, y, x, weight, bias, workspace, rows, cols, depth, x_stride, weight_stride, dtype, format,
+       bias_dtype);
+  BIND(linear_exact, Linear, y, x, weight, bias, workspace, rows, cols, depth, x_stride, weight_stride, dtype, format,
+       bias_dtype);
+  BIND(linear_int8, Linear, y, x, weight, bias, workspace, rows, cols, depth, x_stride, weight_stride, dtype, format,
+       bias_dtype);
+  BIND(dequantize, Dequantize, y, packed, ids, rows, depth, format);
 }
 
 }  // namespace gptfast

@@ -14,7 +14,11 @@ enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 #define GPTFAST_KERNELS(KERNEL) \
   KERNEL(layer_norm, Norm)      \
   KERNEL(rms_norm, Norm)        \
-  KERNEL(rope, Rope)
+  KERNEL(rope, Rope)            \
+  KERNEL(linear, Linear)        \
+  KERNEL(linear_exact, Linear)  \
+  KERNEL(linear_int8, Linear)   \
+  KERNEL(dequantize, Dequantize)
 
 struct Norm {                 // layer_norm and rms_norm
   void *y, *sum;              // (rows, cols); sum = dropout(x) + residual, null without a residual
@@ -34,6 +38,24 @@ struct Rope {
   const float *cos, *sin;  // (B, S, R/2); table_b is 0 where the batch shares one
   int64_t B, S, Hq, Hk, D, R, q_b, q_s, q_h, k_b, k_s, k_h, table_b, table_s;
   int32_t interleaved, dtype;
+};
+
+struct Linear {
+  void* y;             // (rows, cols)
+  const void* x;       // (rows, depth) with a row stride
+  const void* weight;  // (cols, depth) with a row stride; quantised: packed panels (linear.h)
+  const void* bias;    // (cols), or null
+  void* workspace;     // shared by the workers: rows * (depth rounded up to 64) floats; null: each has its own
+  int64_t rows, cols, depth, x_stride, weight_stride;
+  int32_t dtype, format, bias_dtype;  // format: the weight's dtype, or 3 Q8_0, 4 Q4_0, 5 Q4_1
+};
+
+struct Dequantize {
+  float* y;            // (rows, depth)
+  const void* packed;  // panels of a quantised weight
+  const int64_t* ids;  // (rows): which of its rows; null: 0, 1, 2, ...
+  int64_t rows, depth;
+  int32_t format;
 };
 
 struct Kernels {
