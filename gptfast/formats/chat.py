@@ -162,9 +162,7 @@ class ChatTemplate:
         self._pattern = re.compile("|".join(map(re.escape, self.specials)) or r"(?!)")
         self._alphabet = sorted({c for s in self.specials for c in s if not c.isspace()})
         if len(self._alphabet) > PRIVATE_BLOCK:
-            raise FormatError(
-                f"expected special tokens of at most {PRIVATE_BLOCK} characters, got {len(self._alphabet)}"
-            )
+            raise FormatError(f"expected special tokens of at most {PRIVATE_BLOCK} different characters")
 
     def render(
         self,
