@@ -6,11 +6,12 @@ import importlib
 import pkgutil
 from functools import cache
 
+from gptfast.ops.attention import attention, attention_kvcache
 from gptfast.ops.dispatch import BackendError, Choice, backends, explain
 from gptfast.ops.layer_norm import layer_norm
 from gptfast.ops.spec import Op
 
-__all__ = ["BackendError", "Choice", "backends", "explain", "layer_norm", "pages"]
+__all__ = ["BackendError", "Choice", "attention", "attention_kvcache", "backends", "explain", "layer_norm", "pages"]
 
 
 @cache
