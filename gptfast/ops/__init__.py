@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 from functools import cache
 
+from gptfast.ops.attention import attention, attention_kvcache
 from gptfast.ops.dispatch import BackendError, Choice, backends, explain
 from gptfast.ops.layer_norm import layer_norm
 from gptfast.ops.linear import linear
@@ -16,6 +17,8 @@ from gptfast.ops.spec import Op
 __all__ = [
     "BackendError",
     "Choice",
+    "attention",
+    "attention_kvcache",
     "backends",
     "explain",
     "layer_norm",
