@@ -57,7 +57,17 @@ INLINE To bitcast(From from) {
   return to;
 }
 
-INLINE f32v splat(float x) { return f32v{} + x; }
+INLINE f32v splat(float x) {  // f32v{} + x would be an addition: it turns -0 into +0
+#if defined(__AVX512F__)
+  return _mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return _mm256_set1_ps(x);
+#elif defined(__SSE2__)
+  return _mm_set1_ps(x);
+#else
+  return vdupq_n_f32(x);
+#endif
+}
 INLINE i32v splat(int32_t x) { return i32v{} + x; }
 INLINE i32v iota() {  // 0, 1, 2, ...
   i32v v;
@@ -304,6 +314,11 @@ INLINE void each_vector(int64_t C, F f) {
   }
   for (; c + LANES <= C; c += LANES) f(c, All{}, 0);
   if (c < C) f(c, (int)(C - c), 0);
+}
+INLINE i32v load(const int32_t* p) {
+  i32v v;
+  memcpy(&v, p, sizeof v);
+  return v;
 }
 INLINE float load1(const float* p) { return *p; }
 template <class T>
