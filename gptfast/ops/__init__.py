@@ -8,9 +8,10 @@ from functools import cache
 
 from gptfast.ops.dispatch import BackendError, Choice, backends, explain
 from gptfast.ops.layer_norm import layer_norm
+from gptfast.ops.sampling import sample
 from gptfast.ops.spec import Op
 
-__all__ = ["BackendError", "Choice", "backends", "explain", "layer_norm", "pages"]
+__all__ = ["BackendError", "Choice", "backends", "explain", "layer_norm", "pages", "sample"]
 
 
 @cache
