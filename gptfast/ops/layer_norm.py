@@ -66,7 +66,9 @@ def baseline(
     return F.layer_norm(s, s.shape[-1:], weight, bias, eps), s
 
 
-def cost(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, *, residual: Tensor | None = None) -> Cost:
+def cost(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, *, residual: Tensor | None = None
+) -> Cost:
     moved = nbytes(x, x, weight, bias, residual, residual)  # x in, y out; residual in, sum out
     return Cost(flops=(8 + (residual is not None)) * x.numel(), bytes=moved)
 
@@ -115,17 +117,25 @@ def layer_norm(
 
     Raises ValueError for shapes and dtypes that don't fit; BackendError where `backend` can't serve the call.
     """
-    require(x.dim() >= 1 and x.is_floating_point(), f"layer_norm: expected x (..., C) of floats, got {shape(x)}")
+    require(
+        x.dim() >= 1 and x.is_floating_point(), lambda: f"layer_norm: expected x (..., C) of floats, got {shape(x)}"
+    )
     C = x.shape[-1]
-    require(weight.shape == (C,), f"layer_norm: expected weight ({C},), got {shape(weight)}")
-    require(bias is None or (bias.shape == (C,) and bias.dtype == weight.dtype),
-            f"layer_norm: expected bias like weight {shape(weight)}, got {bias is not None and shape(bias)}")  # fmt: skip
-    require(residual is None or (residual.shape == x.shape and residual.dtype == x.dtype),
-            f"layer_norm: expected residual like x {shape(x)}, got {residual is not None and shape(residual)}")  # fmt: skip
-    require(0 <= dropout_p < 1, f"layer_norm: expected 0 <= dropout_p < 1, got {dropout_p}")
+    require(weight.shape == (C,), lambda: f"layer_norm: expected weight ({C},), got {shape(weight)}")
+    require(
+        bias is None or (bias.shape == (C,) and bias.dtype == weight.dtype),
+        lambda: f"layer_norm: expected bias like weight {shape(weight)}, got {shape(bias)}",
+    )
+    require(
+        residual is None or (residual.shape == x.shape and residual.dtype == x.dtype),
+        lambda: f"layer_norm: expected residual like x {shape(x)}, got {shape(residual)}",
+    )
+    require(0 <= dropout_p < 1, lambda: f"layer_norm: expected 0 <= dropout_p < 1, got {dropout_p}")
     return dispatch.run(
         *("layer_norm", backend, reference, x),
-        **dict(x=x, weight=weight, bias=bias, eps=eps, residual=residual, dropout_p=dropout_p, seed=seed, stream=stream),
+        **dict(
+            x=x, weight=weight, bias=bias, eps=eps, residual=residual, dropout_p=dropout_p, seed=seed, stream=stream
+        ),
     )
 
 

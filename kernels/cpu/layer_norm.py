@@ -7,7 +7,9 @@ from gptfast import _cpu
 from gptfast.kernels.cpu import DTYPES, pointer, rows, threads, unsupported
 
 
-def supports(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, dropout_p: float, **_) -> str | None:
+def supports(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, dropout_p: float, **_
+) -> str | None:
     if dropout_p:
         return "it has no dropout yet"
     if weight.dtype not in (x.dtype, torch.float32):
