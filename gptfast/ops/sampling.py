@@ -13,7 +13,7 @@ repetition_penalty  > 0; 1 = off
 presence_penalty, frequency_penalty  finite; 0 = off
 logit_bias          (V,) or (B, V) float32
 mask                (V,) or (B, V) bool, True = allowed
-history             (B, L) int64: the tokens so far, prompt then output; ids outside [0, V) are skipped, as is padding, -1
+history             (B, L) int64: the tokens so far, prompt then output; ids outside [0, V), as -1, are padding
 prompt_lengths      (B,) int64: how many of a row's first positions are the prompt; None = 0, all of it is output
 seed, step, stream  integers (the bits of seed and step as uint64, of stream as uint32)
 
@@ -149,12 +149,14 @@ def _surviving_weights(
     y = log2_weights(l)
     w = torch.where(bad, 0, weights(y))
     by_logit = l.sort(dim=-1, descending=True, stable=True).indices
-    first_k = _column(top_k, 0, l, torch.int64)
-    w = torch.where(first_k > 0, _first(w, by_logit, first_k, count=True), w)
-    w = _nucleus(w, by_logit, _column(top_p, 1.0, l))
+    k = _column(top_k, 0, l, torch.int64)
+    if (k > 0).any():
+        w = torch.where(k > 0, _first(w, by_logit, k, count=True), w)
+    w = _nucleus(w, by_logit, top_p)
     w = w * (w >= (_column(min_p, 0.0, l).double() * 2.0**32).to(torch.int64))
-    away = torch.where(w > 0, distances(w, y), 2**62)
-    w = _nucleus(w, away.sort(dim=-1, stable=True).indices, _column(typical_p, 1.0, l))
+    if (_column(typical_p, 1.0, l) < 1).any():
+        away = torch.where(w > 0, distances(w, y), 2**62)
+        w = _nucleus(w, away.sort(dim=-1, stable=True).indices, typical_p)
     best = torch.zeros_like(w).scatter(-1, by_logit[:, :1], 2**32)
     return torch.where(greedy & ~bad, best, w)
 
@@ -198,9 +200,12 @@ def _first(w: Tensor, order: Tensor, budget: Tensor, count: bool = False) -> Ten
     return torch.zeros_like(w).scatter(-1, order, ranked * (measure.cumsum(-1) - measure < budget))
 
 
-def _nucleus(w: Tensor, order: Tensor, p: Tensor) -> Tensor:
-    budget = fraction(p, w.sum(-1, keepdim=True)).clamp(min=1)
-    return torch.where(p < 1, _first(w, order, budget), w)
+def _nucleus(w: Tensor, order: Tensor, p: Real) -> Tensor:
+    """w, 0 but where the mass before in `order` is less than p of all; rows with p = 1 as they are."""
+    p = _column(p, 1.0, w)
+    if not (p < 1).any():
+        return w
+    return torch.where(p < 1, _first(w, order, fraction(p, w.sum(-1, keepdim=True)).clamp(min=1)), w)
 
 
 def _column(x: Any, neutral: float, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -295,7 +300,7 @@ def sample(
                 f"sample: expected prompt_lengths ({B},) int64, got {shape(prompt_lengths)}")  # fmt: skip
     for name, t in (("logit_bias", logit_bias), ("mask", mask), ("history", history)):
         require(t is None or t.device == logits.device,
-                f"sample: expected {name} on {logits.device} like logits, got {t is not None and t.device}")  # fmt: skip
+                f"sample: expected {name} on {logits.device} as logits, got {t is not None and t.device}")  # fmt: skip
     require(return_logprobs in (False, True, "raw", "processed"),
             f"sample: expected return_logprobs False, True, 'raw' or 'processed', got {return_logprobs!r}")  # fmt: skip
     return dispatch.run(

@@ -59,6 +59,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("use_isa", &use_isa, py::arg("name"), "Use another instruction set's kernels from now on.");
   BIND(layer_norm, LayerNorm, y, sum, mean, rstd, x, residual, weight, bias, rows, cols, x_stride, residual_stride, eps,
        dtype, weight_dtype);
+  BIND(sample, Sample, ids, logprobs, logits, logit_bias, mask, history, prompt_lengths, reals, integers, rows, cols,
+       logits_stride, bias_stride, mask_stride, history_cols, reals_stride, integers_stride, dtype, processed);
 }
 
 }  // namespace gptfast

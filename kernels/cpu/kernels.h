@@ -11,7 +11,7 @@ namespace gptfast {
 enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 // One row per op: its name in C++ and Python, and its arguments in kernels.h.
-#define GPTFAST_KERNELS(KERNEL) KERNEL(layer_norm, LayerNorm)
+#define GPTFAST_KERNELS(KERNEL) KERNEL(layer_norm, LayerNorm) KERNEL(sample, Sample)
 
 struct LayerNorm {
   void *y, *sum;               // (rows, cols); sum = x + residual, null without a residual
@@ -21,6 +21,23 @@ struct LayerNorm {
   int64_t rows, cols, x_stride, residual_stride;
   float eps;
   int32_t dtype, weight_dtype;  // weight_dtype is dtype or FLOAT32
+};
+
+struct Sample {
+  int64_t* ids;                   // (rows)
+  float* logprobs;                // (rows), or null
+  const void* logits;             // (rows, cols)
+  const float* logit_bias;        // (cols) with stride 0, or (rows, cols), or null
+  const uint8_t* mask;            // likewise, 0 = forbidden
+  const int64_t* history;         // (rows, history_cols), or null
+  const int64_t* prompt_lengths;  // (rows), or null
+  const float* reals;             // (rows, 7), or (7) with stride 0: SampleReals
+  const int64_t* integers;        // (rows, 4), or (4) with stride 0: top_k, seed, step, stream
+  int64_t rows, cols, logits_stride, bias_stride, mask_stride, history_cols, reals_stride, integers_stride;
+  int32_t dtype, processed;  // processed: log-probabilities after the filters, not of the logits as given
+};
+struct SampleReals {
+  float temperature, top_p, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty;
 };
 
 struct Kernels {
