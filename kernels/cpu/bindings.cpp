@@ -86,6 +86,8 @@ PYBIND11_MODULE(_cpu, m) {
        bias_dtype);
   BIND(linear_int8, Linear, y, x, weight, bias, workspace, rows, cols, depth, x_stride, weight_stride, dtype, format,
        bias_dtype);
+  BIND(sample, Sample, ids, logprobs, logits, logit_bias, mask, history, prompt_lengths, reals, integers, rows, cols,
+       logits_stride, bias_stride, mask_stride, history_cols, reals_stride, integers_stride, dtype, processed);
   BIND(dequantize, Dequantize, y, packed, ids, rows, depth, format);
 }
 

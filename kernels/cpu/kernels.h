@@ -19,7 +19,8 @@ enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
   KERNEL(linear, Linear)        \
   KERNEL(linear_exact, Linear)  \
   KERNEL(linear_int8, Linear)   \
-  KERNEL(dequantize, Dequantize)
+  KERNEL(dequantize, Dequantize) \
+  KERNEL(sample, Sample)
 
 // Strides are in elements; the last dimension is contiguous. Pointers that don't apply are null.
 struct Attention {
@@ -84,6 +85,23 @@ struct Dequantize {
   const int64_t* ids;  // (rows): which of its rows; null: 0, 1, 2, ...
   int64_t rows, depth;
   int32_t format;
+};
+
+struct Sample {
+  int64_t* ids;                   // (rows)
+  float* logprobs;                // (rows), or null
+  const void* logits;             // (rows, cols)
+  const float* logit_bias;        // (cols) with stride 0, or (rows, cols), or null
+  const uint8_t* mask;            // likewise, 0 = forbidden
+  const int64_t* history;         // (rows, history_cols), or null
+  const int64_t* prompt_lengths;  // (rows), or null
+  const float* reals;             // (rows, 7), or (7) with stride 0: SampleReals
+  const int64_t* integers;        // (rows, 4), or (4) with stride 0: top_k, seed, step, stream
+  int64_t rows, cols, logits_stride, bias_stride, mask_stride, history_cols, reals_stride, integers_stride;
+  int32_t dtype, processed;  // processed: log-probabilities after the filters, not of the logits as given
+};
+struct SampleReals {
+  float temperature, top_p, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty;
 };
 
 struct Kernels {
