@@ -57,6 +57,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", &isa, "The instruction set in use.");
   m.def("isas", &isas, "The instruction sets this machine can run, the narrowest first.");
   m.def("use_isa", &use_isa, py::arg("name"), "Use another instruction set's kernels from now on.");
+  BIND(ceilings, Ceilings, work, sink, data, copy, bytes, turns, what);
   BIND(layer_norm, LayerNorm, y, sum, mean, rstd, x, residual, weight, bias, rows, cols, x_stride, residual_stride, eps,
        dtype, weight_dtype);
 }

@@ -11,7 +11,19 @@ namespace gptfast {
 enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 // One row per op: its name in C++ and Python, and its arguments in kernels.h.
-#define GPTFAST_KERNELS(KERNEL) KERNEL(layer_norm, LayerNorm)
+#define GPTFAST_KERNELS(KERNEL) \
+  KERNEL(ceilings, Ceilings)    \
+  KERNEL(layer_norm, LayerNorm)
+
+struct Ceilings {
+  enum { FP32 = 0, INT8 = 1, READ = 2, COPY = 3 };
+  double* work;      // written: the operations or bytes that all workers did
+  void* sink;        // 2 vectors for each worker: operands, then results, so that no work can be left out
+  const void* data;  // READ and COPY: bytes in all, shared out among the workers
+  void* copy;        // COPY: as many, the destination
+  int64_t bytes, turns;
+  int32_t what;
+};
 
 struct LayerNorm {
   void *y, *sum;               // (rows, cols); sum = x + residual, null without a residual
