@@ -15,7 +15,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -235,7 +235,7 @@ def _measure(here: Machine) -> Ceilings:
 class _Probe:
     """Runs the ceilings kernel on buffers of its own."""
 
-    KINDS = {"fp32": 0, "int8": 1, "l2": 2, "l3": 2, "dram": 2, "copy": 3}  # Ceilings::what in kernels/cpu/kernels.h
+    KINDS: ClassVar = {"fp32": 0, "int8": 1, "l2": 2, "l3": 2, "dram": 2, "copy": 3}  # Ceilings::what, kernels.h
 
     def __init__(self, here: Machine) -> None:
         self.bytes = min(max(DRAM_BYTES, 4 * here.cache_bytes(3)), here.memory // 8)
