@@ -88,6 +88,7 @@ PYBIND11_MODULE(_cpu, m) {
        bias_dtype);
   BIND(sample, Sample, ids, logprobs, logits, logit_bias, mask, history, prompt_lengths, reals, integers, rows, cols,
        logits_stride, bias_stride, mask_stride, history_cols, reals_stride, integers_stride, dtype, processed);
+  BIND(ceilings, Ceilings, work, sink, data, copy, bytes, turns, what);
   BIND(dequantize, Dequantize, y, packed, ids, rows, depth, format);
 }
 

@@ -11,16 +11,17 @@ namespace gptfast {
 enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 // One row per op: its name in C++ and Python, and its arguments in kernels.h.
-#define GPTFAST_KERNELS(KERNEL) \
-  KERNEL(attention, Attention)  \
-  KERNEL(layer_norm, Norm)      \
-  KERNEL(rms_norm, Norm)        \
-  KERNEL(rope, Rope)            \
-  KERNEL(linear, Linear)        \
-  KERNEL(linear_exact, Linear)  \
-  KERNEL(linear_int8, Linear)   \
+#define GPTFAST_KERNELS(KERNEL)  \
+  KERNEL(attention, Attention)   \
+  KERNEL(layer_norm, Norm)       \
+  KERNEL(rms_norm, Norm)         \
+  KERNEL(rope, Rope)             \
+  KERNEL(linear, Linear)         \
+  KERNEL(linear_exact, Linear)   \
+  KERNEL(linear_int8, Linear)    \
   KERNEL(dequantize, Dequantize) \
-  KERNEL(sample, Sample)
+  KERNEL(sample, Sample)         \
+  KERNEL(ceilings, Ceilings)
 
 // Strides are in elements; the last dimension is contiguous. Pointers that don't apply are null.
 struct Attention {
@@ -102,6 +103,16 @@ struct Sample {
 };
 struct SampleReals {
   float temperature, top_p, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty;
+};
+
+struct Ceilings {
+  enum { FP32 = 0, INT8 = 1, READ = 2, COPY = 3 };
+  double* work;      // written: the operations or bytes that all workers did
+  void* sink;        // 2 vectors for each worker: operands, then results, so that no work can be left out
+  const void* data;  // READ and COPY: bytes in all, shared out among the workers
+  void* copy;        // COPY: as many, the destination
+  int64_t bytes, turns;
+  int32_t what;
 };
 
 struct Kernels {
