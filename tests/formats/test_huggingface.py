@@ -1,4 +1,4 @@
-"""Hugging Face folders: there and back, shards, and folders that lie; presets; missing extras."""
+"""Hugging Face folders: there and back, shards, and folders that lie; presets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gptfast.formats import huggingface, registry
-from gptfast.formats.extras import need
 from gptfast.formats.files import FormatError
 from gptfast.formats.huggingface import read_folder, write_folder
 
@@ -178,8 +177,3 @@ def test_a_preset_of_another_size_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(registry.PRESETS, "smollm2", registry.PRESETS["smollm2"]._replace(nbytes=5))
     with pytest.raises(FormatError, match="expected 5 bytes, got 98362432"):
         registry.find_preset_file("smollm2")
-
-
-def test_missing_extras_are_named() -> None:
-    with pytest.raises(ImportError, match=r"run `pip install 'gptfast-kernels\[models\]'`"):
-        need("no_such_module.part", "models")
