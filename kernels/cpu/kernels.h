@@ -96,13 +96,11 @@ struct Sample {
   const uint8_t* mask;            // likewise, 0 = forbidden
   const int64_t* history;         // (rows, history_cols), or null
   const int64_t* prompt_lengths;  // (rows), or null
-  const float* reals;             // (rows, 7), or (7) with stride 0: SampleReals
-  const int64_t* integers;        // (rows, 4), or (4) with stride 0: top_k, seed, step, stream
-  int64_t rows, cols, logits_stride, bias_stride, mask_stride, history_cols, reals_stride, integers_stride;
-  int32_t dtype, processed;  // processed: log-probabilities after the filters, not of the logits as given
-};
-struct SampleReals {
-  float temperature, top_p, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty;
+  // Each (1), or (rows) where its bit of per_row is set, temperature's the lowest.
+  const float *temperature, *top_p, *min_p, *typical_p, *repetition_penalty, *presence_penalty, *frequency_penalty;
+  const int64_t *top_k, *seed, *step, *stream;
+  int64_t rows, cols, logits_stride, bias_stride, mask_stride, history_cols;
+  int32_t per_row, dtype, processed;  // processed: log-probabilities after the filters, not of the logits as given
 };
 
 struct Ceilings {
