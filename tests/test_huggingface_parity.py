@@ -115,7 +115,12 @@ def test_greedy_tokens(name: str) -> None:
     model, ids = theirs(name), text()
     with torch.no_grad():
         wanted = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, min_new_tokens=32, do_sample=False, pad_token_id=0
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=32,
+            min_new_tokens=32,
+            do_sample=False,
+            pad_token_id=0,
         )[:, T:]
         got = greedy(GPT.from_huggingface_model(model), ids, 32)
     assert torch.equal(got, wanted)
@@ -173,7 +178,10 @@ def test_bare_names_and_old_buffers_load() -> None:
     model = theirs("gpt2")
     ours = GPT.from_huggingface_model(model)
     bare = model.transformer
-    state = dict(bare.state_dict()) | {"h.0.attn.bias": torch.ones(1, 1, 128, 128), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    state = dict(bare.state_dict()) | {
+        "h.0.attn.bias": torch.ones(1, 1, 128, 128),
+        "h.0.attn.masked_bias": torch.tensor(-1e4),
+    }
     bare.state_dict = lambda: state
     again = GPT.from_huggingface_model(bare)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), ours.parameters(), strict=True))

@@ -253,7 +253,7 @@ class Tokenizer:
 
 
 def _is_marker(token: Any) -> bool:
-    """Whether an added token may come from the program alone: special ones, and turn marks that a file forgot to call so.
+    """Whether an added token may come from the program alone: it is special, or a turn mark not called so by its file.
 
     Other added tokens (a run of spaces, <think>) are vocabulary, and any text may contain them.
     """

@@ -1,8 +1,8 @@
 """What a GPT is made of, as data: the GPT-2 and the Llama family under one set of names, with their costs.
 
-    gpt2    LayerNorm, learned positions, biases everywhere, up -> GELU -> down, dense attention
-    llama   RMSNorm, rotary positions, gate * up -> down, grouped-query attention; Mistral adds a sliding window, Qwen2
-            biases on q, k, v, Qwen3 an RMSNorm on each head of q and k
+gpt2    LayerNorm, learned positions, biases everywhere, up -> GELU -> down, dense attention
+llama   RMSNorm, rotary positions, gate * up -> down, grouped-query attention; Mistral adds a sliding window, Qwen2
+        biases on q, k, v, Qwen3 an RMSNorm on each head of q and k
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ class GPTConfig:
         for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "context", "head_dim", "ffn_dim"):
             value = getattr(self, name)
             self._require(isinstance(value, int) and value > 0, f"{name} a positive whole number", value)
-        self._require(self.n_head % self.n_kv_head == 0, f"n_head a multiple of n_kv_head {self.n_kv_head}", self.n_head)
+        self._require(
+            self.n_head % self.n_kv_head == 0, f"n_head a multiple of n_kv_head {self.n_kv_head}", self.n_head
+        )
         self._require(self.rotary_dim % 2 == 0 and self.rotary_dim <= self.head_dim,
                       f"rotary_dim even and at most head_dim {self.head_dim}", self.rotary_dim)  # fmt: skip
         self._require(self.window is None or self.window > 0, "window None or a positive number of tokens", self.window)

@@ -167,11 +167,11 @@ def _held(
         kind = QUANTISED[weights]
         if any(p.type != kind for p in parts):
             raw = blocks.quantize(torch.cat([p.float32() for p in parts]), kind)
-            return QuantizedWeight.from_blocks(raw, kind, shape)
+            return QuantizedWeight.from_blocks(raw, kind.lower(), shape)
     elif weights is not None or parts[0].rows.dtype != torch.uint8 or len({p.type for p in parts}) > 1:
         return _plain(parts, dtype)
     raw = torch.cat([p.rows.reshape(-1) for p in parts]) if len(parts) > 1 else parts[0].rows.reshape(-1)
-    return QuantizedWeight.from_blocks(raw, parts[0].type, shape)
+    return QuantizedWeight.from_blocks(raw, parts[0].type.lower(), shape)
 
 
 def _assign(model: GPT, name: str, weight: Tensor | QuantizedWeight) -> None:

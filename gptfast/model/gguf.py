@@ -26,7 +26,8 @@ def read_config(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]]) ->
             raise ValueError(f"expected {kind}.{key} in the GGUF's metadata, got none")
         if isinstance(value, bool) or not isinstance(value, int if number is int else (int, float)):
             raise ValueError(f"expected {kind}.{key} as one number, got {value!r:.60}")
-        return number(value)
+        # A float32 of the file as the decimal that it stands for: 1e-5, not 9.99999975e-06.
+        return float(f"{value:.7g}") if number is float else value
 
     if "token_embd.weight" not in shapes or len(shapes["token_embd.weight"]) != 2:
         raise ValueError("expected a tensor token_embd.weight of two dimensions in the GGUF, got none")
@@ -88,7 +89,9 @@ def with_frequency_factors(config: GPTConfig, factors: Tensor) -> GPTConfig:
     if config.rope_scaling is not None:
         raise ValueError(f"expected rope_freqs.weight without another scaling, got {config.rope_scaling['rope_type']}")
     if factors.numel() != config.rotary_dim // 2 or not bool((factors > 0).all()):
-        raise ValueError(f"expected {config.rotary_dim // 2} positive values in rope_freqs.weight, got {factors.numel()}")
+        raise ValueError(
+            f"expected {config.rotary_dim // 2} positive values in rope_freqs.weight, got {factors.numel()}"
+        )
     values = factors.float().flatten().tolist()
     scaling = {"rope_type": "longrope", "short_factor": values, "long_factor": values, "attention_factor": 1.0}
     return config.replace(rope_scaling={**scaling, "original_max_position_embeddings": config.context})

@@ -103,7 +103,9 @@ class GPT(nn.Module):
             start = int(cache.lengths.max())
             capacity = cache.k[0].shape[1]
             if start + T > capacity:
-                raise ValueError(f"GPT: expected at most {capacity - start} more tokens in a cache of {capacity}, got {T}")
+                raise ValueError(
+                    f"GPT: expected at most {capacity - start} more tokens in a cache of {capacity}, got {T}"
+                )
         if start + T > self.config.context:
             context = self.config.context
             raise ValueError(f"GPT: expected at most {context - start} more tokens in a context of {context}, got {T}")

@@ -54,7 +54,9 @@ PRESETS = {
     "gpt3-6.7b": _gpt2(32, 4096, 32, 2048),
     "gpt3-13b": _gpt2(40, 5120, 40, 2048),
     "gpt3-175b": _gpt2(96, 12288, 96, 2048),
-    "smollm2-135m": _llama(49152, 30, 576, 9, 3, 1536, 8192, rope_theta=1e5, tie_embeddings=True, bos_id=1, eos_ids=(2,)),
+    "smollm2-135m": _llama(
+        49152, 30, 576, 9, 3, 1536, 8192, rope_theta=1e5, tie_embeddings=True, bos_id=1, eos_ids=(2,)
+    ),
     "llama-7b": _llama(32000, 32, 4096, 32, 32, 11008, 2048, norm_eps=1e-6, bos_id=1, eos_ids=(2,)),
     "llama2-7b": _llama(32000, 32, 4096, 32, 32, 11008, 4096, bos_id=1, eos_ids=(2,)),
     "llama3.1-8b": _llama(

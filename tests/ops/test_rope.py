@@ -105,7 +105,7 @@ def every_value(dtype: torch.dtype) -> torch.Tensor:
 
 
 def scaled(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """x * factor as the kernel rounds it to x's dtype: rope of the pairs (x, 0) by "angles" of cosine factor, sine 0."""
+    """x * factor, rounded by the kernel to x's dtype: rope of pairs (x, 0) where cos = factor and sin = 0."""
     q = torch.stack((x, torch.zeros_like(x)), -1)[None, :, None, :]
     cos = factor[:, None]
     return rope(q, q, cos, torch.zeros_like(cos), backend="cpu")[0][0, :, 0, 0]
