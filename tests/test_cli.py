@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from gptfast.cli import main
 from gptfast.formats.registry import find_preset_file
 
 
@@ -19,13 +22,21 @@ def gptfast(*arguments: str, stdin: str | bytes = "", code: int = 0) -> subproce
     return done
 
 
-def fails(*arguments: str, stdin: str | bytes = "", code: int = 1) -> str:
-    """The one sentence on stderr."""
-    done = gptfast(*arguments, stdin=stdin, code=code)
-    message = done.stderr.decode()
-    assert done.stdout == b""
-    assert "Traceback" not in message and message.count("\n") == 1
-    return message
+@pytest.fixture
+def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command in this process; gives the one sentence on stderr."""
+
+    def run(*arguments: str, stdin: bytes = b"") -> str:
+        monkeypatch.setattr(sys, "argv", ["gptfast", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as caught:
+            main()
+        printed = capsys.readouterr()
+        assert caught.value.code == 1 and printed.out == ""
+        assert printed.err.startswith("gptfast: ") and printed.err.count("\n") == 1
+        return printed.err
+
+    return run
 
 
 @pytest.fixture
@@ -46,7 +57,9 @@ def test_generate_prints_one_json_object(model: str) -> None:
     done = gptfast("generate", "--model", model, "--prompt", RAW, "--json", *GREEDY)
     assert done.stdout.count(b"\n") == 1 and done.stderr == b""
     found = json.loads(done.stdout)
-    assert {"text", "token_ids", "prompt_tokens", "prefill_tokens_per_s", "decode_tokens_per_s", "backend"} <= set(found)
+    assert {"text", "token_ids", "prompt_tokens", "prefill_tokens_per_s", "decode_tokens_per_s", "backend"} <= set(
+        found
+    )
     assert found["prompt_tokens"] == 8 and len(found["token_ids"]) == 6 and found["finish_reason"] == "length"
     assert found["prefill_tokens_per_s"] > 0 and found["decode_tokens_per_s"] > 0
     assert found["backend"] in ("cpu", "reference")
@@ -107,7 +120,7 @@ def test_bench_has_options_of_its_own() -> None:
         (("generate", "--prompt-file", "-"), "a prompt in UTF-8"),
     ],
 )
-def test_errors_are_one_sentence(arguments: tuple[str, ...], message: str) -> None:
+def test_errors_are_one_sentence(fails: Callable[..., str], arguments: tuple[str, ...], message: str) -> None:
     assert message in fails(*arguments, stdin=b"\xff\xfe")
 
 
@@ -122,8 +135,16 @@ def test_errors_are_one_sentence(arguments: tuple[str, ...], message: str) -> No
         (("--prompt", ""), "at least one prompt token"),
     ],
 )
-def test_errors_of_a_model_are_one_sentence(model: str, arguments: tuple[str, ...], message: str) -> None:
+def test_errors_of_a_model_are_one_sentence(
+    model: str, fails: Callable[..., str], arguments: tuple[str, ...], message: str
+) -> None:
     assert message in fails("generate", "--model", model, "--prompt", "a", "--max-new-tokens", "2", *arguments)
+
+
+def test_an_error_is_a_status_and_no_traceback() -> None:
+    done = gptfast("generate", "--prompt", "a", "--model", "nope", code=1)
+    assert done.stdout == b"" and done.stderr.startswith(b"gptfast: no model at 'nope'")
+    assert b"Traceback" not in done.stderr
 
 
 def test_a_traceback_on_request() -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from gptfast.generate.stop import Text
 from gptfast.model import GPT, GPTConfig
 
 V, END = 257, 256
-TINY = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=V, context=96, eos_ids=(END,))
+TINY: dict[str, Any] = dict(n_layer=2, n_head=4, n_embd=32, vocab_size=V, context=96, eos_ids=(END,))
 
 
 class Bytes:
@@ -67,9 +68,10 @@ def scripted(text: str, context: int = 96) -> LanguageModel:
 def lm(request: pytest.FixtureRequest) -> LanguageModel:
     """A tiny model with random weights, whose texts don't end early."""
     torch.manual_seed(0)
-    more = {}
+    more: dict[str, Any] = {}
     if request.param == "llama":
-        more = dict(norm="rms_norm", positions="rope", activation="swiglu", n_kv_head=2, qkv_bias=False, out_bias=False, mlp_bias=False)  # fmt: skip
+        more = dict(norm="rms_norm", positions="rope", activation="swiglu", n_kv_head=2)
+        more |= dict(qkv_bias=False, out_bias=False, mlp_bias=False)
     model = GPT(GPTConfig(request.param, **TINY, **more))  # type: ignore[arg-type]
     with torch.no_grad():
         for p in model.parameters():
@@ -82,7 +84,7 @@ def ids_of(found: Generation | list[Generation]) -> list[list[int]]:
 
 
 RAGGED = ["a", "The quick brown fox jumps over", "Hi there", "The quick brown fox jumps over", "zz"]
-SAMPLED = dict(max_new_tokens=24, temperature=0.9, top_k=50, top_p=0.95, seed=7)
+SAMPLED: dict[str, Any] = dict(max_new_tokens=24, temperature=0.9, top_k=50, top_p=0.95, seed=7)
 
 
 # One row, one meaning
@@ -125,7 +127,7 @@ def test_the_cache_grows_without_a_trace(lm: LanguageModel, monkeypatch: pytest.
 
 
 def test_seeds(lm: LanguageModel) -> None:
-    options = dict(max_new_tokens=20, ignore_eos=True)
+    options: dict[str, Any] = dict(max_new_tokens=20, ignore_eos=True)
     three = lm.generate("abc", n=3, seed=5, **options)
     assert [g.seed for g in three] == [5, 6, 7]
     assert ids_of(three) == [lm.generate("abc", seed=s, **options).token_ids for s in (5, 6, 7)]
@@ -162,9 +164,7 @@ def test_scores_are_the_models_own(lm: LanguageModel) -> None:
     ids = torch.tensor([list(b"Some text to be scored.")])
     with torch.no_grad():
         exact = lm.model(ids)[0, :-1].double().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-    np.testing.assert_allclose(
-        lm.score(ids[0]).token_logprobs, exact, atol=V * torch.finfo(torch.float32).eps, rtol=0
-    )
+    np.testing.assert_allclose(lm.score(ids[0]).token_logprobs, exact, atol=V * torch.finfo(torch.float32).eps, rtol=0)
 
 
 def test_processed_logprobs(lm: LanguageModel) -> None:
@@ -177,7 +177,7 @@ def test_processed_logprobs(lm: LanguageModel) -> None:
 
 @pytest.mark.parametrize("cut", [1, 5, 9])
 def test_a_cache_continues(lm: LanguageModel, cut: int) -> None:
-    options = dict(temperature=0, ignore_eos=True)
+    options: dict[str, Any] = dict(temperature=0, ignore_eos=True)
     cache = lm.new_cache(capacity=4)
     first = lm.generate("Hello", cache=cache, max_new_tokens=cut, **options)
     second = lm.generate(" and so", cache=cache, max_new_tokens=10, **options)
@@ -190,7 +190,7 @@ def test_a_cache_continues(lm: LanguageModel, cut: int) -> None:
 
 
 def test_a_cache_of_several_rows(lm: LanguageModel) -> None:
-    options = dict(temperature=0, ignore_eos=True, max_new_tokens=6)
+    options: dict[str, Any] = dict(temperature=0, ignore_eos=True, max_new_tokens=6)
     cache = lm.new_cache(3)
     starts, more = ["a", "The quick brown", "xy"], ["bcd", "e", "The lazy dog sleeps"]
     first = lm.generate(starts, cache=cache, **options)
@@ -210,7 +210,7 @@ def test_a_prompt_can_be_computed_ahead(lm: LanguageModel) -> None:
 
 
 def test_chat_keeps_what_the_turns_share(lm: LanguageModel) -> None:
-    options = dict(temperature=0, max_new_tokens=6, ignore_eos=True)
+    options: dict[str, Any] = dict(temperature=0, max_new_tokens=6, ignore_eos=True)
     cache = lm.new_cache()
     turns = [{"role": "user", "content": "hi"}]
     first = lm.chat(turns, cache=cache, **options)
@@ -252,7 +252,7 @@ def test_the_end_of_the_context() -> None:
     found = model.generate("?", temperature=0, max_new_tokens=None)
     assert (len(found.token_ids), found.finish_reason) == (19, "context")
     assert model.generate("?" * 19, temperature=0).finish_reason == "context"
-    with pytest.raises(ValueError, match="fewer prompt tokens than the context of 20.*got 20"):
+    with pytest.raises(ValueError, match=r"fewer prompt tokens than the context of 20.*got 20"):
         model.generate("?" * 20)
     pair = model.generate(["?" * 15, "?"], temperature=0, max_new_tokens=12, processors=[lambda h, l: l])
     assert [(len(g.token_ids), g.finish_reason) for g in pair] == [(5, "context"), (12, "length")]
@@ -375,7 +375,7 @@ def test_nan_is_named(lm: LanguageModel) -> None:
             logits[1, 3] = float("nan")
         return logits
 
-    with pytest.raises(RuntimeError, match="row 1, step 2: .*NaN"):
+    with pytest.raises(RuntimeError, match=r"row 1, step 2: .*NaN"):
         lm.generate(["a", "b"], processors=[poison], max_new_tokens=5, ignore_eos=True)
 
 
@@ -413,7 +413,7 @@ def test_more_wrong_arguments(lm: LanguageModel) -> None:
         lm.generate(["a", "b"], cache=lm.new_cache())
     with pytest.raises(ValueError, match="expected one prompt and n=1"):
         lm.stream("a", n=2)
-    with pytest.raises(ValueError, match="at most 96 tokens.*got 97"):
+    with pytest.raises(ValueError, match=r"at most 96 tokens.*got 97"):
         lm.score("a" * 97)
     bare = LanguageModel(lm.model)
     assert bare.generate([1, 2], max_new_tokens=3, seed=1).text == ""
@@ -488,8 +488,9 @@ def test_after_fork() -> None:
 
 def test_importing_gptfast_needs_torch_alone() -> None:
     check = (
-        "import sys, gptfast; assert 'load' in gptfast.__all__;"
-        "print([m for m in ('tokenizers', 'safetensors', 'jinja2', 'rich', 'typer', 'transformers') if m in sys.modules])"
+        "import sys, gptfast; assert 'load' in gptfast.__all__; "
+        "extras = ('tokenizers', 'safetensors', 'jinja2', 'rich', 'typer', 'transformers'); "
+        "print([m for m in extras if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -521,7 +522,7 @@ def test_smollm2_writes_what_transformers_writes(smollm2: LanguageModel) -> None
 def test_smollm2_chats(smollm2: LanguageModel) -> None:
     turns = [{"role": "user", "content": "What is the capital of France? Then name three things to see there."}]
     golden = np.load(GOLDEN)
-    options = dict(temperature=0, max_new_tokens=12)
+    options: dict[str, Any] = dict(temperature=0, max_new_tokens=12)
     cache = smollm2.new_cache()
     stream = smollm2.stream_chat(turns, cache=cache, **options)
     text = "".join(stream)
