@@ -256,6 +256,51 @@ INLINE void store(T* p, f32v v, All) {
 INLINE f32v first(f32v v, int n) { return iota() < n ? v : f32v{}; }  // the first n lanes; the others zero
 INLINE f32v first(f32v v, All) { return v; }
 
+INLINE i32v load_mask(const int32_t* p) {  // LANES lanes of all ones or zeros
+  i32v v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// Stores past the caches, for outputs larger than they are: p is aligned to the vector that is stored, and stream_end()
+// follows before another thread may read.
+constexpr int64_t STREAM_BYTES = 16 << 20;
+INLINE bool aligned(const void* p) { return (uintptr_t)p % VEC_BYTES == 0; }
+INLINE void stream(float* p, f32v v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, v);
+#elif defined(__SSE2__)
+  _mm_stream_ps(p, v);
+#else
+  store(p, v);
+#endif
+}
+template <class T>
+INLINE void stream(T* p, f32v v) {
+#if defined(__AVX512F__)
+  _mm256_stream_si256((__m256i*)p, bitcast<__m256i>(narrow(v, T{})));
+#elif defined(__AVX2__)
+  _mm_stream_si128((__m128i*)p, bitcast<__m128i>(narrow(v, T{})));
+#else
+  store(p, v);
+#endif
+}
+template <class T>
+INLINE void stream(T* p, f32v v, All) {
+  stream(p, v);
+}
+template <class T>
+INLINE void stream(T* p, f32v v, int n) {  // the last elements of a row
+  store(p, v, n);
+}
+INLINE void stream_end() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // Calls f(c, n, u) for each vector of a row of C elements: it starts at c and has n lanes, All{} or the count of those
 // that are left; u is the accumulator that a reduction adds it to, 0 .. 3. The order depends on C alone.
 template <class F>
@@ -281,6 +326,36 @@ INLINE float load1(const T* p) {
   u16v h = {};
   h[0] = p->bits;
   return widen(h, T{})[0];
+}
+
+// One bit per lane of a comparison's result.
+INLINE uint32_t bits(i32v mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask(bitcast<__m512i>(mask));
+#elif defined(__AVX2__)
+  return (uint32_t)_mm256_movemask_ps(bitcast<__m256>(mask));
+#elif defined(__SSE2__)
+  return (uint32_t)_mm_movemask_ps(bitcast<__m128>(mask));
+#else
+  uint32_t b = 0;
+  for (int i = 0; i < LANES; i++) b |= (uint32_t)(mask[i] & 1) << i;
+  return b;
+#endif
+}
+// Stores the lanes whose bit is set side by side and returns how many; the rest of LANES values at p may be overwritten.
+template <class V>
+INLINE int compress(void* p, V v, uint32_t bits) {
+#if defined(__AVX512F__)
+  // Through a register: a compressing store to memory is slow on Zen 4.
+  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32((__mmask16)bits, bitcast<__m512i>(v)));
+  return __builtin_popcount(bits);
+#else
+  uint32_t lanes[LANES], *out = (uint32_t*)p;
+  memcpy(lanes, &v, sizeof v);
+  int n = 0;
+  for (; bits; bits &= bits - 1) out[n++] = lanes[__builtin_ctz(bits)];
+  return n;
+#endif
 }
 
 // Round to the nearest integer, ties to even, |v| < 2^22.
