@@ -26,7 +26,11 @@ def backends() -> list[str]:
 
 def conformance() -> list[Any]:
     return [
-        pytest.param(op, case, dtype, id=f"{op.name}-{case.name}-{str(dtype).removeprefix('torch.')}")
+        pytest.param(
+            *(op, case, dtype),
+            id=f"{op.name}-{case.name}-{str(dtype).removeprefix('torch.')}",
+            marks=[pytest.mark.slow] if "big" in case.tags else [],
+        )
         for op in ops.pages().values()
         for case in op.cases()
         for dtype in op.dtypes
