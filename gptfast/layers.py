@@ -54,6 +54,12 @@ class Layer(nn.Module):
     backend: str | None = None
 
 
+def fill_normal(weight: Tensor, std: float = 0.02) -> None:
+    """N(0, std), as GPT-2 starts; nothing on the meta device, where it would only take time."""
+    if weight.device.type != "meta":
+        nn.init.normal_(weight, std=std)
+
+
 class Linear(Layer):
     """x (..., K) -> (..., N): x weight^T + bias, the weight a parameter (N, K) or a QuantizedWeight.
 
@@ -77,7 +83,7 @@ class Linear(Layer):
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        nn.init.normal_(self.weight, std=0.02)
+        fill_normal(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -125,7 +131,7 @@ class Embedding(Layer):
         super().__init__()
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim, device=device, dtype=dtype))
-        nn.init.normal_(self.weight, std=0.02)
+        fill_normal(self.weight)
 
     def set_weight(self, weight: Tensor | QuantizedWeight) -> None:
         """Holds this weight from now on, as it is."""
@@ -255,7 +261,7 @@ class Attention(Layer):
         layer: int = 0,
         dropout: Dropout | None = None,
     ) -> Tensor:
-        """tables: cos and sin (S, R/2) of the positions from 0, or None for no rotation. cache: its k[layer], v[layer]."""
+        """tables: cos and sin (S, R/2) of the positions from 0, or None. cache: its k[layer] and v[layer] are used."""
         B, T, _ = x.shape
         H, Hk = self.n_head, self.n_kv_head
         heads = self.qkv(x).view(B, T, H + 2 * Hk, self.head_dim)

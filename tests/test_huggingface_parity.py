@@ -24,19 +24,21 @@ LLAMA3 = dict(
     rope_type="llama3", rope_theta=1e4, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )  # fmt: skip
+GPT2: dict[str, Any] = dict(model_type="gpt2", vocab_size=211, n_positions=128, bos_token_id=None, eos_token_id=None)
+UNTIED: dict[str, Any] = dict(n_inner=80, activation_function="gelu", tie_word_embeddings=False)
+BIASED: dict[str, Any] = dict(
+    attention_bias=True, mlp_bias=True, head_dim=24, tie_word_embeddings=True, rope_parameters=LLAMA3
+)
 CONFIGS: dict[str, dict[str, Any]] = {
-    "gpt2": dict(model_type="gpt2", vocab_size=211, n_embd=64, n_layer=3, n_head=4, n_positions=128,
-                 bos_token_id=None, eos_token_id=None),
-    "gpt2-untied-gelu": dict(model_type="gpt2", vocab_size=211, n_embd=48, n_layer=2, n_head=3, n_positions=128, n_inner=80,
-                             activation_function="gelu", tie_word_embeddings=False, bos_token_id=None, eos_token_id=None),
-    "llama": dict(model_type="llama", **SMALL),
-    "llama-tied-biased": dict(model_type="llama", **SMALL, tie_word_embeddings=True, attention_bias=True, mlp_bias=True,
-                              head_dim=24, rope_parameters=LLAMA3),
-    "mistral": dict(model_type="mistral", **SMALL, sliding_window=9),
-    "qwen2": dict(model_type="qwen2", **SMALL),
-    "qwen2-window": dict(model_type="qwen2", **SMALL, use_sliding_window=True, sliding_window=7, max_window_layers=1),
-    "qwen3": dict(model_type="qwen3", **SMALL, head_dim=32, tie_word_embeddings=True),
-}  # fmt: skip
+    "gpt2": dict(GPT2, n_embd=64, n_layer=3, n_head=4),
+    "gpt2-untied-gelu": dict(GPT2, n_embd=48, n_layer=2, n_head=3, **UNTIED),
+    "llama": dict(SMALL, model_type="llama"),
+    "llama-tied-biased": dict(SMALL, model_type="llama", **BIASED),
+    "mistral": dict(SMALL, model_type="mistral", sliding_window=9),
+    "qwen2": dict(SMALL, model_type="qwen2"),
+    "qwen2-window": dict(SMALL, model_type="qwen2", use_sliding_window=True, sliding_window=7, max_window_layers=1),
+    "qwen3": dict(SMALL, model_type="qwen3", head_dim=32, tie_word_embeddings=True),
+}
 T = 41  # tokens of each text: longer than every window
 
 
@@ -169,7 +171,7 @@ def test_configuration_survives(name: str) -> None:
 def test_weights_are_held_as_asked(tmp_path: Path) -> None:
     theirs("llama").save_pretrained(tmp_path)
     assert GPT.from_folder(tmp_path, weights="bf16").dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="expected weights among fp32, .*, got 'int3'"):
+    with pytest.raises(ValueError, match=r"expected weights among fp32, .*, got 'int3'"):
         GPT.from_folder(tmp_path, weights="int3")
 
 
@@ -178,10 +180,8 @@ def test_bare_names_and_old_buffers_load() -> None:
     model = theirs("gpt2")
     ours = GPT.from_huggingface_model(model)
     bare = model.transformer
-    state = dict(bare.state_dict()) | {
-        "h.0.attn.bias": torch.ones(1, 1, 128, 128),
-        "h.0.attn.masked_bias": torch.tensor(-1e4),
-    }
+    buffers = {"h.0.attn.bias": torch.ones(1, 1, 128, 128), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    state = dict(bare.state_dict()) | buffers
     bare.state_dict = lambda: state
     again = GPT.from_huggingface_model(bare)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), ours.parameters(), strict=True))

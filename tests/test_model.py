@@ -1,4 +1,4 @@
-"""GPT on its own: caches, presets and counts, GGUF, dropout, and the real model against its recorded logits."""
+"""GPT on its own: caches, presets and counts, GGUF, initialisation, gradients and dropout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from gptfast.formats import blocks
 from gptfast.formats.gguf import open_gguf, write_gguf
-from gptfast.formats.registry import find_preset_file
 from gptfast.generate.cache import KVCache
 from gptfast.kernels import reason_missing
 from gptfast.model import GPT, PRESETS, GPTConfig, preset
@@ -145,7 +144,8 @@ def test_what_does_not_fit_is_said() -> None:
         GPTConfig("gpt2", 97, 3, 4, 65, 64)
 
 
-PUBLISHED = {  # parameters: GPT-2 as released; GPT-3 in the paper's own rounding (table 2.1); Llama's and Mistral's papers
+# Parameters: GPT-2, Llama and Mistral as released; GPT-3 as its paper rounds them (table 2.1).
+PUBLISHED = {
     "gpt2-124m": (124_439_808, 0),
     "gpt2-355m": (354_823_168, 0),
     "gpt2-774m": (774_030_080, 0),
@@ -177,7 +177,7 @@ def test_every_preset_is_made_on_the_meta_device() -> None:
         start = time.perf_counter()
         assert sum(p.numel() for p in GPT(config, device="meta").parameters()) == config.parameters(), name
         assert time.perf_counter() - start < 10
-    with pytest.raises(ValueError, match="expected a preset among tiny, .*, got 'gpt5'"):
+    with pytest.raises(ValueError, match=r"expected a preset among tiny, .*, got 'gpt5'"):
         preset("gpt5")
 
 

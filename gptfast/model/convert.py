@@ -32,7 +32,7 @@ QUANTISED = {"q8_0": "Q8_0", "q4_0": "Q4_0", "q4_1": "Q4_1"}
 
 
 class Stored(NamedTuple):
-    """A tensor as a file has it: its rows, and what they are (a name in blocks.FORMATS; plain rows have their dtype)."""
+    """A tensor as a file has it: its rows and, where they are blocks, their name in blocks.FORMATS."""
 
     type: str
     shape: tuple[int, ...]
@@ -76,7 +76,8 @@ def _from_huggingface(config: GPTConfig, tensors: Mapping[str, Tensor], weights:
 
     ignored = {name for name in tensors if name.endswith(huggingface.IGNORED)} | {"lm_head.weight"}
     _check_names({stored_name(n) for source in sources.values() for n in source.names}, tensors.keys(), ignored)
-    return _build(config, sources, read, weights)
+    stored = read(sources["embedding.weight"].names[0]).rows.dtype
+    return _build(config, sources, read, weights, stored)
 
 
 def from_gguf(gguf: GGUF, weights: str | None = None) -> GPT:
@@ -89,13 +90,14 @@ def from_gguf(gguf: GGUF, weights: str | None = None) -> GPT:
 
     def read(name: str) -> Stored:
         raw, tensor = gguf.raw(name), gguf.tensors[name]
-        if blocks.FORMATS[tensor.type].dtype is not None:
-            # fp32 holds every plain type; _build rounds to the dtype of the model, which is that of the embedding
-            dtype = blocks.FORMATS[tensor.type].dtype
+        if (dtype := blocks.FORMATS[tensor.type].dtype) is not None:
             return Stored(tensor.type, tensor.shape, gguf.float32(name).to(dtype))
         return Stored(tensor.type, tensor.shape, raw.reshape(*tensor.shape[:-1], -1))
 
-    return _build(config, sources, read, weights)
+    plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    quantised = any(tensor.type not in plain for tensor in gguf.tensors.values())
+    stored = torch.float32 if quantised else plain[gguf.tensors["token_embd.weight"].type]
+    return _build(config, sources, read, weights, stored)
 
 
 def _check_names(needed: Collection[str], there: Collection[str], ignored: Collection[str]) -> None:
@@ -105,15 +107,14 @@ def _check_names(needed: Collection[str], there: Collection[str], ignored: Colle
         raise ValueError(f"expected {len(needed)} tensors by name, got also {first(unexpected)}")
 
 
-def _build(config: GPTConfig, sources: dict[str, Source], read: Read, weights: str | None) -> GPT:
+def _build(config: GPTConfig, sources: dict[str, Source], read: Read, weights: str | None, stored: torch.dtype) -> GPT:
+    """stored: the dtype of everything plain where `weights` asks for none."""
     if weights is not None and weights not in DTYPES and weights not in QUANTISED:
         raise ValueError(f"expected weights among {', '.join([*DTYPES, *QUANTISED])} or None, got {weights!r}")
     model = GPT(config, device="meta")
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert wanted.keys() == sources.keys(), wanted.keys() ^ sources.keys()
-    dtype = DTYPES.get(weights or "", torch.float32)
-    if weights is None:
-        dtype = _stream_dtype(read(source.names[0]) for name, source in sources.items() if _is_matrix(model, name))
+    dtype = stored if weights is None else DTYPES.get(weights, torch.float32)
     for name, source in sources.items():
         parts = [_ordered(read(n), source, heads) for n, heads in zip(source.names, source.heads)]
         shape = _stacked_shape(parts, name)
@@ -122,12 +123,6 @@ def _build(config: GPTConfig, sources: dict[str, Source], read: Read, weights: s
         weight = _held(parts, shape, weights, dtype) if _is_matrix(model, name) else _plain(parts, dtype)
         _assign(model, name, weight)
     return model.eval()
-
-
-def _stream_dtype(matrices: Any) -> torch.dtype:
-    """The dtype of everything that isn't quantised: fp32 if a matrix is, else that of the first one, the embedding."""
-    dtypes = [m.rows.dtype for m in matrices]
-    return torch.float32 if torch.uint8 in dtypes else dtypes[0]
 
 
 def _is_matrix(model: GPT, name: str) -> bool:

@@ -20,6 +20,7 @@ from gptfast.layers import (
     LayerNorm,
     Linear,
     RMSNorm,
+    fill_normal,
     project,
 )
 from gptfast.model.config import GPTConfig
@@ -55,7 +56,7 @@ class GPT(nn.Module):
         for block in self.blocks:
             assert isinstance(block, Block)
             for linear in (block.attention.out, block.mlp.down):
-                nn.init.normal_(_parameter(linear.weight), std=0.02 / math.sqrt(2 * config.n_layer))
+                fill_normal(_parameter(linear.weight), 0.02 / math.sqrt(2 * config.n_layer))
 
     def forward(self, ids: Tensor, cache: Cache | None = None, *, last: Tensor | None = None) -> Tensor:
         """Logits in fp32, (B, T, V).
