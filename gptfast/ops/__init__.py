@@ -12,6 +12,7 @@ from gptfast.ops.layer_norm import layer_norm
 from gptfast.ops.linear import linear
 from gptfast.ops.rms_norm import rms_norm
 from gptfast.ops.rope import rope, rope_frequencies, rope_tables
+from gptfast.ops.sampling import sample
 from gptfast.ops.spec import Op
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "rope",
     "rope_frequencies",
     "rope_tables",
+    "sample",
 ]
 
 

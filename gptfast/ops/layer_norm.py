@@ -127,14 +127,20 @@ def layer_norm(
 
     Raises ValueError for shapes and dtypes that don't fit; BackendError where `backend` can't serve the call.
     """
-    require(x.dim() >= 1 and x.is_floating_point(), f"layer_norm: expected x (..., C) of floats, got {shape(x)}")
+    require(
+        x.dim() >= 1 and x.is_floating_point(), lambda: f"layer_norm: expected x (..., C) of floats, got {shape(x)}"
+    )
     C = x.shape[-1]
-    require(weight.shape == (C,), f"layer_norm: expected weight ({C},), got {shape(weight)}")
-    require(bias is None or (bias.shape == (C,) and bias.dtype == weight.dtype),
-            f"layer_norm: expected bias like weight {shape(weight)}, got {bias is not None and shape(bias)}")  # fmt: skip
-    require(residual is None or (residual.shape == x.shape and residual.dtype == x.dtype),
-            f"layer_norm: expected residual like x {shape(x)}, got {residual is not None and shape(residual)}")  # fmt: skip
-    require(0 <= dropout_p < 1, f"layer_norm: expected 0 <= dropout_p < 1, got {dropout_p}")
+    require(weight.shape == (C,), lambda: f"layer_norm: expected weight ({C},), got {shape(weight)}")
+    require(
+        bias is None or (bias.shape == (C,) and bias.dtype == weight.dtype),
+        lambda: f"layer_norm: expected bias like weight {shape(weight)}, got {shape(bias)}",
+    )
+    require(
+        residual is None or (residual.shape == x.shape and residual.dtype == x.dtype),
+        lambda: f"layer_norm: expected residual like x {shape(x)}, got {shape(residual)}",
+    )
+    require(0 <= dropout_p < 1, lambda: f"layer_norm: expected 0 <= dropout_p < 1, got {dropout_p}")
     return dispatch.run(
         *("layer_norm", backend, reference, x),
         **dict(

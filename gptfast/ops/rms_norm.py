@@ -115,12 +115,14 @@ def rms_norm(
 
     Raises ValueError for shapes and dtypes that don't fit; BackendError where `backend` can't serve the call.
     """
-    require(x.dim() >= 1 and x.is_floating_point(), f"rms_norm: expected x (..., C) of floats, got {shape(x)}")
+    require(x.dim() >= 1 and x.is_floating_point(), lambda: f"rms_norm: expected x (..., C) of floats, got {shape(x)}")
     C = x.shape[-1]
-    require(weight.shape == (C,), f"rms_norm: expected weight ({C},), got {shape(weight)}")
-    require(residual is None or (residual.shape == x.shape and residual.dtype == x.dtype),
-            f"rms_norm: expected residual like x {shape(x)}, got {residual is not None and shape(residual)}")  # fmt: skip
-    require(0 <= dropout_p < 1, f"rms_norm: expected 0 <= dropout_p < 1, got {dropout_p}")
+    require(weight.shape == (C,), lambda: f"rms_norm: expected weight ({C},), got {shape(weight)}")
+    require(
+        residual is None or (residual.shape == x.shape and residual.dtype == x.dtype),
+        lambda: f"rms_norm: expected residual like x {shape(x)}, got {shape(residual)}",
+    )
+    require(0 <= dropout_p < 1, lambda: f"rms_norm: expected 0 <= dropout_p < 1, got {dropout_p}")
     return dispatch.run(
         *("rms_norm", backend, reference, x),
         **dict(x=x, weight=weight, eps=eps, residual=residual, dropout_p=dropout_p, seed=seed, stream=stream),

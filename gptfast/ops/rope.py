@@ -115,15 +115,20 @@ def rope(
 
     Raises ValueError for shapes and dtypes that don't fit; BackendError where `backend` can't serve the call.
     """
-    require(q.dim() == 4 and q.is_floating_point(), f"rope: expected q (B, S, H, D) of floats, got {shape(q)}")
+    require(q.dim() == 4 and q.is_floating_point(), lambda: f"rope: expected q (B, S, H, D) of floats, got {shape(q)}")
     B, S, _, D = q.shape
-    require(k.dim() == 4 and k.shape[:2] == (B, S) and k.shape[3] == D and k.dtype == q.dtype,
-            f"rope: expected k ({B}, {S}, Hk, {D}) of q's dtype, got {shape(k)}")  # fmt: skip
-    half = cos.shape[-1] if cos.dim() else 0
-    require(tuple(cos.shape) in ((S, half), (B, S, half)) and cos.is_floating_point() and 2 * half <= D,
-            f"rope: expected cos ({S}, R/2) or ({B}, {S}, R/2) of floats with R <= {D}, got {shape(cos)}")  # fmt: skip
     require(
-        sin.shape == cos.shape and sin.dtype == cos.dtype, f"rope: expected sin like cos {shape(cos)}, got {shape(sin)}"
+        k.dim() == 4 and k.shape[:2] == (B, S) and k.shape[3] == D and k.dtype == q.dtype,
+        lambda: f"rope: expected k ({B}, {S}, Hk, {D}) of q's dtype, got {shape(k)}",
+    )
+    half = cos.shape[-1] if cos.dim() else 0
+    require(
+        tuple(cos.shape) in ((S, half), (B, S, half)) and cos.is_floating_point() and 2 * half <= D,
+        lambda: f"rope: expected cos ({S}, R/2) or ({B}, {S}, R/2) of floats with R <= {D}, got {shape(cos)}",
+    )
+    require(
+        sin.shape == cos.shape and sin.dtype == cos.dtype,
+        lambda: f"rope: expected sin like cos {shape(cos)}, got {shape(sin)}",
     )
     return dispatch.run("rope", backend, reference, q, q=q, k=k, cos=cos, sin=sin, interleaved=interleaved)
 

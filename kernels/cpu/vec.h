@@ -328,6 +328,36 @@ INLINE float load1(const T* p) {
   return widen(h, T{})[0];
 }
 
+// One bit per lane of a comparison's result.
+INLINE uint32_t bits(i32v mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask(bitcast<__m512i>(mask));
+#elif defined(__AVX2__)
+  return (uint32_t)_mm256_movemask_ps(bitcast<__m256>(mask));
+#elif defined(__SSE2__)
+  return (uint32_t)_mm_movemask_ps(bitcast<__m128>(mask));
+#else
+  uint32_t b = 0;
+  for (int i = 0; i < LANES; i++) b |= (uint32_t)(mask[i] & 1) << i;
+  return b;
+#endif
+}
+// Stores the lanes whose bit is set side by side and returns how many; the rest of LANES values at p may be overwritten.
+template <class V>
+INLINE int compress(void* p, V v, uint32_t bits) {
+#if defined(__AVX512F__)
+  // Through a register: a compressing store to memory is slow on Zen 4.
+  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32((__mmask16)bits, bitcast<__m512i>(v)));
+  return __builtin_popcount(bits);
+#else
+  uint32_t lanes[LANES], *out = (uint32_t*)p;
+  memcpy(lanes, &v, sizeof v);
+  int n = 0;
+  for (; bits; bits &= bits - 1) out[n++] = lanes[__builtin_ctz(bits)];
+  return n;
+#endif
+}
+
 // Round to the nearest integer, ties to even, |v| < 2^22.
 INLINE f32v round(f32v v) {
 #if defined(__AVX512F__)
