@@ -98,12 +98,12 @@ class Linear(Layer):
 
 def set_weight(module: nn.Module, weight: Tensor | QuantizedWeight) -> None:
     """Makes `weight` the module's: a parameter, or a plain attribute where it is quantised."""
-    module._parameters.pop("weight", None)
-    module.__dict__.pop("weight", None)
     if isinstance(weight, QuantizedWeight):
+        module._parameters.pop("weight", None)
         module.weight = weight
     else:
-        module.register_parameter("weight", nn.Parameter(weight, requires_grad=weight.is_floating_point()))
+        module.__dict__.pop("weight", None)
+        module._parameters["weight"] = nn.Parameter(weight)  # in its old place: the order of parameters stays
 
 
 def project(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gptfast.generate.cache import KVCache
-from gptfast.model import GPT, GPTConfig
+from gptfast.model import GPT, GPTConfig, convert
 from gptfast.ops.spec import tolerance
 
 transformers = pytest.importorskip("transformers")
@@ -166,6 +166,21 @@ def test_their_folder_loads_here(name: str, tmp_path: Path) -> None:
 def test_configuration_survives(name: str) -> None:
     ours = GPTConfig.from_huggingface(theirs(name).config.to_dict())
     assert GPTConfig.from_huggingface(ours.to_huggingface()) == ours
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "qwen3"])
+def test_our_gguf_means_the_same_there(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers reads GGUF on its own terms (names, permuted heads); it takes some sizes to be the defaults."""
+    pytest.importorskip("gguf")
+    changes = {"gpt2": {"n_positions": 1024}, "qwen3": {"head_dim": 128}}.get(name, {})
+    monkeypatch.setitem(CONFIGS, name, CONFIGS[name] | changes)
+    ours, ids = GPT.from_huggingface_model(theirs(name)), text()
+    tokens = {"tokenizer.ggml.tokens": [f"<{i}>" for i in range(211)]}
+    convert.save_gguf(ours, tmp_path / "m.gguf", metadata=tokens)
+    monkeypatch.setattr(transformers.modeling_utils, "is_accelerate_available", lambda *_: True)
+    there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(there.eval()(ids).logits, theirs(name)(ids).logits)
 
 
 def test_weights_are_held_as_asked(tmp_path: Path) -> None:

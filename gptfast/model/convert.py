@@ -10,14 +10,14 @@ A fused matrix whose parts are stored in different block formats is held as fp32
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gptfast.formats import blocks
-from gptfast.formats.gguf import GGUF
+from gptfast.formats.gguf import GGUF, write_gguf
 from gptfast.formats.huggingface import read_folder, write_folder
 from gptfast.layers import Linear, set_weight
 from gptfast.model import gguf as gguf_model
@@ -183,13 +183,10 @@ def to_huggingface(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = huggingface.write_config(model.config) | {"torch_dtype": str(model.dtype).removeprefix("torch.")}
     tensors: dict[str, Tensor] = {}
     for name, source in huggingface.names(model.config).items():
-        module, _, end = name.rpartition(".")
-        value = getattr(model.get_submodule(module), end)
+        value = _value(model, name)
         tensor = value.dequantize() if isinstance(value, QuantizedWeight) else value.detach()
-        if source.transposed:
-            tensor = tensor.t()
-        sizes = {1: [tensor.shape[0]], 2: [tensor.shape[0] // 2] * 2, 3: list(model.config.qkv_rows)}[len(source.names)]
-        tensors.update(zip(source.names, tensor.split(sizes)))
+        parts = _split(model, tensor.t() if source.transposed else tensor, source)
+        tensors.update(zip(source.names, parts))
     return config, tensors
 
 
@@ -199,3 +196,49 @@ def save_folder(
     """Writes a Hugging Face folder. `extra` and `options`: as gptfast.formats.huggingface.write_folder has them."""
     config, tensors = to_huggingface(model)
     write_folder(path, config, {name: t.contiguous() for name, t in tensors.items()}, extra, **options)
+
+
+def save_gguf(
+    model: GPT, path: str | os.PathLike[str], kind: str | None = None, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a GGUF file.
+
+    kind      the format of the matrices, a name in blocks.FORMATS; all else is fp32 then. None: everything as held
+    metadata  written too, a tokenizer's for example
+    """
+    tensors: dict[str, Any] = {}
+    for name, source in gguf_model.names(model.config, gguf_model.architecture(model.config)).items():
+        wanted = "F32" if kind is not None and not _is_matrix(model, name) else kind
+        type, rows, columns = _rows(_value(model, name), wanted)
+        for theirs, part, heads in zip(source.names, _split(model, rows, source), source.heads):
+            part = gguf_model.permuted(part, heads) if heads else part
+            tensors[theirs] = part if type is None else (part.reshape(-1), type, (part.shape[0], columns))
+    write_gguf(path, gguf_model.write_config(model.config) | dict(metadata or {}), tensors)
+
+
+def _value(model: GPT, name: str) -> Tensor | QuantizedWeight:
+    module, _, end = name.rpartition(".")
+    value = getattr(model.get_submodule(module), end)
+    assert isinstance(value, Tensor | QuantizedWeight)
+    return value
+
+
+def _split(model: GPT, rows: Tensor, source: Source) -> Sequence[Tensor]:
+    """The rows of a parameter as the tensors that it is made of."""
+    sizes = {1: [rows.shape[0]], 2: [rows.shape[0] // 2] * 2, 3: list(model.config.qkv_rows)}
+    return rows.split(sizes[len(source.names)])
+
+
+def _rows(value: Tensor | QuantizedWeight, kind: str | None) -> tuple[str | None, Tensor, int]:
+    """(block format or None, rows of stored blocks or values, values in a row) of a parameter in the format `kind`."""
+    if isinstance(value, QuantizedWeight):
+        held = QUANTISED[value.kind]
+        if kind in (None, held):
+            return held, value.to_blocks().reshape(value.shape[0], -1), value.shape[1]
+        value = value.dequantize()
+    value = value.detach()
+    if kind is None:
+        return None, value, 0
+    if (dtype := blocks.FORMATS[kind].dtype) is not None:
+        return None, value.to(dtype), 0
+    return kind, blocks.quantize(value, kind).reshape(value.shape[0], -1), value.shape[1]

@@ -208,6 +208,13 @@ class GPT(nn.Module):
 
         convert.save_folder(self, path)
 
+    def save_gguf(self, path: str | os.PathLike[str], kind: str | None = None) -> None:
+        """Writes a GGUF file without a tokenizer, its matrices of this kind (F32, F16, BF16, Q8_0, Q4_0, Q4_1) or as
+        they are held."""
+        from gptfast.model import convert
+
+        convert.save_gguf(self, path, kind)
+
 
 def _positions(ids: Tensor, cache: Cache | None) -> Tensor:
     steps = torch.arange(ids.shape[1], device=ids.device)
