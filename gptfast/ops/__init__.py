@@ -7,7 +7,9 @@ import pkgutil
 from functools import cache
 
 from gptfast.ops.dispatch import BackendError, Choice, backends, explain
+from gptfast.ops.embedding import embedding
 from gptfast.ops.layer_norm import layer_norm
+from gptfast.ops.mlp import bias_gelu, geglu, swiglu
 from gptfast.ops.rms_norm import rms_norm
 from gptfast.ops.rope import rope, rope_frequencies, rope_tables
 from gptfast.ops.spec import Op
@@ -16,13 +18,17 @@ __all__ = [
     "BackendError",
     "Choice",
     "backends",
+    "bias_gelu",
+    "embedding",
     "explain",
+    "geglu",
     "layer_norm",
     "pages",
     "rms_norm",
     "rope",
     "rope_frequencies",
     "rope_tables",
+    "swiglu",
 ]
 
 

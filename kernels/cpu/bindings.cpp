@@ -63,6 +63,11 @@ PYBIND11_MODULE(_cpu, m) {
        stream, drop_below, dtype, weight_dtype);
   BIND(rope, Rope, q_out, k_out, q, k, cos, sin, B, S, Hq, Hk, D, R, q_b, q_s, q_h, k_b, k_s, k_h, table_b, table_s,
        interleaved, dtype);
+  BIND(bias_gelu, Mlp, y, x, other, rows, cols, x_stride, other_stride, tanh, dtype);
+  BIND(swiglu, Mlp, y, x, other, rows, cols, x_stride, other_stride, dtype);
+  BIND(geglu, Mlp, y, x, other, rows, cols, x_stride, other_stride, tanh, dtype);
+  BIND(embedding, Embedding, out, ids, positions, weight, position_weight, rows, cols, weight_stride, position_stride,
+       dtype);
 }
 
 }  // namespace gptfast

@@ -14,7 +14,11 @@ enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 #define GPTFAST_KERNELS(KERNEL) \
   KERNEL(layer_norm, Norm)      \
   KERNEL(rms_norm, Norm)        \
-  KERNEL(rope, Rope)
+  KERNEL(rope, Rope)            \
+  KERNEL(bias_gelu, Mlp)        \
+  KERNEL(swiglu, Mlp)           \
+  KERNEL(geglu, Mlp)            \
+  KERNEL(embedding, Embedding)
 
 struct Norm {                 // layer_norm and rms_norm
   void *y, *sum;              // (rows, cols); sum = dropout(x) + residual, null without a residual
@@ -34,6 +38,21 @@ struct Rope {
   const float *cos, *sin;  // (B, S, R/2); table_b is 0 where the batch shares one
   int64_t B, S, Hq, Hk, D, R, q_b, q_s, q_h, k_b, k_s, k_h, table_b, table_s;
   int32_t interleaved, dtype;
+};
+
+struct Mlp {              // bias_gelu, swiglu and geglu
+  void* y;                // (rows, cols)
+  const void *x, *other;  // x or gate, and bias (stride 0; may be null) or up: (rows, cols) with row strides
+  int64_t rows, cols, x_stride, other_stride;
+  int32_t tanh, dtype;  // tanh: GELU's approximation instead of erf
+};
+
+struct Embedding {
+  void* out;                             // (rows, cols)
+  const int64_t *ids, *positions;        // (rows), within the tables; positions may be null
+  const void *weight, *position_weight;  // rows of cols elements
+  int64_t rows, cols, weight_stride, position_stride;
+  int32_t dtype;
 };
 
 struct Kernels {
