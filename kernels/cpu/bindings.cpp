@@ -91,6 +91,11 @@ PYBIND11_MODULE(_cpu, m) {
        logits_stride, bias_stride, mask_stride, history_cols, per_row, dtype, processed);
   BIND(ceilings, Ceilings, work, sink, data, copy, bytes, turns, what);
   BIND(dequantize, Dequantize, y, packed, ids, rows, depth, format);
+  BIND(bias_gelu, Mlp, y, x, other, rows, cols, x_stride, other_stride, tanh, dtype);
+  BIND(swiglu, Mlp, y, x, other, rows, cols, x_stride, other_stride, dtype);
+  BIND(geglu, Mlp, y, x, other, rows, cols, x_stride, other_stride, tanh, dtype);
+  BIND(embedding, Embedding, out, ids, positions, weight, position_weight, rows, cols, weight_stride, position_stride,
+       dtype);
 }
 
 }  // namespace gptfast
