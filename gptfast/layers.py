@@ -137,10 +137,12 @@ class Embedding(Layer):
         """Holds this weight from now on, as it is."""
         set_weight(self, weight)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor | None = None, table: Tensor | None = None) -> Tensor:
+        """With positions (broadcast to ids, int64) and their table (P, C), the sum of both rows."""
         if isinstance(self.weight, QuantizedWeight):
-            return self.weight.embed(ids)
-        return ops.embedding(ids, self.weight, backend=self.backend)
+            x = self.weight.embed(ids)
+            return x if table is None else x + ops.embedding(positions, table, backend=self.backend)
+        return ops.embedding(ids, self.weight, positions=positions, position_weight=table, backend=self.backend)
 
 
 class LayerNorm(Layer):
