@@ -9,7 +9,7 @@ bias    (N)       any of the float dtypes, or None
 y       (..., N)  x's dtype: sums and bias in fp32 (fp64 for fp64), rounded once
 
 activations="exact": x is used as it is, the weights as the values that they stand for, products and sums in fp32.
-    Error: that of an fp32 dot product. The chunks below keep it at a few roundings of sum |x w|, as PyTorch's does.
+    Error: that of an fp32 dot product. The order below keeps it at a few roundings of sum |x w|, as PyTorch's does.
 activations="int8", quantised weights only: x is first rounded to int8 in each group of 32 k, in fp32:
         scale = amax / 127,  q = round_half_even(x * (127 / amax)),  amax = max |x| of the group
     A group with amax < 2^-120 has scale 0; one with a value that isn't finite has scale NaN. The dot product of a group
@@ -18,8 +18,8 @@ activations="int8", quantised weights only: x is first rounded to int8 in each g
     Error: |y - y_exact| <= sum over groups of scale / 2 * sum |w|; for normal x the root mean square is 0.6% of y's.
 
 Orders of summation, constants of this page. Float weights: K in chunks of 576, added in order; in a chunk as many
-partial sums as the machine has lanes (k mod lanes), added by halves. Exact with quantised weights: K in chunks of 128,
-in order inside and between. int8: groups in order. Number of rows and of threads and a row's place in x change no bit.
+partial sums as the machine has lanes (k mod lanes), added by halves. Quantised weights: groups of 32 k, added in order;
+inside a group in order too (exact). Neither the number of rows or of threads nor a row's place in x changes a bit.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ INLINE To bitcast(From from) {
   return to;
 }
 
-INLINE f32v splat(float x) { return f32v{} + x; }
+INLINE f32v splat(float x) { return x - f32v{}; }  // 0 + x isn't x for x = -0: the compiler would add
 INLINE i32v splat(int32_t x) { return i32v{} + x; }
 INLINE i32v iota() {  // 0, 1, 2, ...
   i32v v;
