@@ -22,7 +22,7 @@ def unsupported(*tensors: Tensor | None) -> str | None:
     for t in tensors:
         if t is None:
             continue
-        if t.device.type != "cpu":
+        if not t.is_cpu:
             return f"the tensors are on {t.device}, and this backend's are on the CPU"
         if t.dtype not in DTYPES:
             return f"it takes float32, bfloat16 and float16, not {str(t.dtype).removeprefix('torch.')}"

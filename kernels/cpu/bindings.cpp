@@ -51,6 +51,15 @@ void set(Args& args, Field Args::* field, Value<Field> value) {
     args.*field = value;
 }
 
+// A pointer or an array that doesn't apply may be left out: null, zeros.
+template <class Field>
+auto argument(const char* name) {
+  if constexpr (std::is_pointer_v<Field> || std::is_array_v<Field>)
+    return py::arg(name) = Value<Field>{};
+  else
+    return py::arg(name);
+}
+
 template <auto kernel, class Args, class... Fields, class... Names>
 void def(py::module_& m, const char* name, std::tuple<Fields Args::*...> fields, Names... names) {
   m.def(
@@ -62,7 +71,7 @@ void def(py::module_& m, const char* name, std::tuple<Fields Args::*...> fields,
         run([](const void* p, Worker& worker) { (kernels().*kernel)(*static_cast<const Args*>(p), worker); }, &args,
             threads);
       },
-      py::arg("threads"), py::kw_only(), py::arg(names)...);
+      py::arg("threads"), py::kw_only(), argument<Fields>(names)...);
 }
 
 // BIND(op, Args, field, field, ...): one line per kernel.
