@@ -59,9 +59,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("use_isa", &use_isa, py::arg("name"), "Use another instruction set's kernels from now on.");
   BIND(layer_norm, LayerNorm, y, sum, mean, rstd, x, residual, weight, bias, rows, cols, x_stride, residual_stride, eps,
        dtype, weight_dtype);
-  BIND(sample, Sample, ids, logprobs, logits, logit_bias, mask, history, prompt_lengths, temperature, top_p, min_p,
-       typical_p, repetition_penalty, presence_penalty, frequency_penalty, top_k, seed, step, stream, rows, cols,
-       logits_stride, bias_stride, mask_stride, history_cols, per_row, dtype, processed);
+  BIND(sample, Sample, ids, logprobs, logits, logit_bias, mask, history, prompt_lengths, reals, integers, per_row, rows,
+       cols, logits_stride, bias_stride, mask_stride, history_cols, dtype, processed);
 }
 
 }  // namespace gptfast
