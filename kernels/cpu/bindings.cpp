@@ -111,9 +111,8 @@ PYBIND11_MODULE(_cpu, m) {
        bias_dtype);
   BIND(linear_int8, Linear, y, x, weight, bias, workspace, rows, cols, depth, x_stride, weight_stride, dtype, format,
        bias_dtype);
-  BIND(sample, Sample, ids, logprobs, logits, logit_bias, mask, history, prompt_lengths, temperature, top_p, min_p,
-       typical_p, repetition_penalty, presence_penalty, frequency_penalty, top_k, seed, step, stream, rows, cols,
-       logits_stride, bias_stride, mask_stride, history_cols, per_row, dtype, processed);
+  BIND(sample, Sample, ids, logprobs, logits, logit_bias, mask, history, prompt_lengths, reals, integers, per_row, rows,
+       cols, logits_stride, bias_stride, mask_stride, history_cols, dtype, processed);
   BIND(ceilings, Ceilings, work, sink, data, copy, bytes, turns, what);
   BIND(dequantize, Dequantize, y, packed, ids, rows, depth, format);
   BIND(bias_gelu, Mlp, y, x, other, rows, cols, x_stride, other_stride, tanh, dtype);
