@@ -6,9 +6,11 @@ The kernels live in kernels/<backend> at the top of the repository and are insta
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 BACKENDS = ("cpu", "triton", "cuda")
 
@@ -32,15 +34,30 @@ def reason_missing(backend: str) -> str | None:
     return f"this version of gptfast has no {backend} kernels yet"
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """One op of one backend."""
+
+    function: Callable[..., Any]
+    supports: Callable[..., str | None]  # None, or the reason why it can't serve such a call
+
+
 @cache
-def find(backend: str, op: str) -> ModuleType | str:
-    """The module gptfast.kernels.<backend>.<op>, or the reason why there is none."""
+def find(backend: str, page: str, function: str) -> Kernel | str:
+    """`function` of the module gptfast.kernels.<backend>.<page>, or the reason why there is none.
+
+    A module that serves several ops has supports_<function> for each; one that serves a single op, just supports.
+    """
     if (reason := reason_missing(backend)) is not None:
         return reason
-    name = f"gptfast.kernels.{backend}.{op}"
+    name = f"gptfast.kernels.{backend}.{page}"
     try:
-        return importlib.import_module(name)
+        module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-        return f"the {backend} backend has no kernel for {op}"
+        return f"the {backend} backend has no kernel for {page}"
+    if not hasattr(module, function):
+        return f"the {backend} backend has no kernel for {page}.{function}"
+    supports = getattr(module, f"supports_{function}", None) or module.supports
+    return Kernel(getattr(module, function), supports)

@@ -10,9 +10,9 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gptfast import kernels
@@ -21,7 +21,6 @@ ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 NAMES = ("reference", *kernels.BACKENDS)
 
 log = logging.getLogger("gptfast")
-_logged: set[tuple[str, str, tuple[str, ...]]] = set()
 
 
 class BackendError(RuntimeError):
@@ -49,11 +48,13 @@ class Explain:
 
 
 def run(op: str, backend: str | Explain | None, reference: Callable[..., Any], device: Tensor, **arguments: Any) -> Any:
-    """Calls the op on the backend that choose() picks. `device` is the tensor whose device decides."""
-    explain = isinstance(backend, Explain)
-    choice, function = choose(op, backend.backend if isinstance(backend, Explain) else backend, device, arguments)
-    if explain:
-        return choice
+    """Calls the op on the backend that choose() picks. `device` is the tensor whose device decides.
+
+    `op` is "page.function", or the page's name alone where its only function has the same name.
+    """
+    if isinstance(backend, Explain):
+        return choose(op, backend.backend, device, arguments)[0]
+    function = choose(op, backend, device, arguments)[1]
     return reference(**arguments) if function is None else function(**arguments)
 
 
@@ -61,36 +62,44 @@ def choose(
     op: str, backend: str | None, device: Tensor, arguments: dict[str, Any]
 ) -> tuple[Choice, Callable[..., Any] | None]:
     """The backend for this call and its function (None = the reference)."""
-    wanted = os.environ.get("GPTFAST_BACKEND") or None
+    order = _order(backend, os.environ.get("GPTFAST_BACKEND"), device.device.type)
+    passed_over: tuple[tuple[str, str], ...] = ()
+    for name in order:
+        if name == "reference":
+            return _chosen(op, name, passed_over), None
+        kernel = _find(name, op)
+        reason = kernel if isinstance(kernel, str) else kernel.supports(**arguments)
+        if reason is None:
+            assert not isinstance(kernel, str)
+            return _chosen(op, name, passed_over), kernel.function
+        passed_over = (*passed_over, (name, reason))
+    raise BackendError(f"{op} can't run on backend {backend!r}: {dict(passed_over)[order[0]]}")
+
+
+@cache
+def _order(backend: str | None, wanted: str | None, device: str) -> tuple[str, ...]:
+    """The backends to try, in order: the one asked for, or GPTFAST_BACKEND (`wanted`) and then the device's own."""
+    wanted = wanted or None
     for name, source in ((backend, "backend="), (wanted, "GPTFAST_BACKEND=")):
         if name is not None and name not in NAMES:
             raise ValueError(f"{source}{name!r}: expected one of {', '.join(NAMES)}")
     if backend is not None:
-        order: tuple[str, ...] = (backend,)
-    else:
-        order = ORDER.get(device.device.type, ("reference",))
-        if wanted is not None:
-            order = (wanted, *(name for name in order if name != wanted))
-    passed_over: dict[str, str] = {}
-    for name in order:
-        if name == "reference":
-            return _chosen(op, name, passed_over), None
-        module = kernels.find(name, op)
-        reason = module if isinstance(module, str) else module.supports(**arguments)
-        if reason is None:
-            assert not isinstance(module, str)
-            return _chosen(op, name, passed_over), getattr(module, op)
-        passed_over[name] = reason
-    raise BackendError(f"{op} can't run on backend {backend!r}: {passed_over[order[0]]}")
+        return (backend,)
+    order = ORDER.get(device, ("reference",))
+    return order if wanted is None else (wanted, *(name for name in order if name != wanted))
 
 
-def _chosen(op: str, backend: str, passed_over: dict[str, str]) -> Choice:
-    if passed_over or log.isEnabledFor(logging.DEBUG):
-        key = (op, backend, tuple(passed_over.values()))
-        if key not in _logged:
-            _logged.add(key)
-            log.debug("%s", Choice(op, backend, passed_over))
-    return Choice(op, backend, passed_over)
+@cache
+def _find(backend: str, op: str) -> kernels.Kernel | str:
+    page, _, function = op.partition(".")
+    return kernels.find(backend, page, function or page)
+
+
+@cache  # one Choice, and one line in the log, for each way a call was decided
+def _chosen(op: str, backend: str, passed_over: tuple[tuple[str, str], ...]) -> Choice:
+    choice = Choice(op, backend, dict(passed_over))
+    log.debug("%s", choice)
+    return choice
 
 
 def explain(op: str | Callable[..., Any], *args: Any, backend: str | None = None, **kwargs: Any) -> Choice:
@@ -113,12 +122,14 @@ def backends() -> dict[str, str | None]:
     return {"reference": None, **{name: kernels.reason_missing(name) for name in kernels.BACKENDS}}
 
 
-def require(condition: bool, message: str) -> None:
-    """Raises ValueError with a sentence that says expected and got."""
+def require(condition: bool, message: str | Callable[[], str]) -> None:
+    """Raises ValueError with a sentence that says expected and got; give it as a lambda where making it costs time."""
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message if isinstance(message, str) else message())
 
 
-def shape(t: Tensor) -> str:
+def shape(t: Tensor | None) -> str:
     """A tensor for an error message: its shape and dtype."""
+    if t is None:
+        return "None"
     return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}"

@@ -13,7 +13,8 @@ residual  (..., C)  x's shape and dtype; with it the sum, rounded to the storage
 eps       float     added to the variance
 
 Everything is computed in fp32 (fp64 for fp64) and rounded once at the end; y comes from the unrounded sum. A row's
-result depends on that row alone. dropout_p drops elements of x before the residual is added, scaled by 1 / (1 - p).
+result depends on that row alone. dropout_p drops elements of x before the residual is added and scales the others by
+1 / (1 - p); which ones, gptfast/ops/philox.py says: that alone depends on the place in the batch.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def reference(
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     s = x.to(wide)
     if dropout_p:
-        s = torch.where(dropout_keep(tuple(x.shape), dropout_p, seed, stream, x.device), s / (1 - dropout_p), 0.0)
+        keep = dropout_keep(tuple(x.shape), dropout_p, seed, stream, x.device)
+        s = torch.where(keep, s * (1 / (1 - dropout_p)), 0.0)
     if residual is not None:
         s = s + residual.to(wide)
     centred = s - s.mean(-1, keepdim=True)
@@ -66,7 +68,15 @@ def baseline(
     return F.layer_norm(s, s.shape[-1:], weight, bias, eps), s
 
 
-def cost(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, *, residual: Tensor | None = None) -> Cost:
+def cost(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    **_: Any,
+) -> Cost:
     moved = nbytes(x, x, weight, bias, residual, residual)  # x in, y out; residual in, sum out
     return Cost(flops=(8 + (residual is not None)) * x.numel(), bytes=moved)
 
@@ -96,6 +106,8 @@ def cases() -> list[Case]:
         case(0, 16),
         case(8192, 768, tags="bench"),
         case(8192, 768, residual=True, tags="bench"),
+        case(1, 768, residual=True, tags="bench"),
+        case(8, 768, residual=True, tags="bench"),
     ]
 
 
@@ -115,17 +127,25 @@ def layer_norm(
 
     Raises ValueError for shapes and dtypes that don't fit; BackendError where `backend` can't serve the call.
     """
-    require(x.dim() >= 1 and x.is_floating_point(), f"layer_norm: expected x (..., C) of floats, got {shape(x)}")
+    require(
+        x.dim() >= 1 and x.is_floating_point(), lambda: f"layer_norm: expected x (..., C) of floats, got {shape(x)}"
+    )
     C = x.shape[-1]
-    require(weight.shape == (C,), f"layer_norm: expected weight ({C},), got {shape(weight)}")
-    require(bias is None or (bias.shape == (C,) and bias.dtype == weight.dtype),
-            f"layer_norm: expected bias like weight {shape(weight)}, got {bias is not None and shape(bias)}")  # fmt: skip
-    require(residual is None or (residual.shape == x.shape and residual.dtype == x.dtype),
-            f"layer_norm: expected residual like x {shape(x)}, got {residual is not None and shape(residual)}")  # fmt: skip
-    require(0 <= dropout_p < 1, f"layer_norm: expected 0 <= dropout_p < 1, got {dropout_p}")
+    require(weight.shape == (C,), lambda: f"layer_norm: expected weight ({C},), got {shape(weight)}")
+    require(
+        bias is None or (bias.shape == (C,) and bias.dtype == weight.dtype),
+        lambda: f"layer_norm: expected bias like weight {shape(weight)}, got {shape(bias)}",
+    )
+    require(
+        residual is None or (residual.shape == x.shape and residual.dtype == x.dtype),
+        lambda: f"layer_norm: expected residual like x {shape(x)}, got {shape(residual)}",
+    )
+    require(0 <= dropout_p < 1, lambda: f"layer_norm: expected 0 <= dropout_p < 1, got {dropout_p}")
     return dispatch.run(
         *("layer_norm", backend, reference, x),
-        **dict(x=x, weight=weight, bias=bias, eps=eps, residual=residual, dropout_p=dropout_p, seed=seed, stream=stream),
+        **dict(
+            x=x, weight=weight, bias=bias, eps=eps, residual=residual, dropout_p=dropout_p, seed=seed, stream=stream
+        ),
     )
 
 

@@ -18,9 +18,9 @@ def philox(seed: Tensor | int, index: Tensor, stream: Tensor | int = 0) -> tuple
     """The four 32-bit words (as int64, 0 <= word < 2^32) at each index (int64); seed and stream broadcast to it."""
     seed = torch.as_tensor(seed, dtype=torch.int64, device=index.device)
     stream = torch.as_tensor(stream, dtype=torch.int64, device=index.device)
-    seed, index, stream = torch.broadcast_tensors(seed, index, stream)
-    k0, k1 = seed & MASK, (seed >> 32) & MASK
-    c0, c1, c2, c3 = index & MASK, (index >> 32) & MASK, stream & MASK, torch.zeros_like(index)
+    keys, counters, streams = torch.broadcast_tensors(seed, index, stream)
+    k0, k1 = keys & MASK, (keys >> 32) & MASK
+    c0, c1, c2, c3 = counters & MASK, (counters >> 32) & MASK, streams & MASK, torch.zeros_like(counters)
     for _ in range(10):
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]  # wraps in int64, bits as in uint64
         c0, c1, c2, c3 = ((p1 >> 32) & MASK) ^ c1 ^ k0, p1 & MASK, ((p0 >> 32) & MASK) ^ c3 ^ k1, p0 & MASK
@@ -28,7 +28,9 @@ def philox(seed: Tensor | int, index: Tensor, stream: Tensor | int = 0) -> tuple
     return c0, c1, c2, c3
 
 
-def dropout_keep(shape: tuple[int, ...], p: float, seed: int, stream: int, device: torch.device | str = "cpu") -> Tensor:
+def dropout_keep(
+    shape: tuple[int, ...], p: float, seed: int, stream: int, device: torch.device | str = "cpu"
+) -> Tensor:
     """The bool mask (True = kept) of a tensor of this shape: element e, counted in row-major order, takes word e % 4 of
     index e // 4 and is dropped where word < floor(p * 2^32)."""
     n = 1

@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <type_traits>
 
 #include "dispatch.h"
@@ -12,13 +14,24 @@ namespace py = pybind11;
 namespace gptfast {
 namespace {
 
+// What Python passes for a field: an address for a pointer, a sequence for an array.
 template <class Field>
-using Value = std::conditional_t<std::is_pointer_v<Field>, std::uintptr_t, Field>;
+struct ValueOf {
+  using type = std::conditional_t<std::is_pointer_v<Field>, std::uintptr_t, Field>;
+};
+template <class Item, std::size_t n>
+struct ValueOf<Item[n]> {
+  using type = std::array<Item, n>;
+};
+template <class Field>
+using Value = typename ValueOf<Field>::type;
 
 template <class Args, class Field>
-void set(Args& args, Field Args::*field, Value<Field> value) {
+void set(Args& args, Field Args::* field, Value<Field> value) {
   if constexpr (std::is_pointer_v<Field>)
     args.*field = reinterpret_cast<Field>(value);
+  else if constexpr (std::is_array_v<Field>)
+    std::copy(value.begin(), value.end(), args.*field);
   else
     args.*field = value;
 }
@@ -57,9 +70,26 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", &isa, "The instruction set in use.");
   m.def("isas", &isas, "The instruction sets this machine can run, the narrowest first.");
   m.def("use_isa", &use_isa, py::arg("name"), "Use another instruction set's kernels from now on.");
+  BIND(attention, Attention, out, lse, workspace, q, k, v, k_cache, v_cache, k_new, v_new, cos, sin, mask, bias, slopes,
+       sinks, cu_q, cu_k, lengths, leftpad, batch_index, block_table, B, Sq, Sk, H, Hk, D, q_longest, q_strides,
+       k_strides, v_strides, k_new_strides, v_new_strides, mask_strides, bias_strides, slopes_batch, page, table_stride,
+       rotary, chunks, partial, scale, softcap, dtype, bias_dtype, causal, left, right, interleaved);
+  BIND(layer_norm, Norm, y, sum, mean, rstd, x, residual, weight, bias, rows, cols, x_stride, residual_stride, seed,
+       eps, keep_scale, stream, drop_below, dtype, weight_dtype);
+  BIND(rms_norm, Norm, y, sum, rstd, x, residual, weight, rows, cols, x_stride, residual_stride, seed, eps, keep_scale,
+       stream, drop_below, dtype, weight_dtype);
+  BIND(rope, Rope, q_out, k_out, q, k, cos, sin, B, S, Hq, Hk, D, R, q_b, q_s, q_h, k_b, k_s, k_h, table_b, table_s,
+       interleaved, dtype);
+  BIND(linear, Linear, y, x, weight, bias, workspace, rows, cols, depth, x_stride, weight_stride, dtype, format,
+       bias_dtype);
+  BIND(linear_exact, Linear, y, x, weight, bias, workspace, rows, cols, depth, x_stride, weight_stride, dtype, format,
+       bias_dtype);
+  BIND(linear_int8, Linear, y, x, weight, bias, workspace, rows, cols, depth, x_stride, weight_stride, dtype, format,
+       bias_dtype);
+  BIND(sample, Sample, ids, logprobs, logits, logit_bias, mask, history, prompt_lengths, reals, integers, rows, cols,
+       logits_stride, bias_stride, mask_stride, history_cols, reals_stride, integers_stride, dtype, processed);
+  BIND(dequantize, Dequantize, y, packed, ids, rows, depth, format);
   BIND(ceilings, Ceilings, work, sink, data, copy, bytes, turns, what);
-  BIND(layer_norm, LayerNorm, y, sum, mean, rstd, x, residual, weight, bias, rows, cols, x_stride, residual_stride, eps,
-       dtype, weight_dtype);
 }
 
 }  // namespace gptfast

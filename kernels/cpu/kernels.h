@@ -13,7 +13,15 @@ enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 // One row per op: its name in C++ and Python, and its arguments in kernels.h.
 #define GPTFAST_KERNELS(KERNEL) \
   KERNEL(ceilings, Ceilings)    \
-  KERNEL(layer_norm, LayerNorm)
+  KERNEL(attention, Attention)  \
+  KERNEL(layer_norm, Norm)      \
+  KERNEL(rms_norm, Norm)        \
+  KERNEL(rope, Rope)            \
+  KERNEL(linear, Linear)        \
+  KERNEL(linear_exact, Linear)  \
+  KERNEL(linear_int8, Linear)   \
+  KERNEL(dequantize, Dequantize) \
+  KERNEL(sample, Sample)
 
 struct Ceilings {
   enum { FP32 = 0, INT8 = 1, READ = 2, COPY = 3 };
@@ -25,14 +33,86 @@ struct Ceilings {
   int32_t what;
 };
 
-struct LayerNorm {
-  void *y, *sum;               // (rows, cols); sum = x + residual, null without a residual
-  float *mean, *rstd;          // (rows), or null
-  const void *x, *residual;    // (rows, cols) with row strides; residual may be null
-  const void *weight, *bias;   // (cols), bias may be null
+// Strides are in elements; the last dimension is contiguous. Pointers that don't apply are null.
+struct Attention {
+  void* out;                  // (B, Sq, H, D), or (T, H, D) with cu_q, contiguous
+  float* lse;                 // (B, H, Sq) or (H, T)
+  float* workspace;           // partial results of (sequence, KV head, chunk of keys); null = keys aren't split
+  const void *q, *k, *v;      // (B, Sq, H, D), (B, Sk, Hk, D); k and v may be a cache, or pages (pages, page, Hk, D)
+  void *k_cache, *v_cache;    // the same memory as k and v where k_new and v_new are appended to it
+  const void *k_new, *v_new;  // (B, Sq, Hk, D)
+  const float *cos, *sin;     // (positions, rotary / 2), contiguous
+  const uint8_t* mask;        // broadcast to (B, H, Sq, Sk) by its strides, as is bias
+  const void* bias;
+  const float *slopes, *sinks;                     // (H) or (B, H) by slopes_batch; (H)
+  const int32_t *cu_q, *cu_k;                      // (B + 1)
+  const int32_t *lengths, *leftpad, *batch_index;  // (B)
+  const int32_t* block_table;                      // (B, table_stride)
+  int64_t B, Sq, Sk, H, Hk, D;                     // with cu_q, Sq is the total; with lengths, Sk is ignored
+  int64_t q_longest;                               // the longest sequence of queries
+  int64_t q_strides[3];                            // batch, position, head
+  int64_t k_strides[3], v_strides[3];              // batch or page, position, head
+  int64_t k_new_strides[3], v_new_strides[3];      // batch, position, head
+  int64_t mask_strides[4], bias_strides[4];        // batch, head, query, key
+  int64_t slopes_batch, page, table_stride, rotary;
+  int64_t chunks, partial;  // of workspace: chunks a sequence, floats a chunk
+  float scale, softcap;
+  int32_t dtype, bias_dtype, causal, left, right, interleaved;
+};
+
+struct Norm {                 // layer_norm and rms_norm
+  void *y, *sum;              // (rows, cols); sum = dropout(x) + residual, null without a residual
+  float *mean, *rstd;         // (rows), or null
+  const void *x, *residual;   // (rows, cols) with row strides; residual may be null
+  const void *weight, *bias;  // (cols), bias may be null
   int64_t rows, cols, x_stride, residual_stride;
-  float eps;
+  uint64_t seed;
+  float eps, keep_scale;        // keep_scale = 1 / (1 - p)
+  uint32_t stream, drop_below;  // drop_below = floor(p * 2^32); 0 = no dropout
   int32_t dtype, weight_dtype;  // weight_dtype is dtype or FLOAT32
+};
+
+struct Rope {
+  void *q_out, *k_out;     // (B, S, Hq, D) and (B, S, Hk, D), contiguous
+  const void *q, *k;       // the same shapes with strides in elements, D contiguous
+  const float *cos, *sin;  // (B, S, R/2); table_b is 0 where the batch shares one
+  int64_t B, S, Hq, Hk, D, R, q_b, q_s, q_h, k_b, k_s, k_h, table_b, table_s;
+  int32_t interleaved, dtype;
+};
+
+struct Linear {
+  void* y;             // (rows, cols)
+  const void* x;       // (rows, depth) with a row stride
+  const void* weight;  // (cols, depth) with a row stride; quantised: packed panels (linear.h)
+  const void* bias;    // (cols), or null
+  void* workspace;     // shared by the workers: rows * (depth rounded up to 64) floats; null: each has its own
+  int64_t rows, cols, depth, x_stride, weight_stride;
+  int32_t dtype, format, bias_dtype;  // format: the weight's dtype, or 3 Q8_0, 4 Q4_0, 5 Q4_1
+};
+
+struct Dequantize {
+  float* y;            // (rows, depth)
+  const void* packed;  // panels of a quantised weight
+  const int64_t* ids;  // (rows): which of its rows; null: 0, 1, 2, ...
+  int64_t rows, depth;
+  int32_t format;
+};
+
+struct Sample {
+  int64_t* ids;                   // (rows)
+  float* logprobs;                // (rows), or null
+  const void* logits;             // (rows, cols)
+  const float* logit_bias;        // (cols) with stride 0, or (rows, cols), or null
+  const uint8_t* mask;            // likewise, 0 = forbidden
+  const int64_t* history;         // (rows, history_cols), or null
+  const int64_t* prompt_lengths;  // (rows), or null
+  const float* reals;             // (rows, 7), or (7) with stride 0: SampleReals
+  const int64_t* integers;        // (rows, 4), or (4) with stride 0: top_k, seed, step, stream
+  int64_t rows, cols, logits_stride, bias_stride, mask_stride, history_cols, reals_stride, integers_stride;
+  int32_t dtype, processed;  // processed: log-probabilities after the filters, not of the logits as given
+};
+struct SampleReals {
+  float temperature, top_p, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty;
 };
 
 struct Kernels {

@@ -57,7 +57,17 @@ INLINE To bitcast(From from) {
   return to;
 }
 
-INLINE f32v splat(float x) { return f32v{} + x; }
+INLINE f32v splat(float x) {  // f32v{} + x would be an addition: it turns -0 into +0
+#if defined(__AVX512F__)
+  return _mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return _mm256_set1_ps(x);
+#elif defined(__SSE2__)
+  return _mm_set1_ps(x);
+#else
+  return vdupq_n_f32(x);
+#endif
+}
 INLINE i32v splat(int32_t x) { return i32v{} + x; }
 INLINE i32v iota() {  // 0, 1, 2, ...
   i32v v;
@@ -233,12 +243,119 @@ INLINE void store(T* p, f32v v, int n) {
   for (int i = 0; i < n; i++) p[i] = tail[i];
 #endif
 }
+// All lanes: what a count of lanes is where the vector is whole.
+struct All {};
+template <class T>
+INLINE f32v load(const T* p, All) {
+  return load(p);
+}
+template <class T>
+INLINE void store(T* p, f32v v, All) {
+  store(p, v);
+}
+INLINE f32v first(f32v v, int n) { return iota() < n ? v : f32v{}; }  // the first n lanes; the others zero
+INLINE f32v first(f32v v, All) { return v; }
+
+INLINE i32v load_mask(const int32_t* p) {  // LANES lanes of all ones or zeros
+  i32v v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// Stores past the caches, for outputs larger than they are: p is aligned to the vector that is stored, and stream_end()
+// follows before another thread may read.
+constexpr int64_t STREAM_BYTES = 16 << 20;
+INLINE bool aligned(const void* p) { return (uintptr_t)p % VEC_BYTES == 0; }
+INLINE void stream(float* p, f32v v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, v);
+#elif defined(__SSE2__)
+  _mm_stream_ps(p, v);
+#else
+  store(p, v);
+#endif
+}
+template <class T>
+INLINE void stream(T* p, f32v v) {
+#if defined(__AVX512F__)
+  _mm256_stream_si256((__m256i*)p, bitcast<__m256i>(narrow(v, T{})));
+#elif defined(__AVX2__)
+  _mm_stream_si128((__m128i*)p, bitcast<__m128i>(narrow(v, T{})));
+#else
+  store(p, v);
+#endif
+}
+template <class T>
+INLINE void stream(T* p, f32v v, All) {
+  stream(p, v);
+}
+template <class T>
+INLINE void stream(T* p, f32v v, int n) {  // the last elements of a row
+  store(p, v, n);
+}
+INLINE void stream_end() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// Calls f(c, n, u) for each vector of a row of C elements: it starts at c and has n lanes, All{} or the count of those
+// that are left; u is the accumulator that a reduction adds it to, 0 .. 3. The order depends on C alone.
+template <class F>
+INLINE void each_vector(int64_t C, F f) {
+  int64_t c = 0;
+  for (; c + 4 * LANES <= C; c += 4 * LANES) {
+    f(c, All{}, 0);
+    f(c + LANES, All{}, 1);
+    f(c + 2 * LANES, All{}, 2);
+    f(c + 3 * LANES, All{}, 3);
+  }
+  for (; c + LANES <= C; c += LANES) f(c, All{}, 0);
+  if (c < C) f(c, (int)(C - c), 0);
+}
+INLINE i32v load(const int32_t* p) {
+  i32v v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
 INLINE float load1(const float* p) { return *p; }
 template <class T>
 INLINE float load1(const T* p) {
   u16v h = {};
   h[0] = p->bits;
   return widen(h, T{})[0];
+}
+
+// One bit per lane of a comparison's result.
+INLINE uint32_t bits(i32v mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask(bitcast<__m512i>(mask));
+#elif defined(__AVX2__)
+  return (uint32_t)_mm256_movemask_ps(bitcast<__m256>(mask));
+#elif defined(__SSE2__)
+  return (uint32_t)_mm_movemask_ps(bitcast<__m128>(mask));
+#else
+  uint32_t b = 0;
+  for (int i = 0; i < LANES; i++) b |= (uint32_t)(mask[i] & 1) << i;
+  return b;
+#endif
+}
+// Stores the lanes whose bit is set side by side and returns how many; the rest of LANES values at p may be overwritten.
+template <class V>
+INLINE int compress(void* p, V v, uint32_t bits) {
+#if defined(__AVX512F__)
+  // Through a register: a compressing store to memory is slow on Zen 4.
+  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32((__mmask16)bits, bitcast<__m512i>(v)));
+  return __builtin_popcount(bits);
+#else
+  uint32_t lanes[LANES], *out = (uint32_t*)p;
+  memcpy(lanes, &v, sizeof v);
+  int n = 0;
+  for (; bits; bits &= bits - 1) out[n++] = lanes[__builtin_ctz(bits)];
+  return n;
+#endif
 }
 
 // Round to the nearest integer, ties to even, |v| < 2^22.
