@@ -79,11 +79,12 @@ class Ceilings:
     rates: dict[str, dict[int, Rate]]
 
     def best(self, name: str, threads: int) -> float:
-        """The most that so many threads can have, in units per second: no more than one thread's share times them."""
+        """The most that so many threads can have, in units per second: never less than fewer threads had."""
         measured = self.rates[name]
+        most = max(rate.best for n, rate in measured.items() if n <= threads)
         if threads in measured:
-            return measured[threads].best
-        return min(measured[1].best * threads, measured[max(measured)].best)
+            return most
+        return max(most, min(measured[1].best * threads, measured[max(measured)].best))
 
 
 @dataclass(frozen=True)
@@ -243,12 +244,15 @@ class _Probe:
         self.copy = torch.zeros(self.bytes // 2, dtype=torch.uint8)
         self.work = torch.zeros(1, dtype=torch.float64)
         self.sink = torch.zeros(2 * 16 * here.cores)
-        self.turns: defaultdict[tuple[str, int], int] = defaultdict(lambda: 1)
+        self.turns: defaultdict[str, int] = defaultdict(lambda: 1)
 
     def rate(self, name: str, threads: int, size: int) -> float:
-        """Units per second of one timing, of enough turns to last: however slow a loud moment made an earlier one."""
-        while (seconds := self._run(name, threads, size, self.turns[name, threads])) < SAMPLE_S / 2:
-            self.turns[name, threads] *= 2
+        """Units per second of one timing. One thread alone says how many turns last: the waiting for another, whose core
+        is taken by a neighbour, would look like work."""
+        seconds = self._run(name, threads, size, self.turns[name])
+        while threads == 1 and seconds < SAMPLE_S / 2:
+            self.turns[name] *= 2
+            seconds = self._run(name, threads, size, self.turns[name])
         return self.work.item() / seconds
 
     def _run(self, name: str, threads: int, size: int, turns: int) -> float:

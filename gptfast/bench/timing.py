@@ -44,7 +44,7 @@ def interleave(
     """Seconds per call of each contender, one sample a round; sample i of all of them is from round i.
 
     A sample is: pause, one call untimed (it wakes the threads and fills the caches), then enough timed calls to last
-    `min_sample_s` (more of them whenever they don't). Each round starts with another contender, so that none is always the one after a certain other.
+    `min_sample_s`. Each round starts with another contender, so that none is always the one after a certain other.
     """
     if rounds < 1:
         raise ValueError(f"interleave: expected at least 1 round, got {rounds}")
