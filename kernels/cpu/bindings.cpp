@@ -86,10 +86,11 @@ PYBIND11_MODULE(_cpu, m) {
        bias_dtype);
   BIND(linear_int8, Linear, y, x, weight, bias, workspace, rows, cols, depth, x_stride, weight_stride, dtype, format,
        bias_dtype);
-  BIND(sample, Sample, ids, logprobs, logits, logit_bias, mask, history, prompt_lengths, reals, integers, rows, cols,
-       logits_stride, bias_stride, mask_stride, history_cols, reals_stride, integers_stride, dtype, processed);
-  BIND(dequantize, Dequantize, y, packed, ids, rows, depth, format);
+  BIND(sample, Sample, ids, logprobs, logits, logit_bias, mask, history, prompt_lengths, temperature, top_p, min_p,
+       typical_p, repetition_penalty, presence_penalty, frequency_penalty, top_k, seed, step, stream, rows, cols,
+       logits_stride, bias_stride, mask_stride, history_cols, per_row, dtype, processed);
   BIND(ceilings, Ceilings, work, sink, data, copy, bytes, turns, what);
+  BIND(dequantize, Dequantize, y, packed, ids, rows, depth, format);
 }
 
 }  // namespace gptfast

@@ -11,27 +11,17 @@ namespace gptfast {
 enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 // One row per op: its name in C++ and Python, and its arguments in kernels.h.
-#define GPTFAST_KERNELS(KERNEL) \
-  KERNEL(ceilings, Ceilings)    \
-  KERNEL(attention, Attention)  \
-  KERNEL(layer_norm, Norm)      \
-  KERNEL(rms_norm, Norm)        \
-  KERNEL(rope, Rope)            \
-  KERNEL(linear, Linear)        \
-  KERNEL(linear_exact, Linear)  \
-  KERNEL(linear_int8, Linear)   \
+#define GPTFAST_KERNELS(KERNEL)  \
+  KERNEL(attention, Attention)   \
+  KERNEL(layer_norm, Norm)       \
+  KERNEL(rms_norm, Norm)         \
+  KERNEL(rope, Rope)             \
+  KERNEL(linear, Linear)         \
+  KERNEL(linear_exact, Linear)   \
+  KERNEL(linear_int8, Linear)    \
   KERNEL(dequantize, Dequantize) \
-  KERNEL(sample, Sample)
-
-struct Ceilings {
-  enum { FP32 = 0, INT8 = 1, READ = 2, COPY = 3 };
-  double* work;      // written: the operations or bytes that all workers did
-  void* sink;        // 2 vectors for each worker: operands, then results, so that no work can be left out
-  const void* data;  // READ and COPY: bytes in all, shared out among the workers
-  void* copy;        // COPY: as many, the destination
-  int64_t bytes, turns;
-  int32_t what;
-};
+  KERNEL(sample, Sample)         \
+  KERNEL(ceilings, Ceilings)
 
 // Strides are in elements; the last dimension is contiguous. Pointers that don't apply are null.
 struct Attention {
@@ -106,13 +96,21 @@ struct Sample {
   const uint8_t* mask;            // likewise, 0 = forbidden
   const int64_t* history;         // (rows, history_cols), or null
   const int64_t* prompt_lengths;  // (rows), or null
-  const float* reals;             // (rows, 7), or (7) with stride 0: SampleReals
-  const int64_t* integers;        // (rows, 4), or (4) with stride 0: top_k, seed, step, stream
-  int64_t rows, cols, logits_stride, bias_stride, mask_stride, history_cols, reals_stride, integers_stride;
-  int32_t dtype, processed;  // processed: log-probabilities after the filters, not of the logits as given
+  // Each (1), or (rows) where its bit of per_row is set, temperature's the lowest.
+  const float *temperature, *top_p, *min_p, *typical_p, *repetition_penalty, *presence_penalty, *frequency_penalty;
+  const int64_t *top_k, *seed, *step, *stream;
+  int64_t rows, cols, logits_stride, bias_stride, mask_stride, history_cols;
+  int32_t per_row, dtype, processed;  // processed: log-probabilities after the filters, not of the logits as given
 };
-struct SampleReals {
-  float temperature, top_p, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty;
+
+struct Ceilings {
+  enum { FP32 = 0, INT8 = 1, READ = 2, COPY = 3 };
+  double* work;      // written: the operations or bytes that all workers did
+  void* sink;        // 2 vectors for each worker: operands, then results, so that no work can be left out
+  const void* data;  // READ and COPY: bytes in all, shared out among the workers
+  void* copy;        // COPY: as many, the destination
+  int64_t bytes, turns;
+  int32_t what;
 };
 
 struct Kernels {
