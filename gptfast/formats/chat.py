@@ -19,7 +19,8 @@ from gptfast.formats.extras import need
 from gptfast.formats.files import FormatError
 
 MAX_TEMPLATE = 1 << 20  # characters
-MAX_RENDERED = 64 << 20  # characters; also the most that a template may make by repeating a string
+MAX_RENDERED = 64 << 20  # characters
+MAX_OPERAND = 1 << 20  # elements of a repeated sequence, bits of a product
 MAX_DEPTH = 64  # objects in objects in messages and tools
 # Templates put a role between the marks of special tokens ("<|" + role + "|>"), so a role is one of these and no other.
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation", "model")
@@ -41,6 +42,16 @@ def _strftime_now(format: str) -> str:
     return datetime.now().strftime(format)
 
 
+def _result_size(operator: str, left: Any, right: Any) -> int:
+    """The length of a repeated string or list, or the bits of a product or power of whole numbers; 0 for others."""
+    for sequence, count in ((left, right), (right, left)):
+        if hasattr(sequence, "__len__") and isinstance(count, int):
+            return len(sequence) * count
+    if isinstance(left, int) and isinstance(right, int):
+        return left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+    return 0
+
+
 def _environment() -> Any:
     """Hugging Face's template environment: immutable sandbox, trimmed blocks, loop controls, a few functions."""
     jinja2 = need("jinja2", "models")
@@ -52,10 +63,7 @@ def _environment() -> Any:
         intercepted_binops = frozenset(("*", "**"))
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            sized = [x for x in (left, right) if hasattr(x, "__len__")]
-            count = next((x for x in (left, right) if isinstance(x, int)), 0)
-            large = len(sized[0]) * count > MAX_RENDERED if sized else operator == "**" and abs(right) > 64
-            if large:
+            if _result_size(operator, left, right) > MAX_OPERAND:
                 raise jinja2.exceptions.SecurityError(f"an operand of {operator} is too large")
             return super().call_binop(context, operator, left, right)
 

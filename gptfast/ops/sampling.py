@@ -54,6 +54,7 @@ Nguyen et al. (arXiv:2407.01082); repetition penalty: Keskar et al. (arXiv:1909.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -78,7 +79,9 @@ REALS = {
     "presence_penalty": (0.0, -1e30, 1e30, "finite"),
     "frequency_penalty": (0.0, -1e30, 1e30, "finite"),
 }
-INTEGERS = ("top_k", "seed", "step", "stream")  # all 0 where None
+RANDOM = ("seed", "step", "stream")
+NUMBERS = frozenset((float, int, type(None)))
+CPU = torch.device("cpu")
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -278,77 +281,99 @@ def sample(
     BackendError where `backend` can't serve the call.
     """
     require(logits.dim() == 2 and logits.is_floating_point() and 0 < logits.shape[1] < 2**22,
-            f"sample: expected logits (B, V) of floats with 0 < V < 2^22, got {shape(logits)}")  # fmt: skip
+            lambda: f"sample: expected logits (B, V) of floats with 0 < V < 2^22, got {shape(logits)}")  # fmt: skip
     B, V = logits.shape
-    given = (temperature, top_p, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty)
-    reals = {name: _real(name, x, logits) for name, x in zip(REALS, given)}
-    integers = {name: _integer(name, x, logits) for name, x in zip(INTEGERS, (top_k, seed, step, stream))}
-    require(logit_bias is None or (logit_bias.shape in ((V,), (B, V)) and logit_bias.dtype == torch.float32),
-            f"sample: expected logit_bias ({V},) or ({B}, {V}) float32, "
-            f"got {logit_bias is not None and shape(logit_bias)}")  # fmt: skip
-    require(mask is None or (mask.shape in ((V,), (B, V)) and mask.dtype == torch.bool),
-            f"sample: expected mask ({V},) or ({B}, {V}) bool, got {mask is not None and shape(mask)}")  # fmt: skip
-    require(history is None or (history.dim() == 2 and history.shape[0] == B and history.dtype == torch.int64),
-            f"sample: expected history ({B}, L) int64, got {history is not None and shape(history)}")  # fmt: skip
-    if history is None:
-        for name in PENALTIES:
-            require(_is_neutral(name, reals[name]), f"sample: {name} needs history ({B}, L), got None")
-        require(prompt_lengths is None, f"sample: prompt_lengths needs history ({B}, L), got None")
+    given = (temperature, top_p, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty, top_k)
+    if NUMBERS.issuperset(map(type, given)):
+        parameters, penalty = _checked_numbers(*given)
+    else:
+        parameters, penalty = _checked(given, B, logits.device)
+    seed, step, stream = (_integer(name, x, B, logits.device) for name, x in zip(RANDOM, (seed, step, stream)))
     if prompt_lengths is not None:
         prompt_lengths = torch.as_tensor(prompt_lengths, device=logits.device)
-        require(prompt_lengths.shape == (B,) and prompt_lengths.dtype == torch.int64,
-                f"sample: expected prompt_lengths ({B},) int64, got {shape(prompt_lengths)}")  # fmt: skip
-    for name, t in (("logit_bias", logit_bias), ("mask", mask), ("history", history)):
-        require(t is None or t.device == logits.device,
-                f"sample: expected {name} on {logits.device} as logits, got {t is not None and t.device}")  # fmt: skip
+    if history is None:
+        require(penalty is None, lambda: f"sample: {penalty} needs history ({B}, L), got None")
+        require(prompt_lengths is None, lambda: f"sample: prompt_lengths needs history ({B}, L), got None")
+    if logit_bias is not None:
+        _check("logit_bias", logit_bias, ((V,), (B, V)), torch.float32, logits)
+    if mask is not None:
+        _check("mask", mask, ((V,), (B, V)), torch.bool, logits)
+    if history is not None:
+        _check("history", history, ((B, None),), torch.int64, logits)
+    if prompt_lengths is not None:
+        _check("prompt_lengths", prompt_lengths, ((B,),), torch.int64, logits)
     require(return_logprobs in (False, True, "raw", "processed"),
-            f"sample: expected return_logprobs False, True, 'raw' or 'processed', got {return_logprobs!r}")  # fmt: skip
+            lambda: f"sample: expected return_logprobs a bool, raw or processed, got {return_logprobs!r}")  # fmt: skip
     return dispatch.run(
         *("sampling.sample", backend, reference, logits),
-        **dict(logits=logits, **reals, **integers, logit_bias=logit_bias, mask=mask, history=history),
-        **dict(prompt_lengths=prompt_lengths, return_logprobs=return_logprobs),
+        **dict(logits=logits, **parameters, logit_bias=logit_bias, mask=mask, history=history),
+        **dict(prompt_lengths=prompt_lengths, seed=seed, step=step, stream=stream, return_logprobs=return_logprobs),
     )
 
 
-def _real(name: str, x: Real, logits: Tensor) -> float | Tensor:
-    """A real parameter, checked: a float, or (B,) fp32 on logits' device."""
-    neutral, least, most, meaning = REALS[name]
+def _check(
+    name: str, t: Tensor, shapes: tuple[tuple[int | None, ...], ...], dtype: torch.dtype, logits: Tensor
+) -> None:
+    """Raises where t isn't of one of these shapes (None = any length), of this dtype and on logits' device."""
+    fits = any(len(s) == t.dim() and all(n in (None, m) for n, m in zip(s, t.shape)) for s in shapes)
+    wanted = " or ".join(str(s).replace("None", "L") for s in shapes) + f" {dtype} on {logits.device}"
+    require(fits and t.dtype == dtype and t.device == logits.device,
+            lambda: f"sample: expected {name} {wanted}, got {shape(t)} on {t.device}")  # fmt: skip
 
-    def fits(x: Any) -> Any:
-        return (x >= least) & (x <= most) & ((x == 0) | (x >= 1e-30) | (name != "temperature"))
 
+def _checked(
+    given: Sequence[Any], B: int, device: torch.device = CPU
+) -> tuple[dict[str, float | int | Tensor], str | None]:
+    """The parameters by name, REALS and top_k, each a number or (B,) on the device; a penalty that is on, if any."""
+    parameters: dict[str, Any] = {name: _real(name, x, B, device) for name, x in zip(REALS, given)}
+    on = (name for name in PENALTIES if not _is_neutral(name, parameters[name]))
+    return {**parameters, "top_k": _integer("top_k", given[-1], B, device)}, next(on, None)
+
+
+@lru_cache(typed=True)  # a loop's parameters stay the same from token to token
+def _checked_numbers(*given: float | None) -> tuple[dict[str, float | int | Tensor], str | None]:
+    return _checked(given, 1)
+
+
+def _real(name: str, x: Real, B: int, device: torch.device) -> float | Tensor:
+    """A real parameter, checked: a float, or (B,) fp32 on the device."""
+    neutral, _, _, meaning = REALS[name]
     if x is None:
         return neutral
-    number = x
-    if not isinstance(number, float | int):
+    if not isinstance(x, float | int):
         t = torch.as_tensor(x)
-        require(t.shape in ((), (logits.shape[0],)) and not t.is_complex(),
-                f"sample: expected {name} a number or ({logits.shape[0]},) numbers, got {shape(t)}")  # fmt: skip
-        if t.device.type != "cpu":
-            return t.to(logits.device, torch.float32).expand(logits.shape[0])
-        if t.dim():
-            wrong = t[~fits(t)]
-            require(not wrong.numel(), f"sample: expected {name} {meaning}, got {wrong.tolist()[:1]}")
-            return t.to(logits.device, torch.float32)
-        number = float(t)
-    require(fits(number), f"sample: expected {name} {meaning}, got {number}")
-    return float(number)
+        require(t.shape in ((), (B,)) and not t.is_complex(),
+                lambda: f"sample: expected {name} one number or ({B},), got {shape(t)}")  # fmt: skip
+        if t.device.type != "cpu" or t.dim():
+            wrong = t[~_fits(name, t)] if t.device.type == "cpu" else t[:0]
+            require(not wrong.numel(), lambda: f"sample: expected {name} {meaning}, got {wrong[0].item()}")
+            t = t.to(device, torch.float32)
+            return t.contiguous() if t.dim() else t.repeat(B)
+        x = t.item()
+    require(_fits(name, x), lambda: f"sample: expected {name} {meaning}, got {x}")
+    return float(x)
 
 
-def _integer(name: str, x: Integer, logits: Tensor) -> int | Tensor:
-    """An integer parameter, checked: an int in the range of int64, or (B,) int64 on logits' device."""
+def _fits(name: str, x: Any) -> Any:
+    """Whether a parameter, or each of a tensor of them, makes sense; NaN never does."""
+    _, least, most, _ = REALS[name]
+    return (x >= least) & (x <= most) & ((x == 0) | (x >= 1e-30) if name == "temperature" else True)
+
+
+def _integer(name: str, x: Integer, B: int, device: torch.device) -> int | Tensor:
+    """An integer parameter, checked: an int in the range of int64, or (B,) int64 on the device."""
     if x is None:
         return 0
     if isinstance(x, int):
-        require(name != "top_k" or x >= 0, f"sample: expected top_k >= 0, got {x}")
-        require(-(2**63) <= x < 2**64, f"sample: expected {name} of 64 bits, got {x}")
+        require(-(2**63) <= x < 2**64 and (name != "top_k" or 0 <= x < 2**63),
+                lambda: f"sample: expected {name} {'>= 0' if name == 'top_k' else 'of 64 bits'}, got {x}")  # fmt: skip
         return _wrapped(x)
-    t = torch.as_tensor(_wrapped(x), device=logits.device)
-    require(t.shape in ((), (logits.shape[0],)) and t.dtype in (torch.int64, torch.int32),
-            f"sample: expected {name} an integer or ({logits.shape[0]},) integers, got {shape(t)}")  # fmt: skip
+    t = torch.as_tensor(_wrapped(x), device=device)
+    require(t.shape in ((), (B,)) and t.dtype in (torch.int64, torch.int32),
+            lambda: f"sample: expected {name} one integer or ({B},), got {shape(t)}")  # fmt: skip
     if name == "top_k" and t.device.type == "cpu":
-        require(bool((t >= 0).all()), f"sample: expected top_k >= 0, got {t.tolist()}")
-    return t.to(torch.int64).expand(logits.shape[0])
+        require(bool((t >= 0).all()), lambda: f"sample: expected top_k >= 0, got {t.min().item()}")
+    return t.to(torch.int64).contiguous() if t.dim() else t.to(torch.int64).repeat(B)
 
 
 def _is_neutral(name: str, x: float | Tensor) -> bool:

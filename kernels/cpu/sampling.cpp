@@ -237,15 +237,35 @@ void keep_typical(Buffers& b, float p) {
   keep_first(b, nucleus(p, total), [&](int64_t i) { return integer(b.weight[i]); });
 }
 
-struct Seed {
-  uint64_t seed, step;
+// One row's parameters.
+struct Parameters {
+  float temperature, top_p, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty;
+  uint64_t top_k, seed, step;
   uint32_t stream;
 };
 
+Parameters parameters(const Sample& a, int64_t r) {
+  auto real = [&](int i) { return a.per_row[i] ? ((const float*)a.per_row[i])[r] : a.reals[i]; };
+  auto integer = [&](int i) {
+    return (uint64_t)(a.per_row[7 + i] ? ((const int64_t*)a.per_row[7 + i])[r] : a.integers[i]);
+  };
+  return {real(0),
+          real(1),
+          real(2),
+          real(3),
+          real(4),
+          real(5),
+          real(6),
+          integer(0),
+          integer(1),
+          integer(2),
+          (uint32_t)integer(3)};
+}
+
 // floor(total * r / 2^64), r = word0 | word1 << 32 of Philox4x32-10 (gptfast/ops/philox.py).
-uint64_t uniform_below(uint64_t total, Seed s) {
-  uint32_t c0 = (uint32_t)s.step, c1 = (uint32_t)(s.step >> 32), c2 = s.stream, c3 = 0;
-  uint32_t k0 = (uint32_t)s.seed, k1 = (uint32_t)(s.seed >> 32);
+uint64_t uniform_below(uint64_t total, const Parameters& p) {
+  uint32_t c0 = (uint32_t)p.step, c1 = (uint32_t)(p.step >> 32), c2 = p.stream, c3 = 0;
+  uint32_t k0 = (uint32_t)p.seed, k1 = (uint32_t)(p.seed >> 32);
   for (int i = 0; i < 10; i++) {
     const uint64_t p0 = (uint64_t)c0 * 0xD2511F53, p1 = (uint64_t)c2 * 0xCD9E8D57;
     c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
@@ -265,15 +285,15 @@ struct Choice {
 
 // The draw from all tokens: the chunk that holds it by the chunks' masses, then the token in there.
 template <class T>
-Choice draw_from_all(const T* l, int64_t V, float temperature, float top, Seed seed, Buffers& b) {
-  const uint64_t total = masses(l, V, temperature, top, b.chunk, nullptr);
-  uint64_t left = uniform_below(total, seed);
+Choice draw_from_all(const T* l, int64_t V, const Parameters& p, float top, Buffers& b) {
+  const uint64_t total = masses(l, V, p.temperature, top, b.chunk, nullptr);
+  uint64_t left = uniform_below(total, p);
   int64_t begin = 0;
   for (; left >= b.chunk[begin]; begin++) left -= b.chunk[begin];
   begin *= CHUNK;
   for (int64_t c = begin;; c += LANES) {
     float w[LANES];
-    store(w, scaled_exp2(log2_weight(load_or_lowest(l + c, V - c) / temperature, top)));
+    store(w, scaled_exp2(log2_weight(load_or_lowest(l + c, V - c) / p.temperature, top)));
     for (int i = 0; i < LANES; i++) {
       if (left < integer(w[i])) return {c + i, integer(w[i]), total};
       left -= integer(w[i]);
@@ -281,9 +301,9 @@ Choice draw_from_all(const T* l, int64_t V, float temperature, float top, Seed s
   }
 }
 
-Choice draw_from_candidates(const Buffers& b, Seed seed) {
+Choice draw_from_candidates(const Buffers& b, const Parameters& p) {
   const uint64_t total = total_mass(b);
-  uint64_t left = uniform_below(total, seed);
+  uint64_t left = uniform_below(total, p);
   for (int64_t i = 0;; i++) {
     const uint64_t w = integer(b.weight[i]);
     if (left < w) return {b.id[i], w, total};
@@ -292,20 +312,19 @@ Choice draw_from_candidates(const Buffers& b, Seed seed) {
 }
 
 template <class T>
-Choice choose(const T* l, int64_t V, const SampleReals& p, int64_t top_k, Seed seed, Buffers& b) {
+Choice choose(const T* l, int64_t V, const Parameters& p, Buffers& b) {
   if (p.temperature == 0) return {argmax(l, V), 1, 1};
   float parts[PARTS];
   const float most = largest(l, V, parts), top = most / p.temperature;
   if (!(top < __builtin_inff() && top > -__builtin_inff())) return {-1, 0, 0};
   const uint64_t least_weight = (uint64_t)(p.min_p * 0x1p32);
-  if (top_k == 0 && p.top_p >= 1 && p.typical_p >= 1 && least_weight == 0)
-    return draw_from_all(l, V, p.temperature, top, seed, b);
+  if (p.top_k == 0 && p.top_p >= 1 && p.typical_p >= 1 && least_weight == 0) return draw_from_all(l, V, p, top, b);
 
   auto count = [](int64_t) { return (uint64_t)1; };
   auto mass = [&](int64_t i) { return integer(b.weight[i]); };
   uint64_t budget = 0;  // of top-p; 0 = after top-k
   float bound = bound_of_bits(ALL, top, p.temperature);
-  if (top_k > 0 && top_k <= PARTS) {
+  if (p.top_k > 0 && p.top_k <= PARTS) {
     uint32_t keys[PARTS];
     for (int i = 0; i < PARTS; i += LANES) {
       u32v key = ordered(load(parts + i));
@@ -313,19 +332,19 @@ Choice choose(const T* l, int64_t V, const SampleReals& p, int64_t top_k, Seed s
     }
     // No fewer than top_k logits are >= their k-th part's; a logit that ties with it after the division is at most two
     // units in the last place (normal or not) below.
-    const double kth = unordered(find_cut(keys, PARTS, (uint64_t)top_k, count).key);
+    const double kth = unordered(find_cut(keys, PARTS, p.top_k, count).key);
     bound = max(bound, (float)max(kth - __builtin_fabs(kth) * 0x1p-22 - p.temperature * 0x1p-148, -3.4028234e38));
-  } else if (top_k == 0 && p.top_p < 1) {
+  } else if (p.top_k == 0 && p.top_p < 1) {
     uint64_t above[PIVOTS];
     budget = nucleus(p.top_p, masses(l, V, p.temperature, top, b.chunk, above));
     for (int j = PIVOTS - 1; j >= 0 && above[j] >= budget; j--)
       bound = bound_of_bits(PIVOT[j] + 0.01, top, p.temperature);
-  } else if (top_k == 0 && p.typical_p >= 1) {
+  } else if (p.top_k == 0 && p.typical_p >= 1) {
     bound = bound_of_bits(min(ALL, 0.01 - __builtin_log2(p.min_p)), top, p.temperature);
   }
   collect(l, V, bound, p.temperature, top, b);
 
-  if (top_k > 0 && top_k < b.n) keep_first(b, (uint64_t)top_k, count);
+  if (p.top_k > 0 && p.top_k < (uint64_t)b.n) keep_first(b, p.top_k, count);
   if (p.top_p < 1) keep_first(b, budget ? budget : nucleus(p.top_p, total_mass(b)), mass);
   if (least_weight) {
     int64_t n = 0;
@@ -334,12 +353,12 @@ Choice choose(const T* l, int64_t V, const SampleReals& p, int64_t top_k, Seed s
     b.n = n;
   }
   if (p.typical_p < 1) keep_typical(b, p.typical_p);
-  return draw_from_candidates(b, seed);
+  return draw_from_candidates(b, p);
 }
 
 // The logits after bias, mask and penalties.
 template <class T>
-const float* processed(const Sample& a, int64_t r, const SampleReals& p, Buffers& b) {
+const float* processed(const Sample& a, int64_t r, const Parameters& p, Buffers& b) {
   const T* l = (const T*)a.logits + r * a.logits_stride;
   for (int64_t c = 0; c < a.cols; c += LANES) {
     const int n = (int)min((int64_t)LANES, a.cols - c);
@@ -405,15 +424,12 @@ void sample(const Sample& a, Worker& worker) {
                0};
   if (a.history) memset(b.counts, 0, floats);
   for (int64_t r; (r = worker.next()) < a.rows;) {
-    const SampleReals& p = *(const SampleReals*)(a.reals + r * a.reals_stride);
-    const int64_t* integers = a.integers + r * a.integers_stride;
-    const Seed seed = {(uint64_t)integers[1], (uint64_t)integers[2], (uint32_t)integers[3]};
+    const Parameters p = parameters(a, r);
     with_storage(a.dtype, [&](auto t) {
       using T = decltype(t);
       const T* l = (const T*)a.logits + r * a.logits_stride;
-      const Choice chosen = a.logit_bias || a.mask || a.history
-                                ? choose(processed<T>(a, r, p, b), a.cols, p, integers[0], seed, b)
-                                : choose(l, a.cols, p, integers[0], seed, b);
+      const Choice chosen = a.logit_bias || a.mask || a.history ? choose(processed<T>(a, r, p, b), a.cols, p, b)
+                                                                : choose(l, a.cols, p, b);
       a.ids[r] = chosen.id;
       if (!a.logprobs) return;
       a.logprobs[r] = chosen.id < 0 ? __builtin_nanf("")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,19 +37,12 @@ def sample(
 ) -> Tensor | tuple[Tensor, Tensor]:
     logits, stride = rows(logits)
     B, V = logits.shape
-    reals = _table(
-        *(torch.float32, temperature, top_p, min_p, typical_p),
-        *(repetition_penalty, presence_penalty, frequency_penalty),
-    )
-    integers = _table(torch.int64, top_k, seed, step, stream)
-    if history is not None:
-        history = history.contiguous()
-    if prompt_lengths is not None:
-        prompt_lengths = prompt_lengths.contiguous()
-    if logit_bias is not None:
-        logit_bias = logit_bias.contiguous()
-    if mask is not None:
-        mask = mask.contiguous()
+    reals = (temperature, top_p, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty)
+    integers = (top_k, seed, step, stream)
+    per_row = array("q", [x.data_ptr() if isinstance(x, Tensor) else 0 for x in reals + integers])
+    for_all = _numbers("f", reals), _numbers("q", integers)
+    history, prompt_lengths = _contiguous(history), _contiguous(prompt_lengths)
+    logit_bias, mask = _contiguous(logit_bias), _contiguous(mask)
     ids = torch.empty(B, dtype=torch.int64)
     logprobs = torch.empty(B, dtype=torch.float32) if return_logprobs else None
     _cpu.sample(
@@ -59,28 +54,25 @@ def sample(
         mask=pointer(mask),
         history=pointer(history),
         prompt_lengths=pointer(prompt_lengths),
-        reals=reals.data_ptr(),
-        integers=integers.data_ptr(),
+        reals=for_all[0].buffer_info()[0],
+        integers=for_all[1].buffer_info()[0],
+        per_row=per_row.buffer_info()[0],
         rows=B,
         cols=V,
         logits_stride=stride,
         bias_stride=V if logit_bias is not None and logit_bias.dim() == 2 else 0,
         mask_stride=V if mask is not None and mask.dim() == 2 else 0,
         history_cols=0 if history is None else history.shape[1],
-        reals_stride=reals.stride(0),
-        integers_stride=integers.stride(0),
         dtype=DTYPES[logits.dtype],
         processed=return_logprobs == "processed",
     )
     return ids if logprobs is None else (ids, logprobs)
 
 
-def _table(dtype: torch.dtype, *columns: float | Tensor) -> Tensor:
-    """The parameters of each row side by side; one row, with stride 0, where none of them has its own for each."""
-    if not any(isinstance(x, Tensor) for x in columns):
-        return torch.tensor(columns, dtype=dtype).expand(1, -1).as_strided((1, len(columns)), (0, 1))
-    B = max(len(x) for x in columns if isinstance(x, Tensor))
-    table = torch.empty(B, len(columns), dtype=dtype)
-    for i, x in enumerate(columns):
-        table[:, i] = x
-    return table
+def _numbers(code: str, parameters: Sequence[float | Tensor]) -> array:
+    """The parameters that are one number for all rows, in memory; 0 in the place of the others."""
+    return array(code, [0 if isinstance(x, Tensor) else x for x in parameters])
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()

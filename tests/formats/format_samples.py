@@ -11,7 +11,7 @@ from gptfast.formats.blocks import quantize
 from gptfast.formats.gguf import Typed, write_gguf
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w", "o r", "Ġw or", "l d", "Ġwor ld", "i m", "u s", "us er", "e r", "Ċ Ċ"]
+MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w", "o r", "Ġw or", "l d", "Ġwor ld", "i m", "u s", "e r", "us er", "Ċ Ċ"]
 SMOLLM_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nBe kind<|im_end|>\n' }}{% endif %}"
@@ -28,25 +28,22 @@ def byte_alphabet() -> list[str]:
 
 
 def vocabulary() -> list[str]:
-    merged = ["".join(merge.split(" ")) for merge in sorted(MERGES, key=MERGES.index)]
-    return [*SPECIALS, *byte_alphabet(), *merged]
+    return [*SPECIALS, *byte_alphabet(), *(merge.replace(" ", "") for merge in MERGES)]
 
 
-def tokenizer_metadata(pre: str = "smollm", **more: Any) -> dict[str, Any]:
+def tokenizer_metadata(pre: str = "smollm") -> dict[str, Any]:
     """The tokenizer keys of a GGUF file: every byte and a few merges."""
-    merges = [m for m in MERGES if m != "us er"] + ["us er"]  # "e r" is made before it is used
     tokens = vocabulary()
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [3] * len(SPECIALS) + [1] * (len(tokens) - len(SPECIALS)),
-        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.merges": MERGES,
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": SMOLLM_TEMPLATE,
-        **more,
     }
 
 
