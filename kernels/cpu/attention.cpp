@@ -232,8 +232,8 @@ struct Head {
   // The sink joins, the sum divides, and the rows leave.
   void finish(Tile& t, float* spare) const {
     for (int r = 0; r < t.width; r += LANES) {
-      const f32v m = load(t.m + r), sink = load(t.sink + r), top = finite(max(m, sink)), turn = exp(m - top);
-      const f32v total = fma(load(t.l + r), turn, exp(sink - top));
+      const f32v m = load(t.m + r), sink = load(t.sink + r), top = finite(max(m, sink)), turn = decay(m - top);
+      const f32v total = fma(load(t.l + r), turn, decay(sink - top));
       store(t.m + r, top);
       store(t.l + r, total);
       store(t.slope + r, select(total > 0.0f, turn / total, f32v{}));
