@@ -15,8 +15,8 @@ namespace py = pybind11;
 namespace gptfast {
 namespace {
 
-// Asks the system for 2 MiB pages under memory that is about to be written: 4 KiB pages fault, and are cleared, 512 times
-// as often, which costs several times what an elementwise kernel does. Only a hint; pages already there stay.
+// Asks the system for 2 MiB pages under memory that is about to be written: 4 KiB pages fault 512 times as often, which
+// costs several times what an elementwise kernel does. Only a hint; pages already there stay.
 void huge_pages(std::uintptr_t data, std::size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr std::uintptr_t PAGE = 2 << 20;
@@ -31,7 +31,7 @@ template <class Field>
 using Value = std::conditional_t<std::is_pointer_v<Field>, std::uintptr_t, Field>;
 
 template <class Args, class Field>
-void set(Args& args, Field Args::*field, Value<Field> value) {
+void set(Args& args, Field Args::* field, Value<Field> value) {
   if constexpr (std::is_pointer_v<Field>)
     args.*field = reinterpret_cast<Field>(value);
   else
@@ -72,7 +72,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", &isa, "The instruction set in use.");
   m.def("isas", &isas, "The instruction sets this machine can run, the narrowest first.");
   m.def("use_isa", &use_isa, py::arg("name"), "Use another instruction set's kernels from now on.");
-  m.def("huge_pages", &huge_pages, py::arg("data"), py::arg("bytes"), "Asks for 2 MiB pages under memory not yet written.");
+  m.def("huge_pages", &huge_pages, py::arg("data"), py::arg("bytes"),
+        "Asks for 2 MiB pages under memory not yet written.");
   BIND(layer_norm, Norm, y, sum, mean, rstd, x, residual, weight, bias, rows, cols, x_stride, residual_stride, seed,
        eps, keep_scale, stream, drop_below, dtype, weight_dtype);
   BIND(rms_norm, Norm, y, sum, rstd, x, residual, weight, rows, cols, x_stride, residual_stride, seed, eps, keep_scale,
