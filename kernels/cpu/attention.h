@@ -23,9 +23,9 @@ constexpr float NONE = -__builtin_inff();
 
 INLINE int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
-// What happens to a score, in log2 units, between Q K and the softmax.
+// What happens to a score between Q K and the softmax.
 struct Terms {
-  float cap, inverse_cap;  // softcap * log2(e); 0 = none
+  float cap, inverse_cap;  // 0 = none
   bool alibi, bias, edge;  // edge: some row of the tile doesn't see some key of the chunk
 };
 
@@ -56,8 +56,8 @@ INLINE f32v finite(f32v m) { return select(m == NONE, f32v{}, m); }
 struct Tile {
   int first, rows, width, dim;     // the first row; width: rows rounded up to lanes
   bool few;                        // which shape; in `few`, q and o are [row][dim rounded up to lanes]
-  float *q, *o, *m, *l;            // q scaled by scale * log2(e); m in log2 units
-  float *slope, *sink;             // per row, in log2 units
+  float *q, *o, *m, *l;            // q comes scaled
+  float *slope, *sink;             // per row
   int32_t *low, *high, *position;  // keys [low, high) are seen by a row; both grow with the row
 };
 
@@ -65,7 +65,7 @@ struct Tile {
 struct Keys {
   int start, begin, end;
   Terms terms;
-  const float* bias;  // [width][CHUNK], in log2 units
+  const float* bias;  // [width][CHUNK]
   int first_group() const { return begin / LANES; }
   int last_group() const { return (int)ceil_div(end, LANES); }
 };
@@ -117,10 +117,10 @@ NOINLINE void pack_v(const T* v, const int64_t* at, int begin, int end, int dim,
   }
 }
 
-// m = max(m, m_c) and the factors a = 2^(m_old - m), b = 2^(m_c - m) that bring both sides to it; l = l a + l_c b.
+// m = max(m, m_c) and the factors a = e^(m_old - m), b = e^(m_c - m) that bring both sides to it; l = l a + l_c b.
 INLINE void merge(float* m, float* l, f32v mc, f32v lc, float* a, float* b) {
   const f32v old = load(m), now = max(old, mc), base = finite(now);
-  const f32v fa = exp2(old - base), fb = exp2(mc - base);
+  const f32v fa = exp(old - base), fb = exp(mc - base);
   store(m, now);
   store(l, fma(load(l), fa, lc * fb));
   store(a, fa);
@@ -182,18 +182,19 @@ NOINLINE void score_rows(const Tile& t, const Keys& keys, float* s, float* m) {
   }
 }
 
-// p = 2^(s - m) in place; row sums to l.
+// p = e^(s - m) in place; row sums to l.
 template <int NV>
 NOINLINE void exp_rows(const Keys& keys, float* s, const float* m, float* l) {
   constexpr int W = NV * LANES;
+  const int first = keys.first_group(), last = keys.last_group();
   for (int v = 0; v < NV; v++) {
     const f32v base = finite(load(m + v * LANES));
     f32v part[LANES];
     for (int i = 0; i < LANES; i++) {
       f32v total = {};
       float* p = s + i * W + v * LANES;
-      for (int g = keys.first_group(); g < keys.last_group(); g++) {
-        const f32v e = exp2(load(p + g * LANES * W) - base);
+      for (int g = first; g < last; g++) {
+        const f32v e = exp(load(p + g * LANES * W) - base);
         store(p + g * LANES * W, e);
         total += e;
       }
@@ -274,7 +275,7 @@ INLINE void softmax_few(const Tile& t, const Keys& keys, int r, float* s, float*
   *m = max(top);
   const f32v base = finite(splat(*m));
   for (int g = keys.first_group(); g < keys.last_group(); g++) {
-    const f32v e = exp2(load(s + g * LANES) - base);
+    const f32v e = exp(load(s + g * LANES) - base);
     store(s + g * LANES, e);
     total += e;
   }
