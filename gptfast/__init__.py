@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from gptfast import ops
 from gptfast.ops.dispatch import BackendError, Choice, backends, explain
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "Choice", "backends", "explain", "ops"]
+__all__ = ["BackendError", "Choice", "Generation", "LanguageModel", "backends", "explain", "load", "ops"]
+
+if TYPE_CHECKING:
+    from gptfast.generate import Generation, LanguageModel, load
+
+_LATER = {"Generation": "gptfast.generate", "LanguageModel": "gptfast.generate", "load": "gptfast.generate"}
+
+
+def __getattr__(name: str) -> Any:
+    """What needs more than torch is imported when it is first asked for."""
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
+    raise AttributeError(f"module 'gptfast' has no attribute {name!r}")

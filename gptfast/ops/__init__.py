@@ -6,12 +6,37 @@ import importlib
 import pkgutil
 from functools import cache
 
+from gptfast.ops.attention import attention, attention_kvcache
 from gptfast.ops.dispatch import BackendError, Choice, backends, explain
+from gptfast.ops.embedding import embedding
 from gptfast.ops.layer_norm import layer_norm
+from gptfast.ops.linear import linear
+from gptfast.ops.mlp import bias_gelu, geglu, swiglu
+from gptfast.ops.rms_norm import rms_norm
+from gptfast.ops.rope import rope, rope_frequencies, rope_tables
 from gptfast.ops.sampling import sample
 from gptfast.ops.spec import Op
 
-__all__ = ["BackendError", "Choice", "backends", "explain", "layer_norm", "pages", "sample"]
+__all__ = [
+    "BackendError",
+    "Choice",
+    "attention",
+    "attention_kvcache",
+    "backends",
+    "bias_gelu",
+    "embedding",
+    "explain",
+    "geglu",
+    "layer_norm",
+    "linear",
+    "pages",
+    "rms_norm",
+    "rope",
+    "rope_frequencies",
+    "rope_tables",
+    "sample",
+    "swiglu",
+]
 
 
 @cache

@@ -13,7 +13,8 @@ residual  (..., C)  x's shape and dtype; with it the sum, rounded to the storage
 eps       float     added to the variance
 
 Everything is computed in fp32 (fp64 for fp64) and rounded once at the end; y comes from the unrounded sum. A row's
-result depends on that row alone. dropout_p drops elements of x before the residual is added, scaled by 1 / (1 - p).
+result depends on that row alone. dropout_p drops elements of x before the residual is added and scales the others by
+1 / (1 - p); which ones, gptfast/ops/philox.py says: that alone depends on the place in the batch.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def reference(
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     s = x.to(wide)
     if dropout_p:
-        s = torch.where(dropout_keep(tuple(x.shape), dropout_p, seed, stream, x.device), s / (1 - dropout_p), 0.0)
+        keep = dropout_keep(tuple(x.shape), dropout_p, seed, stream, x.device)
+        s = torch.where(keep, s * (1 / (1 - dropout_p)), 0.0)
     if residual is not None:
         s = s + residual.to(wide)
     centred = s - s.mean(-1, keepdim=True)
@@ -67,7 +69,13 @@ def baseline(
 
 
 def cost(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, *, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    **_: Any,
 ) -> Cost:
     moved = nbytes(x, x, weight, bias, residual, residual)  # x in, y out; residual in, sum out
     return Cost(flops=(8 + (residual is not None)) * x.numel(), bytes=moved)
@@ -98,6 +106,8 @@ def cases() -> list[Case]:
         case(0, 16),
         case(8192, 768, tags="bench"),
         case(8192, 768, residual=True, tags="bench"),
+        case(1, 768, residual=True, tags="bench"),
+        case(8, 768, residual=True, tags="bench"),
     ]
 
 

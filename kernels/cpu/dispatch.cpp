@@ -15,6 +15,9 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512vnni {
+void linear_int8(const Linear&, Worker&);
+}
 #endif
 
 namespace {
@@ -33,6 +36,10 @@ std::vector<Choice> runnable() {
   if (all.size() == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     all.push_back({"avx512", avx512::kernels});
+  if (all.size() == 3 && __builtin_cpu_supports("avx512vnni")) {
+    all.push_back({"avx512vnni", avx512::kernels});
+    all.back().kernels.linear_int8 = avx512vnni::linear_int8;
+  }
 #endif
   return all;
 }

@@ -11,16 +11,85 @@ namespace gptfast {
 enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 // One row per op: its name in C++ and Python, and its arguments in kernels.h.
-#define GPTFAST_KERNELS(KERNEL) KERNEL(layer_norm, LayerNorm) KERNEL(sample, Sample)
+#define GPTFAST_KERNELS(KERNEL)  \
+  KERNEL(attention, Attention)   \
+  KERNEL(layer_norm, Norm)       \
+  KERNEL(rms_norm, Norm)         \
+  KERNEL(rope, Rope)             \
+  KERNEL(linear, Linear)         \
+  KERNEL(linear_exact, Linear)   \
+  KERNEL(linear_int8, Linear)    \
+  KERNEL(dequantize, Dequantize) \
+  KERNEL(bias_gelu, Mlp)         \
+  KERNEL(swiglu, Mlp)            \
+  KERNEL(geglu, Mlp)             \
+  KERNEL(embedding, Embedding)   \
+  KERNEL(sample, Sample)         \
+  KERNEL(ceilings, Ceilings)
 
-struct LayerNorm {
-  void *y, *sum;               // (rows, cols); sum = x + residual, null without a residual
-  float *mean, *rstd;          // (rows), or null
-  const void *x, *residual;    // (rows, cols) with row strides; residual may be null
-  const void *weight, *bias;   // (cols), bias may be null
+// Strides are in elements; the last dimension is contiguous. Pointers that don't apply are null.
+struct Attention {
+  void* out;                  // (B, Sq, H, D), or (T, H, D) with cu_q, contiguous
+  float* lse;                 // (B, H, Sq) or (H, T)
+  float* workspace;           // partial results of (sequence, KV head, chunk of keys); null = keys aren't split
+  const void *q, *k, *v;      // (B, Sq, H, D), (B, Sk, Hk, D); k and v may be a cache, or pages (pages, page, Hk, D)
+  void *k_cache, *v_cache;    // the same memory as k and v where k_new and v_new are appended to it
+  const void *k_new, *v_new;  // (B, Sq, Hk, D)
+  const float *cos, *sin;     // (positions, rotary / 2), contiguous
+  const uint8_t* mask;        // broadcast to (B, H, Sq, Sk) by its strides, as is bias
+  const void* bias;
+  const float *slopes, *sinks;                     // (H) or (B, H) by slopes_batch; (H)
+  const int32_t *cu_q, *cu_k;                      // (B + 1)
+  const int32_t *lengths, *leftpad, *batch_index;  // (B)
+  const int32_t* block_table;                      // (B, table_stride)
+  int64_t B, Sq, Sk, H, Hk, D;                     // with cu_q, Sq is the total; with lengths, Sk is ignored
+  int64_t q_longest;                               // the longest sequence of queries
+  int64_t q_strides[3];                            // batch, position, head
+  int64_t k_strides[3], v_strides[3];              // batch or page, position, head
+  int64_t k_new_strides[3], v_new_strides[3];      // batch, position, head
+  int64_t mask_strides[4], bias_strides[4];        // batch, head, query, key
+  int64_t slopes_batch, page, table_stride, rotary;
+  int64_t chunks, partial;  // of workspace: chunks a sequence, floats a chunk
+  float scale, softcap;
+  int32_t dtype, bias_dtype, causal, left, right, interleaved;
+};
+
+struct Norm {                 // layer_norm and rms_norm
+  void *y, *sum;              // (rows, cols); sum = dropout(x) + residual, null without a residual
+  float *mean, *rstd;         // (rows), or null
+  const void *x, *residual;   // (rows, cols) with row strides; residual may be null
+  const void *weight, *bias;  // (cols), bias may be null
   int64_t rows, cols, x_stride, residual_stride;
-  float eps;
+  uint64_t seed;
+  float eps, keep_scale;        // keep_scale = 1 / (1 - p)
+  uint32_t stream, drop_below;  // drop_below = floor(p * 2^32); 0 = no dropout
   int32_t dtype, weight_dtype;  // weight_dtype is dtype or FLOAT32
+};
+
+struct Rope {
+  void *q_out, *k_out;     // (B, S, Hq, D) and (B, S, Hk, D), contiguous
+  const void *q, *k;       // the same shapes with strides in elements, D contiguous
+  const float *cos, *sin;  // (B, S, R/2); table_b is 0 where the batch shares one
+  int64_t B, S, Hq, Hk, D, R, q_b, q_s, q_h, k_b, k_s, k_h, table_b, table_s;
+  int32_t interleaved, dtype;
+};
+
+struct Linear {
+  void* y;             // (rows, cols)
+  const void* x;       // (rows, depth) with a row stride
+  const void* weight;  // (cols, depth) with a row stride; quantised: packed panels (linear.h)
+  const void* bias;    // (cols), or null
+  void* workspace;     // shared by the workers: rows * (depth rounded up to 64) floats; null: each has its own
+  int64_t rows, cols, depth, x_stride, weight_stride;
+  int32_t dtype, format, bias_dtype;  // format: the weight's dtype, or 3 Q8_0, 4 Q4_0, 5 Q4_1
+};
+
+struct Dequantize {
+  float* y;            // (rows, depth)
+  const void* packed;  // panels of a quantised weight
+  const int64_t* ids;  // (rows): which of its rows; null: 0, 1, 2, ...
+  int64_t rows, depth;
+  int32_t format;
 };
 
 struct Sample {
@@ -36,6 +105,31 @@ struct Sample {
   const void* const* per_row;     // (7 + 4) null, or (rows) to use instead: the parameters in the same order
   int64_t rows, cols, logits_stride, bias_stride, mask_stride, history_cols;
   int32_t dtype, processed;  // processed: log-probabilities after the filters, not of the logits as given
+};
+
+struct Ceilings {
+  enum { FP32 = 0, INT8 = 1, READ = 2, COPY = 3 };
+  double* work;      // written: the operations or bytes that all workers did
+  void* sink;        // 2 vectors for each worker: operands, then results, so that no work can be left out
+  const void* data;  // READ and COPY: bytes in all, shared out among the workers
+  void* copy;        // COPY: as many, the destination
+  int64_t bytes, turns;
+  int32_t what;
+};
+
+struct Mlp {              // bias_gelu, swiglu and geglu
+  void* y;                // (rows, cols)
+  const void *x, *other;  // x or gate, and bias (stride 0; may be null) or up: (rows, cols) with row strides
+  int64_t rows, cols, x_stride, other_stride;
+  int32_t tanh, dtype;  // tanh: GELU's approximation instead of erf
+};
+
+struct Embedding {
+  void* out;                             // (rows, cols)
+  const int64_t *ids, *positions;        // (rows), within the tables; positions may be null
+  const void *weight, *position_weight;  // rows of cols elements
+  int64_t rows, cols, weight_stride, position_stride;
+  int32_t dtype;
 };
 
 struct Kernels {

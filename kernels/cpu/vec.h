@@ -57,7 +57,17 @@ INLINE To bitcast(From from) {
   return to;
 }
 
-INLINE f32v splat(float x) { return f32v{} + x; }
+INLINE f32v splat(float x) {  // f32v{} + x would turn -0 into +0, and stay an addition
+#if defined(__AVX512F__)
+  return _mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return _mm256_set1_ps(x);
+#elif defined(__SSE2__)
+  return _mm_set1_ps(x);
+#else
+  return x - f32v{};
+#endif
+}
 INLINE i32v splat(int32_t x) { return i32v{} + x; }
 INLINE i32v iota() {  // 0, 1, 2, ...
   i32v v;
@@ -233,6 +243,83 @@ INLINE void store(T* p, f32v v, int n) {
   for (int i = 0; i < n; i++) p[i] = tail[i];
 #endif
 }
+// All lanes: what a count of lanes is where the vector is whole.
+struct All {};
+template <class T>
+INLINE f32v load(const T* p, All) {
+  return load(p);
+}
+template <class T>
+INLINE void store(T* p, f32v v, All) {
+  store(p, v);
+}
+INLINE f32v first(f32v v, int n) { return iota() < n ? v : f32v{}; }  // the first n lanes; the others zero
+INLINE f32v first(f32v v, All) { return v; }
+
+INLINE i32v load_mask(const int32_t* p) {  // LANES lanes of all ones or zeros
+  i32v v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// Stores past the caches, for outputs larger than they are: p is aligned to the vector that is stored, and stream_end()
+// follows before another thread may read.
+constexpr int64_t STREAM_BYTES = 16 << 20;
+INLINE bool aligned(const void* p) { return (uintptr_t)p % VEC_BYTES == 0; }
+INLINE void stream(float* p, f32v v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, v);
+#elif defined(__SSE2__)
+  _mm_stream_ps(p, v);
+#else
+  store(p, v);
+#endif
+}
+template <class T>
+INLINE void stream(T* p, f32v v) {
+#if defined(__AVX512F__)
+  _mm256_stream_si256((__m256i*)p, bitcast<__m256i>(narrow(v, T{})));
+#elif defined(__AVX2__)
+  _mm_stream_si128((__m128i*)p, bitcast<__m128i>(narrow(v, T{})));
+#else
+  store(p, v);
+#endif
+}
+template <class T>
+INLINE void stream(T* p, f32v v, All) {
+  stream(p, v);
+}
+template <class T>
+INLINE void stream(T* p, f32v v, int n) {  // the last elements of a row
+  store(p, v, n);
+}
+INLINE void stream_end() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// Calls f(c, n, u) for each vector of a row of C elements: it starts at c and has n lanes, All{} or the count of those
+// that are left; u is the accumulator that a reduction adds it to, 0 .. 3. The order depends on C alone.
+template <class F>
+INLINE void each_vector(int64_t C, F f) {
+  int64_t c = 0;
+  for (; c + 4 * LANES <= C; c += 4 * LANES) {
+    f(c, All{}, 0);
+    f(c + LANES, All{}, 1);
+    f(c + 2 * LANES, All{}, 2);
+    f(c + 3 * LANES, All{}, 3);
+  }
+  for (; c + LANES <= C; c += LANES) f(c, All{}, 0);
+  if (c < C) f(c, (int)(C - c), 0);
+}
+INLINE i32v load(const int32_t* p) {
+  i32v v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
 INLINE float load1(const float* p) { return *p; }
 template <class T>
 INLINE float load1(const T* p) {
@@ -282,21 +369,32 @@ INLINE f32v round(f32v v) {
 #endif
 }
 
-// 2^x to 1 unit in the last place for x <= 127.5; below -126 the result is 0 (no denormals), NaN stays NaN.
-// A degree-6 polynomial on [-1/2, 1/2], then the exponent is added in the integer domain.
-INLINE f32v exp2(f32v x) {
-  f32v n = round(max(splat(-127.0f), x)), f = x - n;
+// 2^f for |f| <= 1/2, to 1 unit in the last place.
+INLINE f32v exp2_fraction(f32v f) {
   f32v p = splat(1.535336188319500e-4f);
   p = fma(p, f, splat(1.339887440266574e-3f));
   p = fma(p, f, splat(9.618437357674640e-3f));
   p = fma(p, f, splat(5.550332471162809e-2f));
   p = fma(p, f, splat(2.402264791363012e-1f));
   p = fma(p, f, splat(6.931472028550421e-1f));
-  p = fma(p, f, splat(1.0f));
+  return fma(p, f, splat(1.0f));
+}
+// 2^x to 1 unit in the last place for x <= 127.5; below -126 the result is 0 (no denormals), NaN stays NaN.
+// A degree-6 polynomial on [-1/2, 1/2], then the exponent is added in the integer domain.
+INLINE f32v exp2(f32v x) {
+  f32v n = round(max(splat(-127.0f), x)), p = exp2_fraction(x - n);
   i32v e = __builtin_convertvector(n, i32v) << 23;
   return x < -126.0f ? f32v{} : bitcast<f32v>(bitcast<i32v>(p) + e);
 }
-INLINE f32v exp(f32v x) { return exp2(x * 1.44269504088896341f); }
+// e^x to 2 units in the last place: x - n ln(2) in two parts, so that large x keeps its fraction. Above 88.72 the result
+// is infinity, below -87.33 it is 0, NaN stays NaN.
+INLINE f32v exp(f32v x) {
+  f32v w = x * 1.44269504f, n = round(max(splat(-127.0f), w));
+  f32v p = exp2_fraction(((x - n * 0.693359375f) + n * 2.12194440e-4f) * 1.44269504f);
+  i32v e = __builtin_convertvector(n, i32v) << 23;
+  f32v y = w < -126.0f ? f32v{} : bitcast<f32v>(bitcast<i32v>(p) + e);
+  return w >= 128.0f ? splat(__builtin_inff()) : y;
+}
 
 // Calls f with a value of the storage type that `dtype` names (kernels.h).
 template <class F>

@@ -1,0 +1,88 @@
+"""Interleaved timing. A machine's speed drifts by more than most differences that matter, so rivals take turns: every
+round times each of them once, and a ratio is the median of the rounds' own ratios.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+MIN_SAMPLE_S = 1e-3  # a sample repeats its call until it takes this long: the clock and one interruption don't show
+# Asleep between contenders. Idle threads of OpenMP spin for some milliseconds after their work, ours for 0.1: without
+# the pause they spin on the cores that the next contender wants. Figures: LOG.md, "idle threads that spin".
+SETTLE_S = 10e-3
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some samples, and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Spread:
+        """Of at least one sample."""
+        if len(samples) == 1:
+            return cls(samples[0], samples[0], samples[0])
+        low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+        return cls(median, low, high)
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int = 20,
+    *,
+    min_sample_s: float = MIN_SAMPLE_S,
+    settle_s: float = SETTLE_S,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds per call of each contender, one sample a round; sample i of all of them is from round i.
+
+    A sample is: pause, one call untimed (it wakes the threads and fills the caches), then enough timed calls to last
+    `min_sample_s`. Each round starts with another contender, so that none is always the one after a certain other.
+    """
+    if rounds < 1:
+        raise ValueError(f"interleave: expected at least 1 round, got {rounds}")
+    names = list(contenders)
+    repeats = dict.fromkeys(names, 1)
+    for call in contenders.values():
+        call()  # a first call may compile, allocate or page in
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(rounds):
+        first = i % len(names) if names else 0
+        for name in names[first:] + names[:first]:
+            time.sleep(settle_s)
+            contenders[name]()
+            while (taken := _timed(contenders[name], repeats[name], clock)) < min_sample_s:
+                repeats[name] = _more(repeats[name], taken, min_sample_s)
+            samples[name].append(taken / repeats[name])
+    return samples
+
+
+def ratio(slower: Sequence[float], faster: Sequence[float]) -> Spread:
+    """How many times faster, round by round: the samples must be from the same rounds."""
+    if len(slower) != len(faster):
+        raise ValueError(f"ratio: expected samples of the same rounds, got {len(slower)} and {len(faster)}")
+    return Spread.of([a / b for a, b in zip(slower, faster)])
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """The mean that ratios have; nan of none."""
+    return math.exp(statistics.fmean(map(math.log, values))) if values else math.nan
+
+
+def _timed(call: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
+    start = clock()
+    for _ in range(repeats):
+        call()
+    return clock() - start
+
+
+def _more(repeats: int, taken: float, wanted: float) -> int:
+    """So many repeats that a sample lasts a quarter longer than wanted, but at most ten times as many as before."""
+    return min(10 * repeats, max(repeats + 1, math.ceil(1.25 * repeats * wanted / max(taken, 1e-9))))

@@ -1,0 +1,101 @@
+"""The keys and values that a model has computed already, one pair of tensors for each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gptfast.model.config import GPTConfig
+
+
+class KVCache:
+    """Room for `capacity` tokens in each of `batch` rows.
+
+    k, v     a tensor (batch, capacity, Hk, D) for each layer; beyond a row's length: anything finite
+    lengths  (batch,) int32: the tokens that each row holds
+
+    A model writes behind `lengths` and leaves them as they are; `advance` then says how many of the tokens written
+    count. So rows of different lengths may be fed padded on the right: what comes next overwrites the padding.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if batch < 1 or capacity < 1:
+            raise ValueError(f"KVCache: expected a batch and a capacity of at least 1, got {batch} and {capacity}")
+        shape = (batch, capacity, config.n_kv_head, config.head_dim)
+        # Zeros, not empty: a masked key's weight is 0, and 0 times the NaN of fresh memory would not be. Pages of zeros
+        # cost nothing until they are written.
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.config = config
+
+    @property
+    def batch(self) -> int:
+        return self.lengths.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row has room for."""
+        return self.k[0].shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(t.numel() * t.element_size() for t in (*self.k, *self.v))
+
+    def advance(self, tokens: Tensor | int) -> None:
+        """Counts so many more tokens in each row: one number, or (batch,) of them."""
+        self.lengths += tokens
+
+    def truncate(self, lengths: Tensor | int) -> None:
+        """Forgets what lies beyond these lengths: one number, or (batch,) of them."""
+        self.lengths.copy_(torch.minimum(self.lengths, torch.as_tensor(lengths, dtype=torch.int32)))
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.lengths.zero_()
+
+    def select(self, rows: Sequence[int] | Tensor) -> KVCache:
+        """A new cache made of these rows in this order; a row may stand there several times, or not at all."""
+        index = torch.as_tensor(rows, dtype=torch.int64, device=self.lengths.device)
+        if index.dim() != 1 or index.numel() == 0:
+            raise ValueError(f"KVCache.select: expected at least one row, got {tuple(index.shape)}")
+        other = KVCache.__new__(KVCache)
+        other.config = self.config
+        other.lengths = self.lengths[index]
+        used = int(other.lengths.max())
+
+        def chosen(t: Tensor) -> Tensor:
+            out = t.new_zeros((index.numel(), *t.shape[1:]))
+            out[:, :used] = t[index, :used]
+            return out
+
+        other.k, other.v = [chosen(k) for k in self.k], [chosen(v) for v in self.v]
+        return other
+
+    def row(self, b: int) -> KVCache:
+        """Row b as a cache of its own that shares this one's memory and length."""
+        other = KVCache.__new__(KVCache)
+        other.config = self.config
+        other.lengths = self.lengths[b : b + 1]
+        other.k, other.v = [k[b : b + 1] for k in self.k], [v[b : b + 1] for v in self.v]
+        return other
+
+    def grow(self, capacity: int) -> None:
+        """Makes room for `capacity` tokens in each row, keeping what is there; views from `row` are cut loose."""
+        if capacity <= self.capacity:
+            return
+        used = int(self.lengths.max())
+        for tensors in (self.k, self.v):
+            for i, t in enumerate(tensors):
+                tensors[i] = t.new_zeros((t.shape[0], capacity, *t.shape[2:]))
+                tensors[i][:, :used] = t[:, :used]

@@ -1,0 +1,74 @@
+"""One door for every kind of model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gptfast.formats.gguf import open_gguf
+from gptfast.formats.huggingface import Folder, read_folder
+from gptfast.formats.registry import PRESETS, find_preset_file
+from gptfast.formats.tokenizer import Tokenizer
+from gptfast.generate.language_model import LanguageModel
+from gptfast.model import GPT
+
+
+def load(
+    name_or_path: str | os.PathLike[str] | nn.Module,
+    *,
+    weights: str | None = None,
+    activations: str | None = None,
+    backend: str | None = None,
+    device: torch.device | str | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> LanguageModel:
+    """A language model that is ready to generate.
+
+    name_or_path  a name of a model that comes as a package ("smollm2"), a .gguf file, a Hugging Face folder
+                  (config.json, *.safetensors, tokenizer.json), a live transformers model, or a GPT
+    weights       None = as stored; "fp32", "bf16", "fp16", "q8_0", "q4_0", "q4_1"
+    activations   None = the fast choice for the weights, "exact" or "int8"
+    backend       passed to every op; None = the best that is here
+    tokenizer     instead of the one beside the weights; a live model has none of its own
+
+    Raises FileNotFoundError, ValueError (FormatError) and ImportError with one sentence that says what is missing.
+    """
+    model, found, name = _open(name_or_path, weights)
+    if device is not None:
+        model = model.to(device)
+    model.activations, model.backend = activations, backend
+    return LanguageModel(model.eval(), tokenizer or found, name=name)
+
+
+def _open(source: str | os.PathLike[str] | nn.Module, weights: str | None) -> tuple[GPT, Tokenizer | None, str]:
+    if isinstance(source, GPT):
+        if weights is not None:
+            raise ValueError("load: a GPT has its weights already: expected weights=None")
+        return source, None, "GPT"
+    if isinstance(source, nn.Module):
+        return GPT.from_huggingface_model(source, weights=weights), None, type(source).__name__
+    path = Path(source)
+    if str(source) in PRESETS:
+        path = find_preset_file(str(source))
+    if path.is_dir():
+        folder = read_folder(path)
+        return GPT.from_folder(path, weights=weights), _folder_tokenizer(folder), path.name
+    if path.suffix == ".gguf" and path.is_file():
+        gguf = open_gguf(path)
+        return GPT.from_gguf(gguf, weights=weights), Tokenizer.from_gguf(gguf.metadata), path.stem
+    if path.exists():
+        raise ValueError(f"expected a .gguf file or a folder with config.json, got {path}")
+    raise FileNotFoundError(
+        f"no model at {str(source)!r}: expected a .gguf file, a Hugging Face folder, or one of {', '.join(PRESETS)}"
+    )
+
+
+def _folder_tokenizer(folder: Folder) -> Tokenizer | None:
+    if folder.tokenizer_file is None:
+        return None
+    return Tokenizer.from_file(
+        folder.tokenizer_file, folder.tokenizer_config, folder.chat_template, eos_ids=folder.eos_ids
+    )

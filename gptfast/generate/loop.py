@@ -1,0 +1,184 @@
+"""The loop: prompts in by chunks, then one token a step for all rows at once.
+
+A row's tokens depend on its own prompt, seed and settings alone: not on the rows beside it, the size of the chunks or
+the number of threads. So rows may be fed together or one by one and may leave when they are done, whatever is fastest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from gptfast.generate.cache import KVCache
+from gptfast.generate.sampler import Sampler
+from gptfast.generate.stop import Text
+
+CHUNK = 512  # prompt tokens of all rows in one forward pass: many for each weight read, few enough for caches
+BLOCK = 256  # tokens by which a KV cache grows
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Row:
+    """One continuation on its way."""
+
+    index: int  # among the call's rows
+    prompt_tokens: int
+    seed: int
+    text: Text
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    fresh: str = ""  # the text that the last step released
+    finish: str | None = None
+
+    def interrupt(self) -> None:
+        """Ends a row that is still running, with what it has."""
+        if self.finish is None:
+            self.finish, self.fresh = "interrupted", self.text.flush()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where a row ends."""
+
+    context: int
+    max_new: int
+    min_new: int = 0
+    stop_ids: frozenset[int] = frozenset()
+
+
+class Loop:
+    """The rows of one call. `kept`: the cache is the caller's, so that no row may leave it."""
+
+    def __init__(self, model: nn.Module, cache: KVCache, limits: Limits, *, kept: bool = False) -> None:
+        self.model, self.cache, self.limits, self.kept = model, cache, limits, kept
+        self.rows: list[Row] = []
+        self.steps = self.prefill_tokens = 0
+        self.logits: Tensor | None = None
+
+    @torch.no_grad()
+    def prefill(self, contexts: Sequence[list[int]], progress: Progress | None = None) -> None:
+        """Feeds what the cache doesn't hold yet of each row's tokens; at least the last, whose logits are needed."""
+        held = self.cache.lengths.tolist()
+        keep = [min(h, len(c) - 1) for h, c in zip(held, contexts)]
+        if keep != held:
+            self.cache.truncate(torch.tensor(keep, dtype=torch.int32, device=self.cache.lengths.device))
+        self._reserve(max(map(len, contexts)))
+        todo = [c[k:] for c, k in zip(contexts, keep)]
+        self.prefill_tokens = total = sum(map(len, todo))
+        longest = max(map(len, todo))
+        # Padding costs as much as tokens do, and rows that begin at different places would be padded past the cache.
+        together = len(set(keep)) == 1 and 4 * total >= 3 * len(todo) * longest
+        groups = [list(range(len(todo)))] if together else [[b] for b in range(len(todo))]
+        done, found = 0, []
+        for group in groups:
+            cache = self.cache if len(group) == len(todo) else self.cache.row(group[0])
+            rows = [todo[b] for b in group]
+            found.append(self._feed(cache, rows, lambda n, done=done: progress(done + n, total) if progress else None))
+            done += sum(map(len, rows))
+        self.logits = torch.cat(found)
+
+    def _feed(self, cache: KVCache, todo: list[list[int]], report: Callable[[int], None]) -> Tensor:
+        """Feeds right-padded chunks; the logits (B, V) after each row's last token."""
+        lengths, device = [len(t) for t in todo], cache.lengths.device
+        width, logits, done = max(1, CHUNK // len(todo)), None, 0
+        for start in range(0, max(lengths), width):
+            parts = [t[start : start + width] for t in todo]
+            T = max(map(len, parts))
+            ids = torch.tensor([p + [0] * (T - len(p)) for p in parts], dtype=torch.int64, device=device)
+            last = torch.tensor([max(len(p) - 1, 0) for p in parts], dtype=torch.int64, device=device)
+            chunk = self.model(ids, cache=cache, last=last)
+            cache.advance(torch.tensor([len(p) for p in parts], dtype=torch.int32, device=device))
+            if logits is None:
+                logits = chunk.clone()
+            else:
+                ends = torch.tensor([len(p) > 0 for p in parts], device=device)
+                logits[ends] = chunk[ends]
+            done += sum(map(len, parts))
+            report(done)
+        assert logits is not None
+        return logits
+
+    @torch.no_grad()
+    def begin(self, rows: list[Row], sources: list[int], sampler: Sampler) -> None:
+        """Starts these rows, each from the prefilled prompt that `sources` names."""
+        assert self.logits is not None
+        if sources != list(range(len(self.logits))):
+            self.cache = self.cache.select(sources)
+            self.logits = self.logits[torch.tensor(sources, device=self.logits.device)]
+        self.rows, self.sampler = rows, sampler
+        if self.limits.max_new == 0:
+            for row in rows:
+                row.finish = "length"
+
+    @property
+    def running(self) -> bool:
+        return any(row.finish is None for row in self.rows)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One new token for every running row."""
+        if self.logits is None:
+            self._leave()
+            self.logits = self._forward()
+        ids, logprobs = self.sampler(self.logits, self.steps)
+        self.logits = None
+        self.steps += 1
+        for i, (row, token) in enumerate(zip(self.rows, ids)):
+            row.fresh = ""
+            if row.finish is not None:
+                continue
+            if token < 0:
+                raise RuntimeError(
+                    f"row {row.index}, step {self.steps - 1}: there is no token to choose, "
+                    "because the logits hold NaN or everything is masked"
+                )
+            if logprobs is not None:
+                row.logprobs.append(logprobs[i])
+            self._accept(row, token)
+
+    def _accept(self, row: Row, token: int) -> None:
+        row.tokens.append(token)
+        n, limits = len(row.tokens), self.limits
+        if token in limits.stop_ids:
+            row.finish = "stop"
+        else:
+            row.fresh = row.text.push(token, match=n >= limits.min_new)
+            if row.text.stopped:
+                row.finish = "stop"
+            elif n >= limits.max_new:
+                row.finish = "length"
+            elif row.prompt_tokens + n >= limits.context:
+                row.finish = "context"
+        if row.finish is not None:
+            row.fresh += row.text.flush()
+
+    def _leave(self) -> None:
+        """Drops finished rows when half of the batch or more is done: a copy of the others' keys and values, seldom."""
+        alive = [i for i, row in enumerate(self.rows) if row.finish is None]
+        if self.kept or self.sampler.processors or 2 * len(alive) > len(self.rows):
+            return
+        self.cache = self.cache.select(alive)
+        self.sampler.select(alive)
+        self.rows = [self.rows[i] for i in alive]
+
+    def _forward(self) -> Tensor:
+        """Feeds each row's last token; a finished row's goes where nothing is kept."""
+        device = self.cache.lengths.device
+        self._reserve(max(row.prompt_tokens + len(row.tokens) for row in self.rows))
+        ids = torch.tensor([row.tokens[-1:] for row in self.rows], dtype=torch.int64, device=device)
+        logits = self.model(ids, cache=self.cache)[:, -1]
+        if all(row.finish is None for row in self.rows):
+            self.cache.advance(1)
+        else:
+            alive = [row.finish is None for row in self.rows]
+            self.cache.advance(torch.tensor(alive, dtype=torch.int32, device=device))
+        return logits
+
+    def _reserve(self, tokens: int) -> None:
+        if tokens > self.cache.capacity:
+            self.cache.grow(min(-(-tokens // BLOCK) * BLOCK, self.limits.context))

@@ -1,0 +1,317 @@
+"""nn.Modules over the ops: the parts of a GPT, each usable on its own.
+
+State dicts have the names of torch's own modules (`weight`, `bias`). `backend` of a layer is passed to every op that it
+calls; `activations` of a Linear says how it rounds its input. Dimensions: batch B, tokens T, heads H, key heads Hk,
+head_dim D, width C, MLP width F, vocabulary V.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gptfast import ops
+from gptfast.ops.philox import dropout_keep
+from gptfast.quantize import QuantizedWeight
+
+
+class Cache(Protocol):
+    """What a layer needs of a KV cache: for each layer, k and v (B, capacity, Hk, D); lengths (B,) int32."""
+
+    k: list[Tensor]
+    v: list[Tensor]
+    lengths: Tensor
+
+
+class Dropout(NamedTuple):
+    """Dropout of one op in one training step; every op has a stream of its own, every step a seed."""
+
+    p: float
+    seed: int
+    stream: int
+
+    def on(self, stream: int) -> Dropout:
+        return self._replace(stream=stream)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x with dropped elements 0 and the others scaled by 1 / (1 - p)."""
+        return x * dropout_keep(tuple(x.shape), self.p, self.seed, self.stream, x.device) / (1 - self.p)
+
+    def arguments(self) -> dict[str, float | int]:
+        """As the ops take it."""
+        return {"dropout_p": self.p, "seed": self.seed, "stream": self.stream}
+
+
+def _drop(dropout: Dropout | None) -> dict[str, float | int]:
+    return {} if dropout is None else dropout.arguments()
+
+
+class Layer(nn.Module):
+    """A module whose ops can be told where to run."""
+
+    backend: str | None = None
+
+
+def fill_normal(weight: Tensor, std: float = 0.02) -> None:
+    """N(0, std), as GPT-2 starts; nothing on the meta device, where it would only take time."""
+    if weight.device.type != "meta":
+        nn.init.normal_(weight, std=std)
+
+
+class Linear(Layer):
+    """x (..., K) -> (..., N): x weight^T + bias, the weight a parameter (N, K) or a QuantizedWeight.
+
+    activations: None = the fast choice ("int8" with a quantised weight, "exact" with a plain one), "exact" or "int8";
+        a plain weight always takes exact activations.
+    """
+
+    activations: str | None = None
+    weight: nn.Parameter | QuantizedWeight
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        fill_normal(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def set_weight(self, weight: Tensor | QuantizedWeight) -> None:
+        """Holds this weight from now on, as it is."""
+        set_weight(self, weight)
+
+    def forward(self, x: Tensor, *, skip_bias: bool = False) -> Tensor:
+        """skip_bias: the caller adds the bias, fused with what follows."""
+        return project(x, self.weight, None if skip_bias else self.bias, self.activations, self.backend)
+
+
+def set_weight(module: nn.Module, weight: Tensor | QuantizedWeight) -> None:
+    """Makes `weight` the module's: a parameter, or a plain attribute where it is quantised."""
+    if isinstance(weight, QuantizedWeight):
+        module._parameters.pop("weight", None)
+        module.weight = weight
+    else:
+        module.__dict__.pop("weight", None)
+        module._parameters["weight"] = nn.Parameter(weight)  # in its old place: the order of parameters stays
+
+
+def project(
+    x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, activations: str | None, backend: str | None
+) -> Tensor:
+    """ops.linear with the fast choice of activations where none is given."""
+    if isinstance(weight, QuantizedWeight):
+        return ops.linear(x, weight, bias, activations=activations or "int8", backend=backend)
+    return ops.linear(x, weight, bias, backend=backend)
+
+
+class Embedding(Layer):
+    """ids (...) int64 -> (..., C), rows of the weight (V, C), which may be quantised."""
+
+    weight: nn.Parameter | QuantizedWeight
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim, device=device, dtype=dtype))
+        fill_normal(self.weight)
+
+    def set_weight(self, weight: Tensor | QuantizedWeight) -> None:
+        """Holds this weight from now on, as it is."""
+        set_weight(self, weight)
+
+    def forward(self, ids: Tensor, positions: Tensor | None = None, table: Tensor | None = None) -> Tensor:
+        """With positions (broadcast to ids, int64) and their table (P, C), the sum of both rows."""
+        if isinstance(self.weight, QuantizedWeight):
+            x = self.weight.embed(ids)
+            return x if table is None else x + ops.embedding(positions, table, backend=self.backend)
+        return ops.embedding(ids, self.weight, positions=positions, position_weight=table, backend=self.backend)
+
+
+class LayerNorm(Layer):
+    """Layer normalisation over the last dimension; with a residual, returns (norm(x + residual), x + residual)."""
+
+    def __init__(
+        self,
+        dim: int,
+        eps: float = 1e-5,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype)) if bias else None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, dropout: Dropout | None = None):
+        options = _drop(dropout)
+        return ops.layer_norm(x, self.weight, self.bias, self.eps, residual=residual, backend=self.backend, **options)
+
+
+class RMSNorm(Layer):
+    """RMS normalisation over the last dimension; with a residual, returns (norm(x + residual), x + residual)."""
+
+    def __init__(
+        self,
+        dim: int,
+        eps: float = 1e-6,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, dropout: Dropout | None = None):
+        return ops.rms_norm(x, self.weight, self.eps, residual=residual, backend=self.backend, **_drop(dropout))
+
+
+class MLP(Layer):
+    """x (..., C) -> (..., C). Plain: down(gelu(up(x))). Gated: down(act(gate(x)) * up(x)), where the rows of `up` are
+    gate's F and then up's F, one product.
+
+    activation: "gelu_tanh", "gelu", "swiglu" or "geglu" (exact GELU).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        activation: str = "gelu_tanh",
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation, self.hidden = activation, hidden
+        self.gated = activation in ("swiglu", "geglu")
+        self.up = Linear(dim, hidden * (2 if self.gated else 1), bias, device=device, dtype=dtype)
+        self.down = Linear(hidden, dim, bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.gated:
+            approximate = "tanh" if self.activation == "gelu_tanh" else "none"
+            h = self.up(x, skip_bias=True)
+            return self.down(ops.bias_gelu(h, self.up.bias, approximate=approximate, backend=self.backend))
+        h = self.up(x)
+        gate, up = h[..., : self.hidden], h[..., self.hidden :]
+        if self.activation == "swiglu":
+            return self.down(ops.swiglu(gate, up, backend=self.backend))
+        return self.down(ops.geglu(gate, up, approximate="none", backend=self.backend))
+
+
+class Attention(Layer):
+    """Causal self-attention with one fused projection: x (B, T, C) -> (B, T, C).
+
+    The rows of `qkv` are q's H D, k's Hk D and v's Hk D; q, k and v are views of its output. With a cache, the T tokens
+    stand behind each row's length: they are written there and see all that is before them.
+    """
+
+    q_norm: RMSNorm | None
+    k_norm: RMSNorm | None
+
+    def __init__(
+        self,
+        dim: int,
+        n_head: int,
+        n_kv_head: int,
+        head_dim: int,
+        *,
+        qkv_bias: bool = True,
+        out_bias: bool = True,
+        qk_norm_eps: float | None = None,
+        window: tuple[int, int] = (-1, -1),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_dim, self.window = n_head, n_kv_head, head_dim, window
+        self.qkv = Linear(dim, (n_head + 2 * n_kv_head) * head_dim, qkv_bias, device=device, dtype=dtype)
+        self.out = Linear(n_head * head_dim, dim, out_bias, device=device, dtype=dtype)
+        if qk_norm_eps is None:
+            self.q_norm = self.k_norm = None
+        else:
+            self.q_norm = RMSNorm(head_dim, qk_norm_eps, device=device, dtype=dtype)
+            self.k_norm = RMSNorm(head_dim, qk_norm_eps, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        tables: tuple[Tensor, Tensor] | None = None,
+        cache: Cache | None = None,
+        layer: int = 0,
+        dropout: Dropout | None = None,
+    ) -> Tensor:
+        """tables: cos and sin (S, R/2) of the positions from 0, or None. cache: its k[layer] and v[layer] are used."""
+        B, T, _ = x.shape
+        H, Hk = self.n_head, self.n_kv_head
+        heads = self.qkv(x).view(B, T, H + 2 * Hk, self.head_dim)
+        q, k, v = heads[:, :, :H], heads[:, :, H : H + Hk], heads[:, :, H + Hk :]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if cache is not None:
+            cos, sin = tables if tables is not None else (None, None)
+            mixed = ops.attention_kvcache(
+                *(q, cache.k[layer], cache.v[layer], cache.lengths),
+                **dict(k=k, v=v, window=self.window, cos=cos, sin=sin, backend=self.backend),
+            )
+        else:
+            if tables is not None:
+                q, k = ops.rope(q, k, tables[0][:T], tables[1][:T], backend=self.backend)
+            mixed = ops.attention(q, k, v, causal=True, window=self.window, backend=self.backend, **_drop(dropout))
+        return self.out(mixed.reshape(B, T, H * self.head_dim))
+
+
+class Block(Layer):
+    """Attention and MLP, each behind a norm that adds the branch before it to the residual stream.
+
+    (branch, stream) -> (branch, stream): what goes in and comes out is a branch that is not yet part of the stream, so
+    that the addition is fused with the norm that needs it. The first block gets the embeddings and None.
+    """
+
+    def __init__(
+        self, attention_norm: LayerNorm | RMSNorm, attention: Attention, mlp_norm: LayerNorm | RMSNorm, mlp: MLP
+    ) -> None:
+        super().__init__()
+        self.attention_norm, self.attention, self.mlp_norm, self.mlp = attention_norm, attention, mlp_norm, mlp
+
+    def forward(
+        self,
+        branch: Tensor,
+        stream: Tensor | None,
+        tables: tuple[Tensor, Tensor] | None = None,
+        cache: Cache | None = None,
+        layer: int = 0,
+        dropout: Dropout | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """dropout: its streams 3 layer, + 1 and + 2 serve the branch that comes in, the attention and its branch."""
+        at = 3 * layer
+        if stream is None:
+            h, stream = self.attention_norm(branch), branch
+        else:
+            h, stream = self.attention_norm(branch, stream, dropout and dropout.on(at))
+        h = self.attention(h, tables, cache, layer, dropout and dropout.on(at + 1))
+        h, stream = self.mlp_norm(h, stream, dropout and dropout.on(at + 2))
+        assert stream is not None
+        return self.mlp(h), stream

@@ -1,0 +1,245 @@
+"""GPT: one class for the GPT-2 and the Llama family, for training, prefill and decode."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptfast.layers import (
+    MLP,
+    Attention,
+    Block,
+    Cache,
+    Dropout,
+    Embedding,
+    Layer,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    fill_normal,
+    project,
+)
+from gptfast.model.config import GPTConfig
+from gptfast.ops.rope import rope_tables
+from gptfast.quantize import QuantizedWeight
+
+ACTIVATIONS = (None, "exact", "int8")
+
+
+class GPT(nn.Module):
+    """A GPT by its configuration; the parameters start as GPT-2's do.
+
+    ids (B, T) int64 -> logits (B, T, V) fp32. The residual stream has the parameters' dtype; fp32 where they are
+    quantised.
+    """
+
+    def __init__(
+        self, config: GPTConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        on: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.embedding = Embedding(config.vocab_size, config.n_embd, **on)
+        self.positions = Embedding(config.context, config.n_embd, **on) if config.positions == "learned" else None
+        self.blocks = nn.ModuleList(_block(config, layer, on) for layer in range(config.n_layer))
+        self.norm = _norm(config, on)
+        self.head = None if config.tie_embeddings else Linear(config.n_embd, config.vocab_size, False, **on)
+        self._activations: str | None = None
+        self._backend: str | None = None
+        self._tables: tuple[Tensor, Tensor] | None = None
+        self._tables_for: tuple[Any, ...] = ()
+        # GPT-2: what adds to the residual stream is scaled down, so that its variance does not grow with depth.
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            for linear in (block.attention.out, block.mlp.down):
+                fill_normal(_parameter(linear.weight), 0.02 / math.sqrt(2 * config.n_layer))
+
+    def forward(self, ids: Tensor, cache: Cache | None = None, *, last: Tensor | None = None) -> Tensor:
+        """Logits in fp32, (B, T, V).
+
+        ids    (B, T) int64
+        cache  a KVCache of B rows: the tokens stand behind each row's length and are written there. The lengths stay as
+               they are; say cache.advance(...) afterwards.
+        last   (B,) int64: the one position 0 .. T-1 of each row whose logits are wanted; the result is (B, V), and the
+               LM head runs on these rows only
+
+        Raises ValueError where the tokens don't fit the cache or the model's context.
+        """
+        if ids.dim() != 2 or ids.dtype != torch.int64:
+            raise ValueError(f"GPT: expected ids (B, T) int64, got {tuple(ids.shape)} {ids.dtype}")
+        end = self._end(ids, cache)
+        dropout = self._dropout()
+        learned = self.positions is not None
+        x = self.embedding(ids, _positions(ids, cache), self.positions.weight) if learned else self.embedding(ids)
+        if dropout is not None:
+            x = dropout.on(0)(x)
+        tables = self.rope_tables(end, x.device) if self.config.positions == "rope" else None
+        stream: Tensor | None = None
+        for layer, block in enumerate(self.blocks):
+            x, stream = block(x, stream, tables, cache, layer, dropout)
+        assert stream is not None
+        if last is not None:
+            rows = torch.arange(ids.shape[0], device=ids.device)
+            x, stream = x[rows, last], stream[rows, last]
+        x, _ = self.norm(x, stream, dropout and dropout.on(3 * len(self.blocks)))
+        return self._logits(x)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        if self.head is not None:
+            return self.head(x).float()
+        return project(x, self.embedding.weight, None, self._activations, self._backend).float()
+
+    def _end(self, ids: Tensor, cache: Cache | None) -> int:
+        """The number of positions that the longest row will have had."""
+        B, T = ids.shape
+        start = 0
+        if cache is not None:
+            if cache.lengths.shape[0] != B:
+                raise ValueError(f"GPT: expected ids for the cache's {cache.lengths.shape[0]} rows, got {B}")
+            start = int(cache.lengths.max())
+            capacity = cache.k[0].shape[1]
+            if start + T > capacity:
+                raise ValueError(
+                    f"GPT: expected at most {capacity - start} more tokens in a cache of {capacity}, got {T}"
+                )
+        if start + T > self.config.context:
+            context = self.config.context
+            raise ValueError(f"GPT: expected at most {context - start} more tokens in a context of {context}, got {T}")
+        return start + T
+
+    def _dropout(self) -> Dropout | None:
+        if not self.training or not self.config.dropout:
+            return None
+        return Dropout(self.config.dropout, int(torch.randint(1 << 62, ())), 0)
+
+    def rope_tables(self, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin (S, R/2) fp32 of the positions 0 .. S-1, S >= end; made once and kept."""
+        c = self.config
+        # Longrope alone has other frequencies beyond the length that the model was first trained with.
+        long = None
+        if c.rope_scaling is not None and c.rope_scaling["rope_type"] == "longrope":
+            long = end > c.rope_scaling.get("original_max_position_embeddings", c.context)
+        if self._tables is None or self._tables[0].shape[0] < end or self._tables_for != (device, long):
+            size = min(c.context, max(256, 1 << (end - 1).bit_length()))
+            length = None if long is None else c.context if long else 1
+            tables = rope_tables(size, c.rotary_dim, c.rope_theta, c.rope_scaling, c.context, length=length)
+            self._tables, self._tables_for = (tables[0].to(device), tables[1].to(device)), (device, long)
+        return self._tables
+
+    @property
+    def activations(self) -> str | None:
+        """How products with quantised weights round their input: None = the fast choice, "exact" or "int8"."""
+        return self._activations
+
+    @activations.setter
+    def activations(self, value: str | None) -> None:
+        if value not in ACTIVATIONS:
+            raise ValueError(f"GPT.activations: expected None, 'exact' or 'int8', got {value!r}")
+        self._activations = value
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.activations = value
+
+    @property
+    def backend(self) -> str | None:
+        """Passed to every op as `backend=`."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, value: str | None) -> None:
+        self._backend = value
+        for module in self.modules():
+            if isinstance(module, Layer):
+                module.backend = value
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the residual stream."""
+        return self.norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
+
+    def weight_bytes(self) -> int:
+        """Bytes of all weights as they are held."""
+        return sum(p.numel() * p.element_size() for p in self.parameters()) + sum(w.nbytes for w in self._quantized())
+
+    def bytes_per_step(self, batch: int, context: int, cache_dtype: torch.dtype | None = None) -> int:
+        """The fewest bytes that a decode step moves: every weight that multiplies once, each row's keys and values."""
+        gathered = [self.positions] if self.positions is not None else []
+        gathered += [self.embedding] if self.head is not None else []
+        skipped = sum(_nbytes(module.weight) for module in gathered)
+        return self.weight_bytes() - skipped + batch * self.config.kv_bytes_read(context, cache_dtype or self.dtype)
+
+    def _quantized(self) -> list[QuantizedWeight]:
+        weights = [getattr(module, "weight", None) for module in self.modules()]
+        return [w for w in weights if isinstance(w, QuantizedWeight)]
+
+    @staticmethod
+    def from_folder(path: str | os.PathLike[str], *, weights: str | None = None) -> GPT:
+        """Reads a Hugging Face folder (config.json, *.safetensors). `weights`: see gptfast.model.convert."""
+        from gptfast.model import convert
+
+        return convert.from_folder(path, weights)
+
+    @staticmethod
+    def from_gguf(gguf: Any, *, weights: str | None = None) -> GPT:
+        """From an open GGUF file; quantised tensors stay as they are stored. `weights`: see gptfast.model.convert."""
+        from gptfast.model import convert
+
+        return convert.from_gguf(gguf, weights)
+
+    @staticmethod
+    def from_huggingface_model(model: nn.Module, *, weights: str | None = None) -> GPT:
+        """From a live transformers model, whose weights are copied. `weights`: see gptfast.model.convert."""
+        from gptfast.model import convert
+
+        return convert.from_huggingface_model(model, weights)
+
+    def save_folder(self, path: str | os.PathLike[str]) -> None:
+        """Writes config.json and safetensors as transformers has them; quantised weights as fp32."""
+        from gptfast.model import convert
+
+        convert.save_folder(self, path)
+
+    def save_gguf(self, path: str | os.PathLike[str], kind: str | None = None) -> None:
+        """Writes a GGUF file without a tokenizer, its matrices of this kind (F32, F16, BF16, Q8_0, Q4_0, Q4_1) or as
+        they are held."""
+        from gptfast.model import convert
+
+        convert.save_gguf(self, path, kind)
+
+
+def _positions(ids: Tensor, cache: Cache | None) -> Tensor:
+    steps = torch.arange(ids.shape[1], device=ids.device)
+    return steps.expand(ids.shape) if cache is None else cache.lengths[:, None] + steps
+
+
+def _parameter(weight: Tensor | QuantizedWeight) -> Tensor:
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _nbytes(weight: Tensor | QuantizedWeight) -> int:
+    return weight.nbytes
+
+
+def _norm(c: GPTConfig, on: dict[str, Any]) -> LayerNorm | RMSNorm:
+    return LayerNorm(c.n_embd, c.norm_eps, **on) if c.norm == "layer_norm" else RMSNorm(c.n_embd, c.norm_eps, **on)
+
+
+def _block(c: GPTConfig, layer: int, on: dict[str, Any]) -> Block:
+    attention = Attention(
+        *(c.n_embd, c.n_head, c.n_kv_head, c.head_dim),
+        qkv_bias=c.qkv_bias,
+        out_bias=c.out_bias,
+        qk_norm_eps=c.norm_eps if c.qk_norm else None,
+        window=c.layer_window(layer),
+        **on,
+    )
+    return Block(_norm(c, on), attention, _norm(c, on), MLP(c.n_embd, c.ffn_dim, c.activation, c.mlp_bias, **on))

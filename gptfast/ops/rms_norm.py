@@ -1,0 +1,136 @@
+"""Root-mean-square normalisation, with an optional fused residual add.
+
+    s = x + residual                       (in fp32; s = x without a residual)
+    y = s / sqrt(mean(s^2) + eps) * weight
+
+The mean is over the last dimension. Zhang, Sennrich: Root Mean Square Layer Normalization (arXiv:1910.07467), eq. 4.
+
+x         (..., C)  float32, bfloat16 or float16 (float64 on the reference)
+weight    (C)       x's dtype or float32
+residual  (..., C)  x's shape and dtype; with it the sum, rounded to the storage dtype, is returned too
+eps       float     added to the mean square
+
+Everything is computed in fp32 (fp64 for fp64) and rounded once at the end; y comes from the unrounded sum and is
+multiplied by the weight before it is rounded. A row's result depends on that row alone. dropout_p drops elements of x
+before the residual is added and scales the others by 1 / (1 - p); which ones, gptfast/ops/philox.py says: that alone
+depends on the place in the batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptfast.ops import dispatch
+from gptfast.ops.dispatch import require, shape
+from gptfast.ops.philox import dropout_keep
+from gptfast.ops.spec import Case, Cost, Inputs, Op, nbytes
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    stream: int = 0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The meaning of rms_norm, in plain PyTorch."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    s = x.to(wide)
+    if dropout_p:
+        keep = dropout_keep(tuple(x.shape), dropout_p, seed, stream, x.device)
+        s = torch.where(keep, s * (1 / (1 - dropout_p)), 0.0)
+    if residual is not None:
+        s = s + residual.to(wide)
+    y = (s * torch.rsqrt(s.square().mean(-1, keepdim=True) + eps) * weight.to(wide)).to(x.dtype)
+    return y if residual is None else (y, s.to(x.dtype))
+
+
+def baseline(
+    x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What one writes with PyTorch."""
+    weight = weight.to(x.dtype)
+    if residual is None:
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    s = x + residual
+    return F.rms_norm(s, s.shape[-1:], weight, eps), s
+
+
+def cost(x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: Tensor | None = None, **_: Any) -> Cost:
+    moved = nbytes(x, x, weight, residual, residual)  # x in, y out; residual in, sum out
+    return Cost(flops=(4 + (residual is not None)) * x.numel(), bytes=moved)
+
+
+def cases() -> list[Case]:
+    def case(
+        *shape: int, residual: bool = False, fp32_weight: bool = False, strided: bool = False, tags: str = ""
+    ) -> Case:
+        def make(i: Inputs) -> dict[str, Any]:
+            C = shape[-1]
+            wide = i.randn(*shape[:-1], C + 5 * strided, scale=2.0, shift=0.3)
+            return {
+                "x": wide[..., :C],
+                "weight": i.randn(C, shift=1.0, scale=0.2, dtype=torch.float32 if fp32_weight else i.dtype),
+                **({"residual": i.randn(*shape)} if residual else {}),
+            }
+
+        kind = "+residual" * residual + "-fp32w" * fp32_weight + "-strided" * strided
+        return Case("x".join(map(str, shape)) + kind, make, frozenset(tags.split()))
+
+    return [
+        case(2, 3, 64),
+        case(5, 1),
+        case(3, 7, 33, residual=True),
+        case(17, 769, strided=True),
+        case(4, 255, residual=True, fp32_weight=True),
+        case(300, 576, residual=True, strided=True),
+        case(2, 5, 3000),
+        case(0, 16),
+        case(8192, 768, tags="bench"),
+        case(8192, 768, residual=True, tags="bench"),
+        case(1, 576, residual=True, tags="bench"),
+        case(8, 576, residual=True, tags="bench"),
+    ]
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    stream: int = 0,
+    backend: str | None = None,
+) -> Any:
+    """y, or (y, x + residual) where a residual is given. Formula, shapes and dtypes: the top of this page.
+
+    Raises ValueError for shapes and dtypes that don't fit; BackendError where `backend` can't serve the call.
+    """
+    require(x.dim() >= 1 and x.is_floating_point(), lambda: f"rms_norm: expected x (..., C) of floats, got {shape(x)}")
+    C = x.shape[-1]
+    require(weight.shape == (C,), lambda: f"rms_norm: expected weight ({C},), got {shape(weight)}")
+    require(
+        residual is None or (residual.shape == x.shape and residual.dtype == x.dtype),
+        lambda: f"rms_norm: expected residual like x {shape(x)}, got {shape(residual)}",
+    )
+    require(0 <= dropout_p < 1, lambda: f"rms_norm: expected 0 <= dropout_p < 1, got {dropout_p}")
+    return dispatch.run(
+        *("rms_norm", backend, reference, x),
+        **dict(x=x, weight=weight, eps=eps, residual=residual, dropout_p=dropout_p, seed=seed, stream=stream),
+    )
+
+
+def _take(arguments: Any, b: int) -> dict[str, Any]:
+    return {k: v[b : b + 1] if k in ("x", "residual") else v for k, v in arguments.items()}
+
+
+OP = Op("rms_norm", rms_norm, reference, cost, cases, baseline, take=_take)

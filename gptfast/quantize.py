@@ -1,0 +1,189 @@
+"""Quantised weights: GGUF's Q8_0, Q4_0 and Q4_1 blocks of 32, in the layout that the linear kernels read.
+
+A weight (N, K) is kept as panels of 16 rows: packed (ceil(N / 16), K / 32, bytes) uint8, where one (panel, group) holds
+
+    d  fp16[16]                 the scales of the 16 rows
+    m  fp16[16]                 Q4_1 only: the minima
+    q  uint8[4 or 8][16][4]     quads: 4 consecutive k of 16 rows in 64 bytes. Q8_0 stores q + 128. A 4-bit byte has
+                                quad j in its low nibble, quad j + 4 in the high one: k = 4j + e and 16 + 4j + e
+
+so that one 64-byte load feeds 16 integer dot products. No bit is lost or added: `to_blocks` gives the file's blocks
+back. The values are d * q, d * (q - 8) and d * q + m (gptfast.formats.blocks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gptfast.formats import blocks
+from gptfast.kernels import reason_missing
+
+PANEL, GROUP = 16, 32
+OFFSET = -0x7F7F7F80  # int32 0x80808080: the top bit of each byte, which makes q + 128 of q and the other way round
+
+
+class Kind(NamedTuple):
+    """One quantised format, its sizes in bytes."""
+
+    format: str  # its name in gptfast.formats.blocks
+    code: int  # its number in kernels/cpu/linear.h
+    halves: int  # fp16 values of a block: d, or d and m
+    quads: int  # 4-byte pieces of a block's quants
+
+    @property
+    def block(self) -> int:
+        return 2 * self.halves + 4 * self.quads
+
+
+KINDS = {"q8_0": Kind("Q8_0", 3, 1, 8), "q4_0": Kind("Q4_0", 4, 1, 4), "q4_1": Kind("Q4_1", 5, 2, 4)}
+
+
+class QuantizedWeight:
+    """A weight matrix (N, K) of a quantised kind, packed for the linear kernels. Immutable.
+
+    Args:
+        packed: (ceil(N / 16), K / 32, bytes of 16 blocks) uint8, as the top of this page says.
+        kind: "q8_0", "q4_0" or "q4_1".
+        shape: (N, K), K a multiple of 32.
+
+    Raises:
+        ValueError: an unknown kind, or sizes that don't fit.
+    """
+
+    def __init__(self, packed: Tensor, kind: str, shape: Sequence[int]) -> None:
+        N, K = _check(kind, shape)
+        expected = (-(-N // PANEL), K // GROUP, PANEL * KINDS[kind].block)
+        if packed.dtype != torch.uint8 or tuple(packed.shape) != expected or not packed.is_contiguous():
+            raise ValueError(f"expected packed {expected} uint8, contiguous, got {tuple(packed.shape)} {packed.dtype}")
+        self.packed, self.kind, self.shape = packed, kind, torch.Size((N, K))
+        self.code = KINDS[kind].code
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory, which is what one product with the matrix reads."""
+        return self.packed.numel()
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    def __repr__(self) -> str:
+        return f"QuantizedWeight({self.kind}, {tuple(self.shape)}, {self.nbytes} bytes on {self.device})"
+
+    @staticmethod
+    def from_blocks(raw: Tensor, kind: str, shape: Sequence[int]) -> QuantizedWeight:
+        """Packs GGUF blocks as a file stores them: `raw` uint8 of N * K / 32 blocks, row after row."""
+        N, K = _check(kind, shape)
+        k = KINDS[kind]
+        if raw.dtype != torch.uint8 or raw.numel() != N * (K // GROUP) * k.block:
+            raise ValueError(
+                f"expected {N * (K // GROUP) * k.block} bytes (uint8) for {kind} {(N, K)}, "
+                f"got {raw.numel()} of {str(raw.dtype).removeprefix('torch.')}"
+            )
+        rows = raw.reshape(N, K // GROUP, k.block)
+        if N % PANEL:
+            rows = torch.cat((rows, rows.new_zeros(PANEL - N % PANEL, *rows.shape[1:])))
+        packed = torch.empty(len(rows) // PANEL, K // GROUP, PANEL * k.block, dtype=torch.uint8, device=raw.device)
+        heads, quads = _parts(packed, k)
+        scales = rows[..., : 2 * k.halves].contiguous().view(torch.int16)
+        heads.copy_(scales.view(-1, PANEL, K // GROUP, k.halves).permute(0, 2, 3, 1))
+        quants = rows[..., 2 * k.halves :].contiguous().view(torch.int32)
+        if kind == "q8_0":
+            quants = quants ^ OFFSET
+        quads.copy_(quants.view(-1, PANEL, K // GROUP, k.quads).permute(0, 2, 3, 1))
+        return QuantizedWeight(packed, kind, (N, K))
+
+    @staticmethod
+    def quantize(weight: Tensor, kind: str) -> QuantizedWeight:
+        """Quantises a float matrix (N, K) as ggml's reference quantisers do."""
+        _check(kind, weight.shape)
+        return QuantizedWeight.from_blocks(blocks.quantize(weight, KINDS[kind].format), kind, weight.shape)
+
+    @staticmethod
+    def cat(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+        """One matrix of all their rows in order; kinds and K must be the same."""
+        if len({(w.kind, w.shape[1]) for w in weights}) != 1:
+            raise ValueError(f"expected weights of one kind and one K, got {list(weights)}")
+        first, N = weights[0], sum(w.shape[0] for w in weights)
+        shape = (N, first.shape[1])
+        if all(w.shape[0] % PANEL == 0 for w in weights[:-1]):
+            return QuantizedWeight(torch.cat([w.packed for w in weights]), first.kind, shape)
+        return QuantizedWeight.from_blocks(torch.cat([w.to_blocks() for w in weights]), first.kind, shape)
+
+    def rows(self, begin: int, end: int) -> QuantizedWeight:
+        """Rows [begin, end) as a matrix; without a copy where begin is a multiple of 16."""
+        N, K = self.shape
+        if not 0 <= begin < end <= N:
+            raise ValueError(f"expected 0 <= begin < end <= {N}, got {begin} and {end}")
+        if begin % PANEL == 0:
+            return QuantizedWeight(self.packed[begin // PANEL : -(-end // PANEL)], self.kind, (end - begin, K))
+        raw = self.to_blocks().view(N, -1)[begin:end]
+        return QuantizedWeight.from_blocks(raw.reshape(-1), self.kind, (end - begin, K))
+
+    def to_blocks(self) -> Tensor:
+        """The GGUF blocks, (bytes,) uint8: the inverse of from_blocks."""
+        return _to_rows(self.packed, self.kind)[: self.shape[0]].reshape(-1)
+
+    def dequantize(self) -> Tensor:
+        """The values, (N, K) fp32."""
+        if self._kernel():
+            return self._rows(None, self.shape[0])
+        return blocks.dequantize(self.to_blocks().cpu(), KINDS[self.kind].format, self.shape).to(self.device)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Rows as an embedding: int64 ids (...) to (..., K) fp32. Raises IndexError for an id that isn't a row."""
+        N, K = self.shape
+        if ids.dtype != torch.int64:
+            raise ValueError(f"expected int64 ids, got {str(ids.dtype).removeprefix('torch.')}")
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= N):
+            raise IndexError(f"expected ids in 0..{N - 1}, got {int(ids.min())}..{int(ids.max())}")
+        if self._kernel() and ids.device.type == "cpu":
+            return self._rows(ids.contiguous(), ids.numel()).view(*ids.shape, K)
+        flat = ids.reshape(-1)
+        panels = _to_rows(self.packed[flat // PANEL], self.kind).view(
+            len(flat), PANEL, K // GROUP * KINDS[self.kind].block
+        )
+        chosen = panels[torch.arange(len(flat), device=ids.device), flat % PANEL].reshape(-1)
+        values = blocks.dequantize(chosen.cpu(), KINDS[self.kind].format, (len(flat), K))
+        return values.to(self.device).view(*ids.shape, K)
+
+    def _kernel(self) -> bool:
+        return self.device.type == "cpu" and reason_missing("cpu") is None
+
+    def _rows(self, ids: Tensor | None, count: int) -> Tensor:
+        from gptfast.kernels.cpu.quantize import dequantize
+
+        return dequantize(self.packed, self.code, self.shape[1], ids, count)
+
+
+def _check(kind: str, shape: Sequence[int]) -> tuple[int, int]:
+    """(N, K) of a shape that the kind can have."""
+    if kind not in KINDS:
+        raise ValueError(f"expected a kind of {', '.join(KINDS)}, got {kind!r}")
+    if len(shape) != 2 or shape[0] < 1 or shape[1] < 1 or shape[1] % GROUP:
+        raise ValueError(f"expected a shape (N, K) with K a multiple of {GROUP} for {kind}, got {tuple(shape)}")
+    return shape[0], shape[1]
+
+
+def _parts(packed: Tensor, k: Kind) -> tuple[Tensor, Tensor]:
+    """Views of the packed bytes: scales (P, G, halves, 16) int16 and quads (P, G, quads, 16) int32."""
+    heads = packed.view(torch.int16)[..., : PANEL * k.halves].unflatten(-1, (k.halves, PANEL))
+    return heads, packed.view(torch.int32)[..., PANEL * k.halves // 2 :].unflatten(-1, (k.quads, PANEL))
+
+
+def _to_rows(packed: Tensor, kind: str) -> Tensor:
+    """Packed panels as (16 * panels, K / 32, bytes of a block)."""
+    k, (P, G, _) = KINDS[kind], packed.shape
+    heads, quads = _parts(packed, k)
+    rows = torch.empty(P * PANEL, G, k.block, dtype=torch.uint8, device=packed.device)
+    scales = torch.empty(P * PANEL, G, k.halves, dtype=torch.int16, device=packed.device)
+    quants = torch.empty(P * PANEL, G, k.quads, dtype=torch.int32, device=packed.device)
+    scales.view(P, PANEL, G, k.halves).copy_(heads.permute(0, 3, 1, 2))
+    quants.view(P, PANEL, G, k.quads).copy_(quads.permute(0, 3, 1, 2))
+    rows[..., : 2 * k.halves] = scales.view(torch.uint8)
+    rows[..., 2 * k.halves :] = (quants ^ OFFSET if kind == "q8_0" else quants).view(torch.uint8)
+    return rows

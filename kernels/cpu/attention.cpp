@@ -1,0 +1,427 @@
+#include "attention.h"
+
+#include "kernels.h"
+#include "rope.h"
+
+// Attention without ever storing Sq x Sk. The query heads of a KV head are packed into the rows of a tile (row r is
+// query r / G, head r % G, G = H / Hk), keys come in chunks of CHUNK counted from the first key, and each row merges
+// its chunks in that order. Work is dealt out as strips of tiles (each packs a chunk of K and V once for all its
+// tiles), or, where there are too few of those, as single chunks whose partial results are merged in order afterwards:
+// the same bits.
+namespace gptfast::ISA {
+
+namespace {
+
+using namespace attn;
+
+constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
+constexpr int TILES = 16;               // of a strip, at most
+constexpr int STRIP_BYTES = 512 << 10;  // of a strip's rows: they share the L2 with a chunk of K and V
+
+// One sequence of the batch: where its rows begin, in elements, and how long it is.
+struct Sequence {
+  int64_t b, q, k, v, out, lse;
+  int q_len, k_len, position;  // position: of the first query, absolute
+  int leftpad;
+  const int32_t* pages;
+};
+
+Sequence sequence(const Attention& a, int64_t b) {
+  Sequence s{};
+  s.b = b;
+  const int64_t q_first = a.cu_q ? a.cu_q[b] : 0, k_first = a.cu_k ? a.cu_k[b] : 0;
+  const int64_t slot = a.batch_index ? a.batch_index[b] : b;
+  s.q_len = (int)(a.cu_q ? a.cu_q[b + 1] - q_first : a.Sq);
+  s.q = a.cu_q ? q_first * a.q_strides[1] : b * a.q_strides[0];
+  s.out = a.cu_q ? q_first : b * a.Sq;
+  s.lse = a.cu_q ? q_first : b * a.H * a.Sq;
+  s.leftpad = a.leftpad ? a.leftpad[b] : 0;
+  const int total = (int)(a.lengths ? a.lengths[b] + (a.k_new ? a.Sq : 0) : a.cu_k ? a.cu_k[b + 1] - k_first : a.Sk);
+  s.k_len = max(total - s.leftpad, 0);
+  s.position = total - s.q_len;
+  s.pages = a.block_table ? a.block_table + b * a.table_stride : nullptr;
+  s.k = a.cu_k ? k_first * a.k_strides[1] : s.pages ? 0 : slot * a.k_strides[0];
+  s.v = a.cu_k ? k_first * a.v_strides[1] : s.pages ? 0 : slot * a.v_strides[0];
+  return s;
+}
+
+// Where a slot of the sequence's cache lies, in elements from the start of its head.
+INLINE int64_t slot_at(const Attention& a, const Sequence& s, int64_t first, const int64_t* strides, int64_t slot) {
+  return s.pages ? s.pages[slot / a.page] * strides[0] + slot % a.page * strides[1] : first + slot * strides[1];
+}
+
+// The keys [low, high) that query i may attend to: causality and the window are aligned to the last key.
+void visible(const Attention& a, const Sequence& s, int i, int* low, int* high) {
+  const int64_t here = (int64_t)i + s.k_len - s.q_len;
+  int64_t to = a.causal ? here + 1 : s.k_len, from = a.left >= 0 ? here - a.left : 0;
+  if (a.right >= 0) to = min(to, here + a.right + 1);
+  *low = (int)max<int64_t>(from, 0);
+  *high = (int)max<int64_t>(min<int64_t>(to, s.k_len), 0);
+}
+
+// New keys (rotated) and values go to their slots of the cache.
+template <class T>
+void append(const Attention& a, Worker& worker) {
+  const int64_t n = a.B * a.Sq;
+  for (int64_t at = worker.begin(n); at < worker.end(n); at++) {
+    const Sequence s = sequence(a, at / a.Sq);
+    const int64_t i = at % a.Sq, position = s.position + i;
+    T* k_to = (T*)a.k_cache + slot_at(a, s, s.k, a.k_strides, position);
+    T* v_to = (T*)a.v_cache + slot_at(a, s, s.v, a.v_strides, position);
+    const T* k = (const T*)a.k_new + s.b * a.k_new_strides[0] + i * a.k_new_strides[1];
+    const T* v = (const T*)a.v_new + s.b * a.v_new_strides[0] + i * a.v_new_strides[1];
+    for (int64_t h = 0; h < a.Hk; h++) {
+      T* to = k_to + h * a.k_strides[2];
+      const T* from = k + h * a.k_new_strides[2];
+      if (a.cos) {
+        const int64_t turn = position * (a.rotary / 2);
+        rope_row(to, from, a.cos + turn, a.sin + turn, a.D, a.rotary, a.interleaved);
+      } else {
+        memcpy(to, from, a.D * sizeof(T));
+      }
+      memcpy(v_to + h * a.v_strides[2], v + h * a.v_new_strides[2], a.D * sizeof(T));
+    }
+  }
+}
+
+// The tiles of one KV head of one sequence, on one worker.
+template <class T>
+struct Head {
+  const Attention& a;
+  const Sequence s;
+  const int64_t hk;
+  const int G, D, padded;
+  const T *k, *v;
+
+  Head(const Attention& a, int64_t b, int64_t hk)
+      : a(a),
+        s(sequence(a, b)),
+        hk(hk),
+        G((int)(a.H / a.Hk)),
+        D((int)a.D),
+        padded(round_up(D, LANES)),
+        k((const T*)a.k + hk * a.k_strides[2]),
+        v((const T*)a.v + hk * a.v_strides[2]) {}
+
+  int rows() const { return G * s.q_len; }
+  int tiles() const { return (int)ceil_div(rows(), ROWS); }
+  int64_t head(int row) const { return hk * G + row % G; }
+  T* out(int row) const { return (T*)a.out + ((s.out + row / G) * a.H + head(row)) * D; }
+
+  void load_query(int row, float* to) const {
+    const T* x = (const T*)a.q + s.q + row / G * a.q_strides[1] + head(row) * a.q_strides[2];
+    T turned[DIM];
+    if (a.cos) {
+      const int64_t turn = (s.position + row / G) * (a.rotary / 2);
+      rope_row(turned, x, a.cos + turn, a.sin + turn, D, a.rotary, a.interleaved);
+      x = turned;
+    }
+    const float scale = a.scale * LOG2E;
+    for (int d = 0; d < D; d += LANES) store(to + d, load(x + d, min(LANES, D - d)) * scale);
+  }
+
+  // Rows first .. of a tile in its memory, with nothing attended to yet. `few`: at most FEW rows, in the `few` shape.
+  Tile start(int first, bool few, float* memory, float* spare) const {
+    Tile t{};
+    t.first = first;
+    t.few = few;
+    t.rows = min(rows() - first, ROWS);
+    t.dim = D;
+    t.width = round_up(t.rows, LANES);
+    const int W = t.width, values = padded * (few ? t.rows : W);
+    t.q = memory;
+    t.o = t.q + values;
+    t.m = t.o + values;
+    t.l = t.m + W;
+    t.slope = t.l + W;
+    t.sink = t.slope + W;
+    t.low = (int32_t*)(t.sink + W);
+    t.high = t.low + W;
+    t.position = t.high + W;
+    clear(t);
+    for (int r = 0; r < W; r++) {
+      const int row = first + min(r, t.rows - 1), i = row / G;
+      visible(a, s, i, t.low + r, t.high + r);
+      t.position[r] = i + s.k_len - s.q_len;
+      t.slope[r] = a.slopes ? a.slopes[s.b * a.slopes_batch + head(row)] * LOG2E : 0.0f;
+      t.sink[r] = a.sinks ? a.sinks[head(row)] * LOG2E : NONE;
+    }
+    if (few) {
+      for (int r = 0; r < t.rows; r++) load_query(first + r, t.q + r * padded);
+      return t;
+    }
+    for (int r = 0; r < W; r += LANES) {
+      memset(spare, 0, LANES * padded * sizeof(float));
+      for (int i = 0; i < LANES && r + i < t.rows; i++) load_query(first + r + i, spare + i * padded);
+      for (int d = 0; d < D; d += LANES) {
+        f32v x[LANES];
+        for (int i = 0; i < LANES; i++) x[i] = load(spare + i * padded + d);
+        transpose(x);
+        for (int i = 0; i < LANES; i++) store(t.q + (d + i) * W + r, x[i]);
+      }
+    }
+    return t;
+  }
+
+  void clear(Tile& t) const {
+    memset(t.o, 0, padded * (t.few ? t.rows : t.width) * sizeof(float));
+    for (int r = 0; r < t.width; r++) t.m[r] = NONE, t.l[r] = 0;
+  }
+
+  // Where each key of a chunk lies; keys outside [begin, end) repeat one inside, so that no others are read.
+  void locate(int start, int begin, int end, int64_t* k_at, int64_t* v_at) const {
+    const int first = begin / (GROUPS * LANES) * (GROUPS * LANES), last = round_up(end, GROUPS * LANES);
+    for (int j = first; j < last; j++) {
+      const int64_t slot = s.leftpad + start + max(begin, min(j, end - 1));
+      k_at[j] = slot_at(a, s, s.k, a.k_strides, slot);
+      v_at[j] = slot_at(a, s, s.v, a.v_strides, slot);
+    }
+  }
+
+  // The tile's part of a chunk; empty where begin >= end.
+  Keys keys(const Tile& t, int chunk, float* bias) const {
+    Keys c{};
+    c.start = chunk * CHUNK;
+    c.begin = max(t.low[0] - c.start, 0);
+    c.end = min(t.high[t.rows - 1] - c.start, CHUNK);
+    if (c.begin >= c.end) return c;
+    const int from = c.start + c.first_group() * LANES, to = c.start + c.last_group() * LANES;
+    c.terms.cap = a.softcap * LOG2E;
+    c.terms.inverse_cap = c.terms.cap != 0 ? 1 / c.terms.cap : 0;
+    c.terms.alibi = a.slopes;
+    c.terms.edge = from < t.low[t.rows - 1] || to > t.high[0];
+    c.terms.bias = a.bias || a.mask;
+    c.bias = bias;
+    if (c.terms.bias) {
+      memset(bias, 0, t.width * CHUNK * sizeof(float));
+      for (int r = 0; r < t.rows; r++) load_bias(t.first + r, c, bias + r * CHUNK);
+    }
+    return c;
+  }
+
+  // bias * log2(e), -inf where the mask is false, of one row and the keys begin .. end of a chunk.
+  void load_bias(int row, const Keys& c, float* to) const {
+    const int64_t i = row / G, h = head(row);
+    if (a.bias) {
+      const int64_t *st = a.bias_strides, at = s.b * st[0] + h * st[1] + i * st[2] + (c.start + c.begin) * st[3];
+      if (a.bias_dtype == FLOAT32)
+        widen_row((const float*)a.bias + at, st[3], to + c.begin, c.end - c.begin);
+      else
+        widen_row((const T*)a.bias + at, st[3], to + c.begin, c.end - c.begin);
+    }
+    if (a.mask) {
+      const int64_t* st = a.mask_strides;
+      const uint8_t* m = a.mask + s.b * st[0] + h * st[1] + i * st[2] + c.start * st[3];
+      if (st[3] == 1) {
+        for (int j = c.begin; j < c.end; j++) to[j] = m[j] ? to[j] : NONE;
+      } else {
+        for (int j = c.begin; j < c.end; j++) to[j] = m[j * st[3]] ? to[j] : NONE;
+      }
+    }
+  }
+  template <class B>
+  static void widen_row(const B* x, int64_t stride, float* to, int n) {
+    if (stride == 1) {
+      for (int j = 0; j < n; j += LANES) {
+        const int lanes = min(LANES, n - j);
+        store(to + j, load(x + j, lanes) * LOG2E, lanes);
+      }
+    } else {
+      for (int j = 0; j < n; j++) to[j] = load1(x + j * stride) * LOG2E;
+    }
+  }
+
+  // The sink joins, the sum divides, and the rows leave.
+  void finish(Tile& t, float* spare) const {
+    for (int r = 0; r < t.width; r += LANES) {
+      const f32v m = load(t.m + r), sink = load(t.sink + r), top = finite(max(m, sink)), turn = exp2(m - top);
+      const f32v total = fma(load(t.l + r), turn, exp2(sink - top));
+      store(t.m + r, top);
+      store(t.l + r, total);
+      store(t.slope + r, select(total > 0.0f, turn / total, f32v{}));
+    }
+    if (a.lse)
+      for (int r = 0; r < t.rows; r++) {
+        float* to = a.lse + s.lse + head(t.first + r) * (a.Sq) + (t.first + r) / G;
+        *to = t.l[r] > 0 ? t.m[r] * LN2 + __builtin_logf(t.l[r]) : NONE;
+      }
+    if (t.few) {
+      for (int r = 0; r < t.rows; r++) store_row(t.o + r * padded, t.slope[r], out(t.first + r));
+      return;
+    }
+    for (int r = 0; r < t.width; r += LANES) {
+      for (int d = 0; d < D; d += LANES) {
+        f32v x[LANES];
+        for (int i = 0; i < LANES; i++) x[i] = load(t.o + (d + i) * t.width + r);
+        transpose(x);
+        for (int i = 0; i < LANES; i++) store(spare + i * padded + d, x[i]);
+      }
+      for (int i = 0; i < LANES && r + i < t.rows; i++)
+        store_row(spare + i * padded, t.slope[r + i], out(t.first + r + i));
+    }
+  }
+  void store_row(const float* o, float factor, T* to) const {
+    for (int d = 0; d < D; d += LANES) store(to + d, load(o + d) * factor, min(LANES, D - d));
+  }
+};
+
+// A worker's memory, reused from strip to strip.
+struct Scratch {
+  float *kt, *vt, *s, *bias, *tiles;
+  int64_t *k_at, *v_at;
+
+  static int64_t tile_floats(int64_t D) { return ROWS * (2 * round_up((int)D, LANES) + 7); }
+  Scratch(const Attention& a, Worker& worker, int tiles_of_strip) {
+    const int64_t D = round_up((int)a.D, LANES), block = D * CHUNK;
+    const int64_t scores = max<int64_t>(ROWS * CHUNK, LANES * D);
+    const int64_t floats = 2 * block + scores + ROWS * CHUNK + tiles_of_strip * tile_floats(a.D);
+    k_at = (int64_t*)worker.scratch(2 * CHUNK * sizeof(int64_t) + floats * sizeof(float));
+    v_at = k_at + CHUNK;
+    kt = (float*)(v_at + CHUNK);
+    vt = kt + block;
+    s = vt + block;
+    bias = s + scores;
+    tiles = bias + ROWS * CHUNK;
+  }
+};
+
+template <class T>
+void run_chunk(const Head<T>& head, Tile& t, int chunk, Scratch& x) {
+  const Keys keys = head.keys(t, chunk, x.bias);
+  if (keys.begin >= keys.end) return;
+  if (t.few)
+    chunk_few(t, keys, head.k, x.k_at, head.v, x.v_at, x.kt, x.s);
+  else
+    (t.width == LANES ? chunk_rows<1> : t.width == 2 * LANES ? chunk_rows<2> : chunk_rows<3>)(t, keys, x.kt, x.vt, x.s);
+}
+
+// Chunks first .. last of the tiles of a strip, in order.
+template <class T>
+void run_strip(const Head<T>& head, Tile* tiles, int count, int first, int last, Scratch& x) {
+  const Tile& end = tiles[count - 1];
+  const int low = tiles[0].low[0], high = end.high[end.rows - 1];
+  first = max(first, low / CHUNK);
+  last = min(last, (int)ceil_div(high, CHUNK));
+  for (int c = first; c < last; c++) {
+    const int from = max(low - c * CHUNK, 0), to = min(high - c * CHUNK, CHUNK);
+    if (from >= to) continue;
+    head.locate(c * CHUNK, from, to, x.k_at, x.v_at);
+    if (!tiles[0].few) {
+      const int group = from / LANES;
+      pack_k(head.k, x.k_at, group, (int)ceil_div(to, LANES), head.D, x.kt + group * head.D * LANES);
+      pack_v(head.v, x.v_at, from, to, head.D, x.vt);
+    }
+    for (int i = 0; i < count; i++) run_chunk(head, tiles[i], c, x);
+  }
+}
+
+// Whole strips, the later ones first: under a causal mask they are the longer.
+template <class T>
+void by_strips(const Attention& a, Worker& worker) {
+  const int64_t most = ceil_div(a.q_longest * (a.H / a.Hk), ROWS), bytes = Scratch::tile_floats(a.D) * sizeof(float);
+  const int64_t fair = a.B * a.Hk * most / (8 * worker.count);
+  const int size = (int)max<int64_t>(1, min<int64_t>(min<int64_t>(TILES, STRIP_BYTES / bytes), fair));
+  const int64_t heads = a.B * a.Hk, strips = ceil_div(most, size);
+  Scratch x(a, worker, size);
+  for (int64_t task; (task = worker.next()) < heads * strips;) {
+    const Head<T> head(a, task % heads / a.Hk, task % a.Hk);
+    const int first = (int)(strips - 1 - task / heads) * size, count = min(size, head.tiles() - first);
+    if (count <= 0) continue;
+    const bool few = count == 1 && head.rows() - first * ROWS <= FEW;
+    Tile tiles[TILES];
+    for (int i = 0; i < count; i++)
+      tiles[i] = head.start((first + i) * ROWS, few, x.tiles + i * Scratch::tile_floats(a.D), x.s);
+    run_strip(head, tiles, count, 0, 1 << 30, x);
+    for (int i = 0; i < count; i++) head.finish(tiles[i], x.s);
+  }
+}
+
+// The part of a tile that a chunk changes lies together: o, m, l.
+INLINE int64_t state_floats(const Tile& t) { return t.slope - t.o; }
+
+void fold(Tile& t, const float* partial) {
+  const float *o = partial, *m = partial + (t.m - t.o), *l = m + t.width;
+  float a[ROWS], b[ROWS];
+  for (int r = 0; r < t.width; r += LANES) merge(t.m + r, t.l + r, load(m + r), load(l + r), a + r, b + r);
+  const int rows = round_up(t.dim, LANES);
+  if (t.few) {
+    for (int r = 0; r < t.rows; r++)
+      for (int d = 0; d < rows; d += LANES) {
+        float* to = t.o + r * rows + d;
+        store(to, fma(load(to), splat(a[r]), load(o + r * rows + d) * b[r]));
+      }
+  } else {
+    for (int d = 0; d < rows; d++)
+      for (int r = 0; r < t.width; r += LANES) {
+        float* to = t.o + d * t.width + r;
+        store(to, fma(load(to), load(a + r), load(o + d * t.width + r) * load(b + r)));
+      }
+  }
+}
+
+// Single chunks, dealt out evenly and always alike (a decoding worker finds its keys in its own cache), then the merge.
+template <class T>
+void by_chunks(const Attention& a, Worker& worker) {
+  Scratch x(a, worker, 1);
+  auto chunks = [&](int64_t b, int* first, int* last) {
+    const Sequence s = sequence(a, b);
+    int low, high, unused;
+    visible(a, s, 0, &low, &unused);
+    visible(a, s, s.q_len - 1, &unused, &high);
+    *first = low / CHUNK;
+    *last = s.q_len ? max(*first, (int)ceil_div(high, CHUNK)) : *first;
+  };
+  auto partial = [&](int64_t b, int64_t hk, int chunk, int tile) {
+    return a.workspace + ((b * a.Hk + hk) * a.chunks + chunk) * a.partial +
+           tile * ROWS * (round_up((int)a.D, LANES) + 2);
+  };
+  auto start = [&](const Head<T>& head, int tile) {
+    return head.start(tile * ROWS, head.rows() - tile * ROWS <= FEW, x.tiles, x.s);
+  };
+  int64_t total = 0, done = 0;
+  int first, last;
+  for (int64_t b = 0; b < a.B; b++) chunks(b, &first, &last), total += last - first;
+  const int64_t begin = worker.begin(total * a.Hk), end = worker.end(total * a.Hk);
+  for (int64_t b = 0; b < a.B; b++) {
+    chunks(b, &first, &last);
+    const int64_t from = max<int64_t>(begin - done, 0), to = min<int64_t>(end - done, (last - first) * a.Hk);
+    for (int64_t u = from; u < to; u++) {
+      const Head<T> head(a, b, u % a.Hk);
+      const int c = first + (int)(u / a.Hk);
+      for (int tile = 0; tile < head.tiles(); tile++) {
+        Tile t = start(head, tile);
+        run_strip(head, &t, 1, c, c + 1, x);
+        memcpy(partial(b, head.hk, c, tile), t.o, state_floats(t) * sizeof(float));
+      }
+    }
+    done += (last - first) * a.Hk;
+  }
+  worker.sync();
+  for (int64_t task; (task = worker.next()) < a.B * a.Hk;) {
+    const Head<T> head(a, task / a.Hk, task % a.Hk);
+    chunks(head.s.b, &first, &last);
+    for (int tile = 0; tile < head.tiles(); tile++) {
+      Tile t = start(head, tile);
+      for (int c = first; c < last; c++) fold(t, partial(head.s.b, head.hk, c, tile));
+      head.finish(t, x.s);
+    }
+  }
+}
+
+}  // namespace
+
+void attention(const Attention& a, Worker& worker) {
+  with_storage(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    if (a.k_new) {
+      append<T>(a, worker);
+      worker.sync();
+    }
+    if (a.workspace && worker.count > 1)
+      by_chunks<T>(a, worker);
+    else
+      by_strips<T>(a, worker);
+  });
+}
+
+}  // namespace gptfast::ISA

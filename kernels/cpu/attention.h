@@ -1,0 +1,344 @@
+// The arithmetic of attention on one chunk of keys, in two shapes that give the same bits: `rows` puts query rows in
+// the lanes (prefill), `few` puts keys (QK) and dims (PV) in them (decode). Both keep one order of summation:
+//   score(row, key)   fma over d = 0, 1, ... from 0
+//   row sum           LANES partial sums, key j to partial j % LANES, keys in order; then added by halves
+//   out(row, d)       fma over the keys of the chunk in order, from 0
+// A masked key has probability 0 exactly and adding it changes nothing, so it may be computed or skipped.
+// K is packed as kt[key / LANES][d][LANES] and V as vt[d / LANES][key][LANES], in fp32.
+#pragma once
+#include "vec.h"
+
+namespace gptfast::ISA::attn {
+
+constexpr int CHUNK = 128;                   // keys; gptfast/ops/attention.py says so too
+constexpr int ROWS = 3 * LANES;              // query rows of a full tile
+constexpr int BLOCK = LANES == 16 ? 8 : 4;   // x 3 accumulators + 3 + 1 fill 32 or 16 vector registers
+constexpr int FEW = LANES / 2;               // tiles of so many rows or fewer take the `few` shape
+constexpr int GROUPS = LANES == 16 ? 4 : 2;  // vectors of keys or dims side by side in the `few` shape
+constexpr int DIM = 256;                     // the largest head
+constexpr float NONE = -__builtin_inff();
+#define NOINLINE __attribute__((noinline))
+#define UNROLL _Pragma("GCC unroll 16")
+#define NO_UNROLL _Pragma("GCC unroll 1")
+
+INLINE int round_up(int n, int to) { return (n + to - 1) / to * to; }
+
+// What happens to a score, in log2 units, between Q K and the softmax.
+struct Terms {
+  float cap, inverse_cap;  // softcap * log2(e); 0 = none
+  bool alibi, bias, edge;  // edge: some row of the tile doesn't see some key of the chunk
+};
+
+// tanh to 2 units in the last place: an odd polynomial near 0, 1 - 2 / (e^2x + 1) beyond.
+INLINE f32v tanh(f32v x) {
+  f32v a = abs(x), z = x * x, p = splat(-5.70498872745e-3f);
+  p = fma(p, z, splat(2.06390887954e-2f));
+  p = fma(p, z, splat(-5.37397155531e-2f));
+  p = fma(p, z, splat(1.33314422036e-1f));
+  p = fma(p, z, splat(-3.33332819422e-1f));
+  f32v near = fma(p * z, x, x), far = 1.0f - 2.0f / (exp2(min(a, splat(20.0f)) * 2.88539008177792681f) + 1.0f);
+  return select(a < 0.625f, near, bitcast<f32v>(bitcast<i32v>(far) | (bitcast<i32v>(x) & (int32_t)0x80000000)));
+}
+
+INLINE f32v score(const Terms& t, f32v s, i32v key, i32v position, f32v slope, f32v bias, i32v low, i32v high) {
+  if (t.cap != 0) s = tanh(s * t.inverse_cap) * t.cap;
+  if (t.alibi) {
+    i32v distance = position - key;
+    s = fma(-slope, to_float(distance < 0 ? -distance : distance), s);
+  }
+  if (t.bias) s += bias;
+  if (t.edge) s = select((key >= low) & (key < high), s, splat(NONE));
+  return s;
+}
+INLINE f32v finite(f32v m) { return select(m == NONE, f32v{}, m); }
+
+// The rows of a tile and what is known of them so far. In the `rows` shape q and o are transposed, [d][width].
+struct Tile {
+  int first, rows, width, dim;     // the first row; width: rows rounded up to lanes
+  bool few;                        // which shape; in `few`, q and o are [row][dim rounded up to lanes]
+  float *q, *o, *m, *l;            // q scaled by scale * log2(e); m in log2 units
+  float *slope, *sink;             // per row, in log2 units
+  int32_t *low, *high, *position;  // keys [low, high) are seen by a row; both grow with the row
+};
+
+// One chunk as seen by a tile: keys start + [begin, end) are needed.
+struct Keys {
+  int start, begin, end;
+  Terms terms;
+  const float* bias;  // [width][CHUNK], in log2 units
+  int first_group() const { return begin / LANES; }
+  int last_group() const { return (int)ceil_div(end, LANES); }
+};
+
+// In-register transpose of LANES x LANES values.
+INLINE void transpose(f32v* r) {
+  const i32v lane = iota();
+#pragma GCC unroll 4
+  for (int s = LANES / 2; s; s /= 2) {
+    const i32v low = (lane & s) ? lane - s + LANES : lane, high = (lane & s) ? lane + LANES : lane + s;
+    UNROLL for (int i = 0; i < LANES; i++) {
+      if (i & s) continue;
+      const f32v a = r[i], b = r[i + s];
+      r[i] = __builtin_shuffle(a, b, low);
+      r[i + s] = __builtin_shuffle(a, b, high);
+    }
+  }
+}
+
+template <class T>
+NOINLINE void pack_k(const T* k, const int64_t* at, int first, int last, int dim, float* kt) {
+  for (int g = first; g < last; g++)
+    for (int d = 0; d < dim; d += LANES) {
+      const int n = min(LANES, dim - d);
+      f32v r[LANES];
+      if (n == LANES) {
+        UNROLL for (int i = 0; i < LANES; i++) r[i] = load(k + at[g * LANES + i] + d);
+      } else {
+        for (int i = 0; i < LANES; i++) r[i] = load(k + at[g * LANES + i] + d, n);
+      }
+      transpose(r);
+      float* to = kt + ((g - first) * dim + d) * LANES;
+      if (n == LANES) {
+        UNROLL for (int i = 0; i < LANES; i++) store(to + i * LANES, r[i]);
+      } else {
+        for (int i = 0; i < n; i++) store(to + i * LANES, r[i]);
+      }
+    }
+}
+
+template <class T>
+NOINLINE void pack_v(const T* v, const int64_t* at, int begin, int end, int dim, float* vt) {
+  for (int j = begin; j < end; j++) {
+    const T* from = v + at[j];
+    float* to = vt + j * LANES;
+    int d = 0;
+    for (; d + LANES <= dim; d += LANES) store(to + d * CHUNK, load(from + d));
+    if (d < dim) store(to + d * CHUNK, load(from + d, dim - d));
+  }
+}
+
+// m = max(m, m_c) and the factors a = 2^(m_old - m), b = 2^(m_c - m) that bring both sides to it; l = l a + l_c b.
+INLINE void merge(float* m, float* l, f32v mc, f32v lc, float* a, float* b) {
+  const f32v old = load(m), now = max(old, mc), base = finite(now);
+  const f32v fa = exp2(old - base), fb = exp2(mc - base);
+  store(m, now);
+  store(l, fma(load(l), fa, lc * fb));
+  store(a, fa);
+  store(b, fb);
+}
+
+// ---- query rows in the lanes ----
+
+template <int NV>
+NOINLINE void qk_rows(const float* qt, const float* kt, float* s, int dim, int begin, int end) {
+  constexpr int W = NV * LANES;
+  for (int j = begin; j < end; j += BLOCK) {
+    const float* k = kt + (j / LANES * dim) * LANES + j % LANES;
+    const float* q = qt;
+    f32v acc[BLOCK][NV] = {};
+    NO_UNROLL for (int d = 0; d < dim; d++, q += W, k += LANES) {
+      f32v row[NV];
+      UNROLL for (int v = 0; v < NV; v++) row[v] = load(q + v * LANES);
+      UNROLL for (int i = 0; i < BLOCK; i++) {
+        const f32v key = splat(k[i]);
+        UNROLL for (int v = 0; v < NV; v++) acc[i][v] = fma(row[v], key, acc[i][v]);
+      }
+    }
+    UNROLL for (int i = 0; i < BLOCK; i++) {
+      UNROLL for (int v = 0; v < NV; v++) store(s + (j + i) * W + v * LANES, acc[i][v]);
+    }
+  }
+}
+
+// Scores of the chunk to their final value, in place; their maximum to m.
+template <int NV>
+NOINLINE void score_rows(const Tile& t, const Keys& keys, float* s, float* m) {
+  constexpr int W = NV * LANES;
+  const Terms terms = keys.terms;
+  const bool plain = terms.cap == 0 && !terms.alibi && !terms.bias && !terms.edge;
+  for (int v = 0; v < NV; v++) {
+    const int at = v * LANES;
+    f32v top = splat(NONE);
+    if (plain) {
+      for (int j = keys.first_group() * LANES; j < keys.last_group() * LANES; j++) top = max(top, load(s + j * W + at));
+    } else {
+      const i32v low = load(t.low + at), high = load(t.high + at), position = load(t.position + at);
+      const f32v slope = load(t.slope + at);
+      for (int g = keys.first_group(); g < keys.last_group(); g++) {
+        f32v bias[LANES] = {};
+        if (terms.bias) {
+          UNROLL for (int i = 0; i < LANES; i++) bias[i] = load(keys.bias + (at + i) * CHUNK + g * LANES);
+          transpose(bias);
+        }
+        for (int i = 0; i < LANES; i++) {
+          const int j = g * LANES + i;
+          const f32v x = score(terms, load(s + j * W + at), splat(keys.start + j), position, slope, bias[i], low, high);
+          store(s + j * W + at, x);
+          top = max(top, x);
+        }
+      }
+    }
+    store(m + at, top);
+  }
+}
+
+// p = 2^(s - m) in place; row sums to l.
+template <int NV>
+NOINLINE void exp_rows(const Keys& keys, float* s, const float* m, float* l) {
+  constexpr int W = NV * LANES;
+  for (int v = 0; v < NV; v++) {
+    const f32v base = finite(load(m + v * LANES));
+    f32v part[LANES];
+    for (int i = 0; i < LANES; i++) {
+      f32v total = {};
+      float* p = s + i * W + v * LANES;
+      for (int g = keys.first_group(); g < keys.last_group(); g++) {
+        const f32v e = exp2(load(p + g * LANES * W) - base);
+        store(p + g * LANES * W, e);
+        total += e;
+      }
+      part[i] = total;
+    }
+    for (int n = LANES / 2; n; n /= 2)
+      for (int i = 0; i < n; i++) part[i] += part[i + n];
+    store(l + v * LANES, part[0]);
+  }
+}
+
+// o = o a + (P V) b
+template <int NV>
+NOINLINE void pv_rows(const float* p, const float* vt, float* o, const float* a, const float* b, int dim, int begin,
+                      int end) {
+  constexpr int W = NV * LANES;
+  for (int d = 0; d < dim; d += BLOCK) {
+    const float *v = vt + d / LANES * CHUNK * LANES + begin * LANES + d % LANES, *row = p + begin * W;
+    f32v acc[BLOCK][NV] = {};
+    NO_UNROLL for (int j = begin; j < end; j++, v += LANES, row += W) {
+      f32v weight[NV];
+      UNROLL for (int i = 0; i < NV; i++) weight[i] = load(row + i * LANES);
+      UNROLL for (int i = 0; i < BLOCK; i++) {
+        const f32v x = splat(v[i]);
+        UNROLL for (int u = 0; u < NV; u++) acc[i][u] = fma(weight[u], x, acc[i][u]);
+      }
+    }
+    UNROLL for (int i = 0; i < BLOCK; i++) {
+      UNROLL for (int u = 0; u < NV; u++) {
+        float* to = o + (d + i) * W + u * LANES;
+        store(to, fma(load(to), load(a + u * LANES), acc[i][u] * load(b + u * LANES)));
+      }
+    }
+  }
+}
+
+template <int NV>
+void chunk_rows(const Tile& t, const Keys& keys, const float* kt, const float* vt, float* s) {
+  float mc[ROWS], lc[ROWS], a[ROWS], b[ROWS];
+  const int skip = keys.first_group() * LANES;
+  qk_rows<NV>(t.q, kt, s, t.dim, skip, keys.last_group() * LANES);
+  score_rows<NV>(t, keys, s, mc);
+  exp_rows<NV>(keys, s, mc, lc);
+  for (int v = 0; v < NV * LANES; v += LANES) merge(t.m + v, t.l + v, load(mc + v), load(lc + v), a + v, b + v);
+  pv_rows<NV>(s, vt, t.o, a, b, t.dim, keys.begin, keys.end);
+}
+
+// ---- keys, then dims, in the lanes ----
+
+template <int R>
+NOINLINE void qk_few(const float* q, int stride, const float* kt, float* s, int dim) {
+  f32v acc[R][GROUPS] = {};
+  NO_UNROLL for (int d = 0; d < dim; d++) {
+    f32v key[GROUPS];
+    UNROLL for (int g = 0; g < GROUPS; g++) key[g] = load(kt + (g * dim + d) * LANES);
+    UNROLL for (int r = 0; r < R; r++) {
+      const f32v x = splat(q[r * stride + d]);
+      UNROLL for (int g = 0; g < GROUPS; g++) acc[r][g] = fma(x, key[g], acc[r][g]);
+    }
+  }
+  UNROLL for (int r = 0; r < R; r++) {
+    UNROLL for (int g = 0; g < GROUPS; g++) store(s + r * CHUNK + g * LANES, acc[r][g]);
+  }
+}
+
+// One row's scores to probabilities, in place: their maximum to *m, their sum to *l.
+INLINE void softmax_few(const Tile& t, const Keys& keys, int r, float* s, float* m, float* l) {
+  const i32v low = splat(t.low[r]), high = splat(t.high[r]), position = splat(t.position[r]);
+  const f32v slope = splat(t.slope[r]);
+  f32v top = splat(NONE), total = {};
+  for (int g = keys.first_group(); g < keys.last_group(); g++) {
+    const f32v bias = keys.terms.bias ? load(keys.bias + r * CHUNK + g * LANES) : f32v{};
+    const i32v key = iota() + (keys.start + g * LANES);
+    const f32v x = score(keys.terms, load(s + g * LANES), key, position, slope, bias, low, high);
+    store(s + g * LANES, x);
+    top = max(top, x);
+  }
+  *m = max(top);
+  const f32v base = finite(splat(*m));
+  for (int g = keys.first_group(); g < keys.last_group(); g++) {
+    const f32v e = exp2(load(s + g * LANES) - base);
+    store(s + g * LANES, e);
+    total += e;
+  }
+  *l = sum(total);
+}
+
+template <class T, int R, int ND>
+NOINLINE void pv_few(const T* v, const int64_t* at, const float* p, float* o, int stride, const float* a,
+                     const float* b, int begin, int end, int n) {
+  f32v acc[R][ND] = {};
+  NO_UNROLL for (int j = begin; j < end; j++) {
+    const T* from = v + at[j];
+    f32v x[ND];
+    UNROLL for (int u = 0; u < ND; u++) x[u] = ND == 1 ? load(from, n) : load(from + u * LANES);
+    UNROLL for (int r = 0; r < R; r++) {
+      const f32v weight = splat(p[r * CHUNK + j]);
+      UNROLL for (int u = 0; u < ND; u++) acc[r][u] = fma(weight, x[u], acc[r][u]);
+    }
+  }
+  UNROLL for (int r = 0; r < R; r++) {
+    UNROLL for (int u = 0; u < ND; u++) {
+      float* to = o + r * stride + u * LANES;
+      store(to, fma(load(to), splat(a[r]), acc[r][u] * b[r]));
+    }
+  }
+}
+
+template <class T, int R>
+void pv_few_dims(const T* v, const int64_t* at, const float* p, float* o, int stride, const float* a, const float* b,
+                 int begin, int end, int dim) {
+  int d = 0;
+  for (; d + GROUPS * LANES <= dim; d += GROUPS * LANES)
+    pv_few<T, R, GROUPS>(v + d, at, p, o + d, stride, a, b, begin, end, LANES);
+  for (; d < dim; d += LANES) pv_few<T, R, 1>(v + d, at, p, o + d, stride, a, b, begin, end, min(LANES, dim - d));
+}
+
+// k_at and v_at: where each key of the chunk lies; those outside [begin, end) repeat one inside.
+template <class T>
+void chunk_few(const Tile& t, const Keys& keys, const T* k, const int64_t* k_at, const T* v, const int64_t* v_at,
+               float* kt, float* s) {
+  constexpr int STEP = GROUPS * LANES;
+  const int stride = round_up(t.dim, LANES);
+  float mc[LANES], lc[LANES] = {}, a[LANES], b[LANES];
+  store(mc, splat(NONE));
+  for (int j = keys.begin / STEP * STEP; j < keys.end; j += STEP) {
+    pack_k(k, k_at, j / LANES, j / LANES + GROUPS, t.dim, kt);
+    for (int r = 0; r < t.rows; r += 4) {
+      const float* q = t.q + r * stride;
+      float* to = s + r * CHUNK + j;
+      const int n = t.rows - r;
+      (n >= 4 ? qk_few<4> : n == 3 ? qk_few<3> : n == 2 ? qk_few<2> : qk_few<1>)(q, stride, kt, to, t.dim);
+    }
+  }
+  for (int r = 0; r < t.rows; r++) softmax_few(t, keys, r, s + r * CHUNK, mc + r, lc + r);
+  merge(t.m, t.l, load(mc), load(lc), a, b);
+  for (int r = 0; r < t.rows; r += 4) {
+    const float* p = s + r * CHUNK;
+    float* o = t.o + r * stride;
+    const int n = t.rows - r;
+    (n >= 4   ? pv_few_dims<T, 4>
+     : n == 3 ? pv_few_dims<T, 3>
+     : n == 2 ? pv_few_dims<T, 2>
+              : pv_few_dims<T, 1>)(v, v_at, p, o, stride, a + r, b + r, keys.begin, keys.end, t.dim);
+  }
+}
+
+}  // namespace gptfast::ISA::attn

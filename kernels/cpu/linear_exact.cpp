@@ -1,0 +1,144 @@
+// Linear with quantised weights and exact activations: w = fma(d, u, c) in fp32, then y = x w^T with one output per
+// lane, each group of 32 k in order, the groups added in order: two short chains, so that errors don't grow with K.
+// Blocks of BLOCK k are dequantised into L1 and used by all rows.
+#include "linear.h"
+
+namespace gptfast::ISA {
+
+namespace {
+
+constexpr int64_t BLOCK = 128;  // 128 x 48 weights in fp32 are 24 KiB of L1
+#if defined(__AVX512F__)
+constexpr int TILE = 8, ABREAST = 3;  // rows, panels of 16 columns: 24 sums of 32 registers
+#elif defined(__AVX2__)
+constexpr int TILE = 6, ABREAST = 1;  // 12 of 16
+#else
+constexpr int TILE = 3, ABREAST = 1;
+#endif
+constexpr int64_t BLOCK_TILES = 256 / TILE;  // rows whose sums stay in L2 while a block of columns is made
+
+// The low BITS bits of each 32-bit lane as a float.
+template <int BITS>
+INLINE f32v low_bits(u32v v) {
+#if defined(__AVX512F__)
+  if constexpr (BITS == 4) {  // a table in a register: the index takes just these bits
+    const f32v table = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return _mm512_permutexvar_ps(bitcast<__m512i>(v), table);
+  }
+#endif
+  return to_float(bitcast<i32v>(v & ((1u << BITS) - 1)));
+}
+
+// Groups [begin, end) of one panel to out[k][stride], 16 columns of it.
+template <class Block>
+void dequantize_panel(const Block* b, int64_t groups, int64_t stride, float* out) {
+  for (int64_t g = 0; g < groups; g++, b++, out += GROUP * stride)
+    for (int part = 0; part < PARTS; part++) {
+      const f32v d = scales(*b, part), c = shifts(*b, part);
+#pragma GCC unroll 2
+      for (int j = 0; j < (int)(sizeof b->q / 64); j++) {
+        const u32v v = bitcast<u32v>(load((const float*)(b->q[j] + part * sizeof(u32v))));
+        float* o = out + 4 * j * stride + part * LANES;
+#pragma GCC unroll 4
+        for (int e = 0; e < 4; e++) {
+          store(o + e * stride, fma(d, low_bits<Block::BITS>(v >> (8 * e)), c));
+          if constexpr (Block::BITS == 4) store(o + (16 + e) * stride, fma(d, low_bits<4>(v >> (8 * e + 4)), c));
+        }
+      }
+    }
+}
+
+// sums[MR][stride] = (add ? sums : 0) + x[k][MR] * w[k][NV * LANES]: each group of 32 k in order, then added.
+template <int MR, int NV>
+__attribute__((noinline)) void outer_products(const float* x, const float* w, int64_t groups, float* sums,
+                                              int64_t stride, bool add) {
+  for (; groups > 0; groups--, add = true) {
+    f32v acc[MR][NV] = {};
+#pragma GCC unroll 1
+    for (int k = 0; k < GROUP; k++, x += MR, w += NV * LANES) {
+      f32v b[NV];
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++) b[v] = load(w + v * LANES);
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; i++)
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; v++) acc[i][v] = fma(splat(x[i]), b[v], acc[i][v]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++) {
+        float* s = sums + i * stride + v * LANES;
+        store(s, add ? load(s) + acc[i][v] : acc[i][v]);
+      }
+  }
+}
+
+// rows x K of x in fp32 as [k][rows].
+template <class T>
+void interleave_rows(const T* x, int64_t stride, int64_t K, int rows, float* out) {
+  for (int i = 0; i < rows; i++)
+    for (int64_t k = 0; k < K; k += LANES) {
+      float lanes[LANES];
+      store(lanes, load(x + i * stride + k));
+      for (int l = 0; l < LANES; l++) out[(k + l) * rows + i] = lanes[l];
+    }
+}
+
+// Columns of `panels` panels (ABREAST or 1) from panel `first` on, for the tiles [begin, end) of rows.
+template <class Block, int NP>
+void block(const Linear& a, const float* x, const Tiles& tiles, int64_t begin, int64_t end, int64_t first,
+           float* memory) {
+  constexpr int COLS = NP * PANEL;
+  float *weight = memory, *sums = memory + BLOCK * COLS;
+  const int64_t groups = a.depth / GROUP, row = tiles.begin(begin);
+  for (int64_t k = 0; k < a.depth; k += BLOCK) {
+    const int64_t length = min(BLOCK, a.depth - k);
+    for (int p = 0; p < NP; p++) {
+      const Block* b = (const Block*)a.weight + (first + p) * groups + k / GROUP;
+      dequantize_panel(b, length / GROUP, COLS, weight + p * PANEL);
+    }
+    for (int64_t t = begin; t < end; t++)
+      with_int<1, TILE>(tiles.height(t), [&](auto rows) {
+        constexpr int MR = decltype(rows)::value;
+        const int64_t r = tiles.begin(t);
+        outer_products<MR, NP * PARTS>(x + r * a.depth + k * MR, weight, length / GROUP, sums + (r - row) * COLS, COLS,
+                                       k > 0);
+      });
+  }
+  const int n = (int)min<int64_t>(COLS, a.cols - first * PANEL);
+  for (int64_t r = row; r < tiles.begin(end); r++) store_outputs(a, r, first * PANEL, sums + (r - row) * COLS, n);
+}
+
+}  // namespace
+
+// y = x dequantize(W)^T + bias. x is first laid out in fp32 tiles: together in the workspace, or, without one, by every
+// worker for itself.
+void linear_exact(const Linear& a, Worker& worker) {
+  constexpr int64_t COLS = ABREAST * PANEL, MEMORY = (BLOCK + BLOCK_TILES * TILE) * COLS;
+  const Tiles tiles(a.rows, TILE), blocks(tiles.count, BLOCK_TILES);
+  float* memory = (float*)worker.scratch((MEMORY + (a.workspace ? 0 : a.rows * a.depth)) * sizeof(float));
+  float* x = a.workspace ? (float*)a.workspace : memory + MEMORY;
+  const int64_t begin = a.workspace ? worker.begin(tiles.count) : 0;
+  const int64_t end = a.workspace ? worker.end(tiles.count) : tiles.count;
+  with_storage(a.dtype, [&](auto t) {
+    for (int64_t i = begin; i < end; i++)
+      interleave_rows((const decltype(t)*)a.x + tiles.begin(i) * a.x_stride, a.x_stride, a.depth, tiles.height(i),
+                      x + tiles.begin(i) * a.depth);
+  });
+  if (a.workspace) worker.sync();
+  const int64_t panels = ceil_div(a.cols, PANEL);
+  with_format(a.format, [&](auto format) {
+    using Block = decltype(format);
+    in_runs(ceil_div(panels, ABREAST) * blocks.count, worker, [&](int64_t task) {
+      const int64_t first = task / blocks.count * ABREAST, b = blocks.begin(task % blocks.count),
+                    e = blocks.begin(task % blocks.count + 1);
+      if (first + ABREAST <= panels)
+        block<Block, ABREAST>(a, x, tiles, b, e, first, memory);
+      else
+        for (int64_t p = first; p < panels; p++) block<Block, 1>(a, x, tiles, b, e, p, memory);
+    });
+  });
+}
+
+}  // namespace gptfast::ISA
