@@ -39,6 +39,10 @@ def model_of(name: str, dtype: torch.dtype = torch.float32) -> GPT:
     return model.eval()
 
 
+def block(model: GPT, i: int) -> Any:
+    return model.blocks[i]
+
+
 def text(B: int, T: int, vocabulary: int = 97) -> Tensor:
     return torch.randint(vocabulary, (B, T), generator=torch.Generator().manual_seed(B))
 
@@ -195,12 +199,12 @@ def test_costs() -> None:
 
 def test_initialisation() -> None:
     model = GPT(CONFIGS["gpt2"].replace(vocab_size=500))
-    for block in model.blocks:
+    for i in range(3):
         for linear, std in (
-            (block.attention.qkv, 0.02),
-            (block.attention.out, 0.02 / math.sqrt(6)),
-            (block.mlp.up, 0.02),
-            (block.mlp.down, 0.02 / math.sqrt(6)),
+            (block(model, i).attention.qkv, 0.02),
+            (block(model, i).attention.out, 0.02 / math.sqrt(6)),
+            (block(model, i).mlp.up, 0.02),
+            (block(model, i).mlp.down, 0.02 / math.sqrt(6)),
         ):
             n = linear.weight.numel()
             assert abs(linear.weight.std().item() / std - 1) < 5 / math.sqrt(2 * n)  # five sigma
@@ -237,9 +241,9 @@ def test_gguf(kind: str, tmp_path: Path) -> None:
     loaded = GPT.from_gguf(gguf)
     assert loaded.config == model.config
     quantised = kind.startswith("Q")
-    weight = loaded.blocks[0].attention.qkv.weight
+    weight = block(loaded, 0).attention.qkv.weight
     assert isinstance(weight, QuantizedWeight) == quantised
-    wanted = blocks.dequantize(blocks.quantize(model.blocks[0].attention.qkv.weight, kind), kind, (128, 64))
+    wanted = blocks.dequantize(blocks.quantize(block(model, 0).attention.qkv.weight, kind), kind, (128, 64))
     assert torch.equal(weight.dequantize() if quantised else weight.float(), wanted)
     if not quantised:
         return
@@ -307,5 +311,5 @@ def test_quantised_folder_is_written_as_fp32(tmp_path: Path) -> None:
     small = GPT.from_folder(tmp_path / "plain", weights="q8_0")
     small.save_folder(tmp_path / "again")
     back = GPT.from_folder(tmp_path / "again")
-    weight = small.blocks[1].mlp.down.weight
-    assert isinstance(weight, QuantizedWeight) and torch.equal(back.blocks[1].mlp.down.weight, weight.dequantize())
+    weight = block(small, 1).mlp.down.weight
+    assert isinstance(weight, QuantizedWeight) and torch.equal(block(back, 1).mlp.down.weight, weight.dequantize())
