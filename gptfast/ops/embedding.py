@@ -110,11 +110,12 @@ def embedding(
     )
     _check_ids("ids", ids, weight.shape[0])
     if positions is not None and position_weight is not None:
-        V, C = weight.shape
+        C = weight.shape[1]
         require(
             position_weight.dim() == 2 and position_weight.shape[1] == C and position_weight.dtype == weight.dtype,
             lambda: (
-                f"embedding: expected position_weight (P, {C}) like weight {shape(weight)}, got {shape(position_weight)}"
+                f"embedding: expected position_weight (P, {C}) like weight {shape(weight)}, got "
+                f"{shape(position_weight)}"
             ),
         )
         _check_ids("positions", positions, position_weight.shape[0])

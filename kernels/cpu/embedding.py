@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from gptfast import _cpu
-from gptfast.kernels.cpu import DTYPES, pointer, rows, threads, unsupported
+from gptfast.kernels.cpu import DTYPES, empty, pointer, rows, threads, unsupported
 
 
 def supports(ids: Tensor, weight: Tensor, positions: Tensor | None, position_weight: Tensor | None) -> str | None:
@@ -19,7 +18,7 @@ def embedding(ids: Tensor, weight: Tensor, positions: Tensor | None, position_we
         positions = positions.expand(ids.shape).contiguous()
         position_weight, position_stride = rows(position_weight)
     C = weight.shape[1]
-    out = torch.empty((*ids.shape, C), dtype=weight.dtype)
+    out = empty((*ids.shape, C), weight.dtype)
     _cpu.embedding(
         threads(out.numel()),
         out=out.data_ptr(),

@@ -2,11 +2,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from gptfast import _cpu
-from gptfast.kernels.cpu import DTYPES, pointer, rows, threads, unsupported
+from gptfast.kernels.cpu import DTYPES, empty, pointer, rows, threads, unsupported
 
 
 def supports_bias_gelu(x: Tensor, bias: Tensor | None, approximate: str) -> str | None:
@@ -38,7 +37,7 @@ def geglu(gate: Tensor, up: Tensor, approximate: str) -> Tensor:
 
 def _elementwise(kernel: Callable[..., None], x: Tensor, other: int, other_stride: int, **more: int) -> Tensor:
     x, x_stride = rows(x)
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = empty(x.shape, x.dtype)
     kernel(
         threads(x.numel()),
         y=y.data_ptr(),

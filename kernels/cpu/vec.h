@@ -57,7 +57,7 @@ INLINE To bitcast(From from) {
   return to;
 }
 
-INLINE f32v splat(float x) {  // f32v{} + x would be an addition: it turns -0 into +0
+INLINE f32v splat(float x) {  // f32v{} + x would turn -0 into +0, and stay an addition
 #if defined(__AVX512F__)
   return _mm512_set1_ps(x);
 #elif defined(__AVX2__)
@@ -65,7 +65,7 @@ INLINE f32v splat(float x) {  // f32v{} + x would be an addition: it turns -0 in
 #elif defined(__SSE2__)
   return _mm_set1_ps(x);
 #else
-  return vdupq_n_f32(x);
+  return x - f32v{};
 #endif
 }
 INLINE i32v splat(int32_t x) { return i32v{} + x; }
