@@ -12,7 +12,7 @@ import torch
 import typer
 
 import gptfast
-from gptfast.cli.console import out, reported, settings, waiting
+from gptfast.cli.console import out, reported, settings, waiting, write
 from gptfast.generate import Generation, LanguageModel, load
 
 app = typer.Typer(
@@ -86,9 +86,7 @@ def generate(
     n: Annotated[int, typer.Option(min=1, help="Texts to write.")] = 1,
     stop: Stop = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Don't end at the model's end token.")] = False,
-    parse_special: Annotated[
-        bool, typer.Option("--parse-special", help="<|name|> in the prompt means the token.")
-    ] = False,
+    parse_special: Annotated[bool, typer.Option("--parse-special", help="<|name|> means the token.")] = False,
     logprobs: Annotated[bool, typer.Option("--logprobs", help="With --json: log-probabilities.")] = False,
     weights: Weights = None,
     activations: Activations = None,
@@ -131,11 +129,11 @@ def generate(
             try:
                 for piece in stream:
                     wait.stop()
-                    out.print(piece, end="", markup=False)
+                    write(piece)
             except KeyboardInterrupt:
                 stream.close()
             out.print()
-            out.print(stats_line(lm, stream.generation), style="dim")
+            out.print(stats_line(lm, stream.generation), style="dim", soft_wrap=True)
 
 
 def _prompt_text(prompt: str | None, prompt_file: str | None) -> str:
@@ -158,8 +156,8 @@ def _print_texts(lm: LanguageModel, found: list[Generation], as_json: bool) -> N
         return
     for i, generation in enumerate(found):
         out.print(f"[dim]{i + 1}.[/] ", end="")
-        out.print(generation.text, markup=False)
-    out.print(stats_line(lm, found[0]), style="dim")
+        write(generation.text + "\n")
+    out.print(stats_line(lm, found[0]), style="dim", soft_wrap=True)
 
 
 def stats_line(lm: LanguageModel, generation: Generation) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from gptfast.cli.console import out, waiting
+from gptfast.cli.console import out, waiting, write
 from gptfast.formats.files import replacing
 from gptfast.generate import Generation, LanguageModel
 
@@ -37,9 +37,8 @@ class Chat:
         """Reads and answers until the end of the input."""
         if not self.quiet:
             _line_editing()
-            out.print(
-                f"[bold]{self.lm.name}[/] [dim]on {self.lm.backend}, context {self.lm.context:,} tokens; /help for help[/]"
-            )
+            about = f"on {self.lm.backend}, context {self.lm.context:,} tokens; /help for help"
+            out.print(f"[bold]{self.lm.name}[/] [dim]{about}[/]")
         while True:
             try:
                 line = input("" if self.quiet else "> ").strip()
@@ -69,7 +68,7 @@ class Chat:
                 try:
                     for piece in stream:
                         wait.stop()
-                        out.print(piece, end="", markup=False)
+                        write(piece)
                 except KeyboardInterrupt:
                     stream.close()
         except (ValueError, RuntimeError) as error:
@@ -135,20 +134,17 @@ class Chat:
         decoded, seconds = sum(g.stats.decode_tokens for g in self.turns), sum(g.stats.decode_s for g in self.turns)
         rate = f", {decoded / seconds:.1f} tokens/s" if seconds else ""
         out.print(
-            f"{len(self.turns)} answers, {new:,} tokens{rate}; {len(self.cache):,} of {self.lm.context:,} tokens of context; "
-            f"{torch.get_num_threads()} threads",
+            f"{len(self.turns)} answers, {new:,} tokens{rate}; "
+            f"{len(self.cache):,} of {self.lm.context:,} tokens of context; {torch.get_num_threads()} threads",
             style="dim",
         )
 
     def _speed(self, generation: Generation) -> str:
-        s = generation.stats
-        parts = [
-            f"{len(generation.token_ids)} tokens",
-            f"{s.decode_tokens_per_s:.1f} tokens/s" if s.decode_tokens else "",
-        ]
-        parts.append(
-            {"length": "cut at max_new_tokens", "context": "the context is full"}.get(generation.finish_reason, "")
-        )
+        ends = {"length": "cut at max_new_tokens", "context": "the context is full", "interrupted": "interrupted"}
+        parts = [f"{len(generation.token_ids)} tokens"]
+        if generation.stats.decode_tokens:
+            parts.append(f"{generation.stats.decode_tokens_per_s:.1f} tokens/s")
+        parts.append(ends.get(generation.finish_reason, ""))
         return " · ".join(filter(None, parts))
 
 

@@ -16,14 +16,14 @@ from rich.console import Console
 PATIENCE = 2.0  # seconds before a wait is explained
 ERRORS = (ValueError, OSError, ImportError, RuntimeError, TypeError, KeyError, MemoryError)
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
 settings = {"traceback": False}
 
 
 def fail(message: str) -> typer.Exit:
     """Says what is wrong on stderr; the exception to raise."""
-    err.print(f"gptfast: {message}", markup=False)
+    err.print(f"gptfast: {message}", markup=False, soft_wrap=True)
     return typer.Exit(1)
 
 
@@ -47,6 +47,12 @@ def reported(command: Callable[..., Any]) -> Callable[..., Any]:
             raise fail(str(error.args[0] if isinstance(error, KeyError) else error) or type(error).__name__) from None
 
     return run
+
+
+def write(text: str) -> None:
+    """A piece of a model's text, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 class Waiting:

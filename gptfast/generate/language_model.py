@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from gptfast.generate.results import Generation, Score, Stats
 from gptfast.generate.sampler import NEUTRAL, Processor, Sampler
 from gptfast.generate.stop import NoText, Text
 from gptfast.model import GPT
+from gptfast.ops.dispatch import explain
+from gptfast.quantize import QuantizedWeight
 
 SCORED_AT_ONCE = 256  # positions whose logits are in memory together
 Prompt = str | Sequence[int] | Tensor
@@ -83,6 +85,15 @@ class LanguageModel:
     def context(self) -> int:
         """Tokens that the model can see at most, new ones included."""
         return self.model.config.context
+
+    @property
+    def backend(self) -> str:
+        """The backend that the model's matrix products run on."""
+        model = self.model
+        weight = (model.embedding if model.head is None else model.head).weight
+        row = torch.empty(1, model.config.n_embd, dtype=model.dtype, device=model.device)
+        how = {"activations": model.activations or "int8"} if isinstance(weight, QuantizedWeight) else {}
+        return explain("linear", row, weight, backend=model.backend, **how).backend
 
     def generate(self, prompt: Prompt | Sequence[Prompt], **settings: Any) -> Any:
         """Continues a prompt (text or token ids), or each of a list of them.
@@ -185,7 +196,7 @@ class LanguageModel:
         seed: int | Sequence[int] | None = None,
         stop: str | int | Sequence[str | int] = (),
         ignore_eos: bool = False,
-        return_logprobs: bool | str = False,
+        return_logprobs: bool | Literal["raw", "processed"] = False,
         processors: Sequence[Processor] = (),
         logit_bias: Mapping[int, float] | Tensor | None = None,
         parse_special: bool = False,
@@ -347,8 +358,8 @@ class LanguageModel:
             raise ValueError(
                 "expected at least one prompt token, got none: this tokenizer adds no BOS token to start from"
             )
-        if not (0 <= min(ids) and max(ids) < V):
-            raise ValueError(f"expected token ids from 0 to {V - 1}, got {min(ids) if min(ids) < 0 else max(ids)}")
+        if wrong := [i for i in (min(ids), max(ids)) if not 0 <= i < V]:
+            raise ValueError(f"expected token ids from 0 to {V - 1}, got {wrong[0]}")
 
     def _bias(self, bias: Mapping[int, float] | Tensor | None) -> Tensor | None:
         if bias is None or isinstance(bias, Tensor):

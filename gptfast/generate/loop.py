@@ -16,9 +16,7 @@ from gptfast.generate.cache import KVCache
 from gptfast.generate.sampler import Sampler
 from gptfast.generate.stop import Text
 
-CHUNK = (
-    512  # prompt tokens, of all rows, in one forward pass: many enough to use each weight well, few to stay in cache
-)
+CHUNK = 512  # prompt tokens of all rows in one forward pass: many for each weight read, few enough for caches
 BLOCK = 256  # tokens by which a KV cache grows
 
 Progress = Callable[[int, int], None]

@@ -13,9 +13,7 @@ class Stats:
 
     prefill_s: float = 0.0  # from the first prompt token to the first new token of every row, seconds
     decode_s: float = 0.0  # from there to the end, seconds
-    prefill_tokens: int = (
-        0  # prompt tokens that were computed: equal prompts once, tokens already in a cache not at all
-    )
+    prefill_tokens: int = 0  # prompt tokens computed: equal prompts once, those in a cache not at all
     decode_tokens: int = 0  # new tokens of all rows without each row's first
     cache_bytes: int = 0  # of the KV cache at the end
     peak_memory_bytes: int = 0  # the process's peak so far: resident memory on CPU, allocated device memory on CUDA

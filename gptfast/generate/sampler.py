@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class Sampler:
         forbidden_first: Sequence[int] = (),
         min_new: int = 0,
         processors: Sequence[Processor] = (),
-        return_logprobs: bool | str = False,
+        return_logprobs: bool | Literal["raw", "processed"] = False,
         backend: str | None = None,
     ) -> None:
         self.seeds = torch.tensor(list(seeds), dtype=torch.int64, device=device)

@@ -1,8 +1,8 @@
 """Architectures by name.
 
-GPT-2's are those of Radford et al. (2019) as released; GPT-3's those of Brown et al. (arXiv:2005.14165), table 2.1, all
-layers dense (the paper alternates dense and banded ones). Two of the paper's rows don't multiply out: 24 heads of 128 in
-a width of 2048 (XL) and 40 heads of 128 in a width of 5140 (13B); here they are 16 heads, and a width of 5120.
+GPT-2's are those of Radford et al. (2019) as released; GPT-3's those of Brown et al. (arXiv:2005.14165), table 2.1,
+with all layers dense (the paper alternates dense and banded ones). Two of its rows don't multiply out: 24 heads of 128
+in a width of 2048 (XL) and 40 heads of 128 in a width of 5140 (13B); here they are 16 heads, and a width of 5120.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ namespace {
 using namespace attn;
 
 constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
-constexpr int TILES = 8;                // of a strip, at most
-constexpr int STRIP_BYTES = 256 << 10;  // of a strip's rows: they share the L2 with a chunk of K and V
+constexpr int TILES = 16;               // of a strip, at most
+constexpr int STRIP_BYTES = 512 << 10;  // of a strip's rows: they share the L2 with a chunk of K and V
 
 // One sequence of the batch: where its rows begin, in elements, and how long it is.
 struct Sequence {

@@ -2,6 +2,9 @@
 // one build works with every version of PyTorch; kernels/cpu/<op>.py owns shapes, strides and lifetimes.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <array>
@@ -13,6 +16,18 @@ namespace py = pybind11;
 
 namespace gptfast {
 namespace {
+
+// Asks the system for 2 MiB pages under memory that is about to be written: 4 KiB pages fault, and are cleared, 512 times
+// as often, which costs several times what an elementwise kernel does. Only a hint; pages already there stay.
+void huge_pages(std::uintptr_t data, std::size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr std::uintptr_t PAGE = 2 << 20;
+  const std::uintptr_t begin = (data + PAGE - 1) / PAGE * PAGE, end = (data + bytes) / PAGE * PAGE;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
 
 // What Python passes for a field: an address for a pointer, a sequence for an array.
 template <class Field>
@@ -36,6 +51,15 @@ void set(Args& args, Field Args::* field, Value<Field> value) {
     args.*field = value;
 }
 
+// A pointer or an array that doesn't apply may be left out: null, zeros.
+template <class Field>
+auto argument(const char* name) {
+  if constexpr (std::is_pointer_v<Field> || std::is_array_v<Field>)
+    return py::arg(name) = Value<Field>{};
+  else
+    return py::arg(name);
+}
+
 template <auto kernel, class Args, class... Fields, class... Names>
 void def(py::module_& m, const char* name, std::tuple<Fields Args::*...> fields, Names... names) {
   m.def(
@@ -47,7 +71,7 @@ void def(py::module_& m, const char* name, std::tuple<Fields Args::*...> fields,
         run([](const void* p, Worker& worker) { (kernels().*kernel)(*static_cast<const Args*>(p), worker); }, &args,
             threads);
       },
-      py::arg("threads"), py::kw_only(), py::arg(names)...);
+      py::arg("threads"), py::kw_only(), argument<Fields>(names)...);
 }
 
 // BIND(op, Args, field, field, ...): one line per kernel.
@@ -70,6 +94,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", &isa, "The instruction set in use.");
   m.def("isas", &isas, "The instruction sets this machine can run, the narrowest first.");
   m.def("use_isa", &use_isa, py::arg("name"), "Use another instruction set's kernels from now on.");
+  m.def("huge_pages", &huge_pages, py::arg("data"), py::arg("bytes"), "Asks for 2 MiB pages under memory not yet written.");
   BIND(attention, Attention, out, lse, workspace, q, k, v, k_cache, v_cache, k_new, v_new, cos, sin, mask, bias, slopes,
        sinks, cu_q, cu_k, lengths, leftpad, batch_index, block_table, B, Sq, Sk, H, Hk, D, q_longest, q_strides,
        k_strides, v_strides, k_new_strides, v_new_strides, mask_strides, bias_strides, slopes_batch, page, table_stride,
@@ -86,11 +111,15 @@ PYBIND11_MODULE(_cpu, m) {
        bias_dtype);
   BIND(linear_int8, Linear, y, x, weight, bias, workspace, rows, cols, depth, x_stride, weight_stride, dtype, format,
        bias_dtype);
-  BIND(sample, Sample, ids, logprobs, logits, logit_bias, mask, history, prompt_lengths, temperature, top_p, min_p,
-       typical_p, repetition_penalty, presence_penalty, frequency_penalty, top_k, seed, step, stream, rows, cols,
-       logits_stride, bias_stride, mask_stride, history_cols, per_row, dtype, processed);
+  BIND(sample, Sample, ids, logprobs, logits, logit_bias, mask, history, prompt_lengths, reals, integers, per_row, rows,
+       cols, logits_stride, bias_stride, mask_stride, history_cols, dtype, processed);
   BIND(ceilings, Ceilings, work, sink, data, copy, bytes, turns, what);
   BIND(dequantize, Dequantize, y, packed, ids, rows, depth, format);
+  BIND(bias_gelu, Mlp, y, x, other, rows, cols, x_stride, other_stride, tanh, dtype);
+  BIND(swiglu, Mlp, y, x, other, rows, cols, x_stride, other_stride, dtype);
+  BIND(geglu, Mlp, y, x, other, rows, cols, x_stride, other_stride, tanh, dtype);
+  BIND(embedding, Embedding, out, ids, positions, weight, position_weight, rows, cols, weight_stride, position_stride,
+       dtype);
 }
 
 }  // namespace gptfast
