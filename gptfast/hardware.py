@@ -6,6 +6,7 @@ into 32-bit sums ("int8", likewise) and bytes ("l2", "l3", "dram" reading; "copy
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -247,8 +248,8 @@ class _Probe:
         self.turns: defaultdict[str, int] = defaultdict(lambda: 1)
 
     def rate(self, name: str, threads: int, size: int) -> float:
-        """Units per second of one timing. One thread alone says how many turns last: the waiting for another, whose core
-        is taken by a neighbour, would look like work."""
+        """Units per second of one timing. One thread alone says how many turns last: the wait for a second one, whose
+        core a neighbour has taken, would look like work."""
         seconds = self._run(name, threads, size, self.turns[name])
         while threads == 1 and seconds < SAMPLE_S / 2:
             self.turns[name] *= 2
@@ -311,4 +312,5 @@ def _write(path: Path, measured: Ceilings) -> None:
         part.write_text(json.dumps(dataclasses.asdict(measured)["rates"], indent=1))
         os.replace(part, path)
     except OSError:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()

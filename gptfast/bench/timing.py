@@ -38,7 +38,7 @@ def interleave(
     rounds: int = 20,
     *,
     min_sample_s: float = MIN_SAMPLE_S,
-    settle_s: float = SETTLE_S,
+    settle_s: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds per call of each contender, one sample a round; sample i of all of them is from round i.
@@ -56,7 +56,7 @@ def interleave(
     for i in range(rounds):
         first = i % len(names) if names else 0
         for name in names[first:] + names[:first]:
-            time.sleep(settle_s)
+            time.sleep(SETTLE_S if settle_s is None else settle_s)
             contenders[name]()
             while (taken := _timed(contenders[name], repeats[name], clock)) < min_sample_s:
                 repeats[name] = _more(repeats[name], taken, min_sample_s)

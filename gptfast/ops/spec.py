@@ -76,6 +76,7 @@ class Op:
 
 
 def nbytes(*tensors: Tensor | None) -> int:
+    """Bytes of all of them together, None counting nothing."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
