@@ -382,8 +382,8 @@ def test_nan_is_named(lm: LanguageModel) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(prompt=""), "at least one token, got none"),
-        (dict(prompt=[]), "at least one token, got none"),
+        (dict(prompt=""), "at least one prompt token, got none"),
+        (dict(prompt=[]), "at least one prompt token, got none"),
         (dict(prompt=[1, V]), f"token ids from 0 to {V - 1}, got {V}"),
         (dict(prompt=[-1]), "got -1"),
         (dict(prompt=[1.5]), "whole token ids"),
@@ -402,13 +402,13 @@ def test_nan_is_named(lm: LanguageModel) -> None:
 )
 def test_wrong_arguments_get_one_sentence(lm: LanguageModel, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        lm.generate(arguments.pop("prompt"), **arguments)
+        lm.generate(**arguments)
     assert "\n" not in str(caught.value)
 
 
 def test_more_wrong_arguments(lm: LanguageModel) -> None:
-    with pytest.raises(TypeError, match="no setting 'temprature'"):
-        lm.generate("a", temprature=1.0)
+    with pytest.raises(TypeError, match="no setting 'temperatur'"):
+        lm.generate("a", temperatur=1.0)
     with pytest.raises(ValueError, match="cache of 2 rows, one for each text, got one of 1"):
         lm.generate(["a", "b"], cache=lm.new_cache())
     with pytest.raises(ValueError, match="expected one prompt and n=1"):
