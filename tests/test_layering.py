@@ -14,6 +14,7 @@ import pytest
 
 import gptfast
 from gptfast import ops
+from gptfast.kernels import reason_missing
 from gptfast.ops.spec import Op
 
 ROOT = Path(__file__).parents[1]
@@ -304,3 +305,12 @@ def test_names_promised_are_there() -> None:
 @pytest.mark.parametrize("path", sorted(p for _, p in sources()), ids=lambda p: p.name)
 def test_files_can_be_read_at_a_sitting(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 500
+
+
+def test_the_kernels_readme_is_up_to_date() -> None:
+    from benchmarks import coverage
+
+    if (reason := reason_missing("cpu")) is not None:
+        pytest.skip(reason)
+    written = coverage.README.read_text()
+    assert coverage.updated(written) == written, "run: python -m benchmarks.coverage"
