@@ -14,6 +14,7 @@ import pytest
 
 import gptfast
 from gptfast import ops
+from gptfast.kernels import reason_missing
 from gptfast.ops.spec import Op
 
 ROOT = Path(__file__).parents[1]
@@ -47,12 +48,14 @@ def part(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
-def sources() -> Iterator[tuple[str, Path]]:
+def sources() -> list[tuple[str, Path]]:
     """Every module of the package with its file, the kernels' among them."""
-    for path in sorted((ROOT / "gptfast").rglob("*.py")):
-        yield ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), path
-    for path in sorted((ROOT / "kernels").rglob("*.py")):
-        yield "gptfast." + ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), path
+    files = [("", path) for path in sorted((ROOT / "gptfast").rglob("*.py"))]
+    files += [("gptfast.", path) for path in sorted((ROOT / "kernels").rglob("*.py"))]
+    return [
+        (prefix + ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), path)
+        for prefix, path in files
+    ]
 
 
 class Imports(ast.NodeVisitor):
@@ -284,7 +287,7 @@ def public_functions() -> Iterator[tuple[str, object]]:
                 yield f"{module.__name__}.{name}", thing
 
 
-@pytest.mark.parametrize(("name", "thing"), public_functions(), ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(("name", "thing"), list(public_functions()), ids=lambda x: x if isinstance(x, str) else "")
 def test_the_public_is_documented_and_typed(name: str, thing: object) -> None:
     assert inspect.getdoc(thing), f"{name} has no docstring"
     if inspect.isfunction(thing):
@@ -302,3 +305,12 @@ def test_names_promised_are_there() -> None:
 @pytest.mark.parametrize("path", sorted(p for _, p in sources()), ids=lambda p: p.name)
 def test_files_can_be_read_at_a_sitting(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 500
+
+
+def test_the_kernels_readme_is_up_to_date() -> None:
+    from benchmarks import coverage
+
+    if (reason := reason_missing("cpu")) is not None:
+        pytest.skip(reason)
+    written = coverage.README.read_text()
+    assert coverage.updated(written) == written, "run: python -m benchmarks.coverage"
