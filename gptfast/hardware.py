@@ -6,6 +6,7 @@ into 32-bit sums ("int8", likewise) and bytes ("l2", "l3", "dram" reading; "copy
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,6 +14,7 @@ import platform
 import re
 import statistics
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -78,11 +80,12 @@ class Ceilings:
     rates: dict[str, dict[int, Rate]]
 
     def best(self, name: str, threads: int) -> float:
-        """The most that so many threads can have, in units per second: no more than one thread's share times them."""
+        """The most that so many threads can have, in units per second: never less than fewer threads had."""
         measured = self.rates[name]
+        most = max(rate.best for n, rate in measured.items() if n <= threads)
         if threads in measured:
-            return measured[threads].best
-        return min(measured[1].best * threads, measured[max(measured)].best)
+            return most
+        return max(most, min(measured[1].best * threads, measured[max(measured)].best))
 
 
 @dataclass(frozen=True)
@@ -224,8 +227,7 @@ def _measure(here: Machine) -> Ceilings:
         for name in NAMES
         for threads in sorted({1, here.cores})
     ]
-    turns = [probe.turns(*job) for job in jobs]
-    rounds = [[probe.rate(*job, n) for job, n in zip(jobs, turns)] for _ in range(ROUNDS)]
+    rounds = [[probe.rate(*job) for job in jobs] for _ in range(ROUNDS)]
     rates: dict[str, dict[int, Rate]] = {name: {} for name in NAMES}
     for (name, threads, _), found in zip(jobs, zip(*rounds)):
         rates[name][threads] = Rate(statistics.median(found), max(found))
@@ -243,18 +245,16 @@ class _Probe:
         self.copy = torch.zeros(self.bytes // 2, dtype=torch.uint8)
         self.work = torch.zeros(1, dtype=torch.float64)
         self.sink = torch.zeros(2 * 16 * here.cores)
+        self.turns: defaultdict[str, int] = defaultdict(lambda: 1)
 
-    def rate(self, name: str, threads: int, size: int, turns: int) -> float:
-        """Units per second of one timing."""
-        seconds = self._run(name, threads, size, turns)
+    def rate(self, name: str, threads: int, size: int) -> float:
+        """Units per second of one timing. One thread alone says how many turns last: the wait for a second one, whose
+        core a neighbour has taken, would look like work."""
+        seconds = self._run(name, threads, size, self.turns[name])
+        while threads == 1 and seconds < SAMPLE_S / 2:
+            self.turns[name] *= 2
+            seconds = self._run(name, threads, size, self.turns[name])
         return self.work.item() / seconds
-
-    def turns(self, name: str, threads: int, size: int) -> int:
-        """How many turns take about SAMPLE_S; warms up on the way."""
-        turns, seconds = 1, 0.0
-        while (seconds := self._run(name, threads, size, turns)) < SAMPLE_S / 2:
-            turns *= 2
-        return max(1, int(turns * SAMPLE_S / seconds))
 
     def _run(self, name: str, threads: int, size: int, turns: int) -> float:
         from gptfast import _cpu
@@ -312,4 +312,5 @@ def _write(path: Path, measured: Ceilings) -> None:
         part.write_text(json.dumps(dataclasses.asdict(measured)["rates"], indent=1))
         os.replace(part, path)
     except OSError:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()

@@ -7,7 +7,7 @@ head_dim D, width C, MLP width F, vocabulary V.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +39,12 @@ class Dropout(NamedTuple):
         """x with dropped elements 0 and the others scaled by 1 / (1 - p)."""
         return x * dropout_keep(tuple(x.shape), self.p, self.seed, self.stream, x.device) / (1 - self.p)
 
-    def arguments(self) -> dict[str, float | int]:
+    def arguments(self) -> dict[str, Any]:
         """As the ops take it."""
         return {"dropout_p": self.p, "seed": self.seed, "stream": self.stream}
 
 
-def _drop(dropout: Dropout | None) -> dict[str, float | int]:
+def _drop(dropout: Dropout | None) -> dict[str, Any]:
     return {} if dropout is None else dropout.arguments()
 
 
@@ -52,6 +52,12 @@ class Layer(nn.Module):
     """A module whose ops can be told where to run."""
 
     backend: str | None = None
+
+
+def fill_normal(weight: Tensor, std: float = 0.02) -> None:
+    """N(0, std), as GPT-2 starts; nothing on the meta device, where it would only take time."""
+    if weight.device.type != "meta":
+        nn.init.normal_(weight, std=std)
 
 
 class Linear(Layer):
@@ -77,7 +83,7 @@ class Linear(Layer):
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        nn.init.normal_(self.weight, std=0.02)
+        fill_normal(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -92,12 +98,12 @@ class Linear(Layer):
 
 def set_weight(module: nn.Module, weight: Tensor | QuantizedWeight) -> None:
     """Makes `weight` the module's: a parameter, or a plain attribute where it is quantised."""
-    module._parameters.pop("weight", None)
-    module.__dict__.pop("weight", None)
     if isinstance(weight, QuantizedWeight):
-        module.weight = weight
+        module._parameters.pop("weight", None)
+        module.__dict__["weight"] = weight
     else:
-        module.register_parameter("weight", nn.Parameter(weight, requires_grad=weight.is_floating_point()))
+        module.__dict__.pop("weight", None)
+        module._parameters["weight"] = nn.Parameter(weight)  # in its old place: the order of parameters stays
 
 
 def project(
@@ -125,16 +131,20 @@ class Embedding(Layer):
         super().__init__()
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim, device=device, dtype=dtype))
-        nn.init.normal_(self.weight, std=0.02)
+        fill_normal(self.weight)
 
     def set_weight(self, weight: Tensor | QuantizedWeight) -> None:
         """Holds this weight from now on, as it is."""
         set_weight(self, weight)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor | None = None, table: Tensor | None = None) -> Tensor:
+        """With positions (broadcast to ids, int64) and their table (P, C), the sum of both rows."""
         if isinstance(self.weight, QuantizedWeight):
-            return self.weight.embed(ids)
-        return ops.embedding(ids, self.weight, backend=self.backend)
+            x = self.weight.embed(ids)
+            return (
+                x if positions is None or table is None else x + ops.embedding(positions, table, backend=self.backend)
+            )
+        return ops.embedding(ids, self.weight, positions=positions, position_weight=table, backend=self.backend)
 
 
 class LayerNorm(Layer):
@@ -255,7 +265,7 @@ class Attention(Layer):
         layer: int = 0,
         dropout: Dropout | None = None,
     ) -> Tensor:
-        """tables: cos and sin (S, R/2) of the positions from 0, or None for no rotation. cache: its k[layer], v[layer]."""
+        """tables: cos and sin (S, R/2) of the positions from 0, or None. cache: its k[layer] and v[layer] are used."""
         B, T, _ = x.shape
         H, Hk = self.n_head, self.n_kv_head
         heads = self.qkv(x).view(B, T, H + 2 * Hk, self.head_dim)

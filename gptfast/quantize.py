@@ -4,8 +4,8 @@ A weight (N, K) is kept as panels of 16 rows: packed (ceil(N / 16), K / 32, byte
 
     d  fp16[16]                 the scales of the 16 rows
     m  fp16[16]                 Q4_1 only: the minima
-    q  uint8[4 or 8][16][4]     quads: 4 consecutive k of 16 rows in 64 bytes. Q8_0 stores q + 128. A 4-bit byte has quad j
-                                in the low nibble and quad j + 4 in the high one: k = 4j + e and k = 16 + 4j + e
+    q  uint8[4 or 8][16][4]     quads: 4 consecutive k of 16 rows in 64 bytes. Q8_0 stores q + 128. A 4-bit byte has
+                                quad j in its low nibble, quad j + 4 in the high one: k = 4j + e and 16 + 4j + e
 
 so that one 64-byte load feeds 16 integer dot products. No bit is lost or added: `to_blocks` gives the file's blocks
 back. The values are d * q, d * (q - 8) and d * q + m (gptfast.formats.blocks).
@@ -144,7 +144,9 @@ class QuantizedWeight:
         if self._kernel() and ids.device.type == "cpu":
             return self._rows(ids.contiguous(), ids.numel()).view(*ids.shape, K)
         flat = ids.reshape(-1)
-        panels = _to_rows(self.packed[flat // PANEL], self.kind).view(len(flat), PANEL, -1)
+        panels = _to_rows(self.packed[flat // PANEL], self.kind).view(
+            len(flat), PANEL, K // GROUP * KINDS[self.kind].block
+        )
         chosen = panels[torch.arange(len(flat), device=ids.device), flat % PANEL].reshape(-1)
         values = blocks.dequantize(chosen.cpu(), KINDS[self.kind].format, (len(flat), K))
         return values.to(self.device).view(*ids.shape, K)
@@ -178,8 +180,10 @@ def _to_rows(packed: Tensor, kind: str) -> Tensor:
     k, (P, G, _) = KINDS[kind], packed.shape
     heads, quads = _parts(packed, k)
     rows = torch.empty(P * PANEL, G, k.block, dtype=torch.uint8, device=packed.device)
-    scales = heads.permute(0, 3, 1, 2).contiguous().view(P * PANEL, G, k.halves)
-    quants = quads.permute(0, 3, 1, 2).contiguous().view(P * PANEL, G, k.quads)
+    scales = torch.empty(P * PANEL, G, k.halves, dtype=torch.int16, device=packed.device)
+    quants = torch.empty(P * PANEL, G, k.quads, dtype=torch.int32, device=packed.device)
+    scales.view(P, PANEL, G, k.halves).copy_(heads.permute(0, 3, 1, 2))
+    quants.view(P, PANEL, G, k.quads).copy_(quads.permute(0, 3, 1, 2))
     rows[..., : 2 * k.halves] = scales.view(torch.uint8)
     rows[..., 2 * k.halves :] = (quants ^ OFFSET if kind == "q8_0" else quants).view(torch.uint8)
     return rows

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gptfast.generate.cache import KVCache
-from gptfast.model import GPT, GPTConfig
+from gptfast.model import GPT, GPTConfig, convert
 from gptfast.ops.spec import tolerance
 
 transformers = pytest.importorskip("transformers")
@@ -24,19 +24,21 @@ LLAMA3 = dict(
     rope_type="llama3", rope_theta=1e4, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )  # fmt: skip
+GPT2: dict[str, Any] = dict(model_type="gpt2", vocab_size=211, n_positions=128, bos_token_id=None, eos_token_id=None)
+UNTIED: dict[str, Any] = dict(n_inner=80, activation_function="gelu", tie_word_embeddings=False)
+BIASED: dict[str, Any] = dict(
+    attention_bias=True, mlp_bias=True, head_dim=24, tie_word_embeddings=True, rope_parameters=LLAMA3
+)
 CONFIGS: dict[str, dict[str, Any]] = {
-    "gpt2": dict(model_type="gpt2", vocab_size=211, n_embd=64, n_layer=3, n_head=4, n_positions=128,
-                 bos_token_id=None, eos_token_id=None),
-    "gpt2-untied-gelu": dict(model_type="gpt2", vocab_size=211, n_embd=48, n_layer=2, n_head=3, n_positions=128, n_inner=80,
-                             activation_function="gelu", tie_word_embeddings=False, bos_token_id=None, eos_token_id=None),
-    "llama": dict(model_type="llama", **SMALL),
-    "llama-tied-biased": dict(model_type="llama", **SMALL, tie_word_embeddings=True, attention_bias=True, mlp_bias=True,
-                              head_dim=24, rope_parameters=LLAMA3),
-    "mistral": dict(model_type="mistral", **SMALL, sliding_window=9),
-    "qwen2": dict(model_type="qwen2", **SMALL),
-    "qwen2-window": dict(model_type="qwen2", **SMALL, use_sliding_window=True, sliding_window=7, max_window_layers=1),
-    "qwen3": dict(model_type="qwen3", **SMALL, head_dim=32, tie_word_embeddings=True),
-}  # fmt: skip
+    "gpt2": dict(GPT2, n_embd=64, n_layer=3, n_head=4),
+    "gpt2-untied-gelu": dict(GPT2, n_embd=48, n_layer=2, n_head=3, **UNTIED),
+    "llama": dict(SMALL, model_type="llama"),
+    "llama-tied-biased": dict(SMALL, model_type="llama", **BIASED),
+    "mistral": dict(SMALL, model_type="mistral", sliding_window=9),
+    "qwen2": dict(SMALL, model_type="qwen2"),
+    "qwen2-window": dict(SMALL, model_type="qwen2", use_sliding_window=True, sliding_window=7, max_window_layers=1),
+    "qwen3": dict(SMALL, model_type="qwen3", head_dim=32, tie_word_embeddings=True),
+}
 T = 41  # tokens of each text: longer than every window
 
 
@@ -166,10 +168,25 @@ def test_configuration_survives(name: str) -> None:
     assert GPTConfig.from_huggingface(ours.to_huggingface()) == ours
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "qwen3"])
+def test_our_gguf_means_the_same_there(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers reads GGUF on its own terms (names, permuted heads); it takes some sizes to be the defaults."""
+    pytest.importorskip("gguf")
+    changes = {"gpt2": {"n_positions": 1024}, "qwen3": {"head_dim": 128}}.get(name, {})
+    monkeypatch.setitem(CONFIGS, name, CONFIGS[name] | changes)
+    ours, ids = GPT.from_huggingface_model(theirs(name)), text()
+    tokens = {"tokenizer.ggml.tokens": [f"<{i}>" for i in range(211)]}
+    convert.save_gguf(ours, tmp_path / "m.gguf", metadata=tokens)
+    monkeypatch.setattr(transformers.modeling_utils, "is_accelerate_available", lambda *_: True)
+    there = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(there.eval()(ids).logits, theirs(name)(ids).logits)
+
+
 def test_weights_are_held_as_asked(tmp_path: Path) -> None:
     theirs("llama").save_pretrained(tmp_path)
     assert GPT.from_folder(tmp_path, weights="bf16").dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="expected weights among fp32, .*, got 'int3'"):
+    with pytest.raises(ValueError, match=r"expected weights among fp32, .*, got 'int3'"):
         GPT.from_folder(tmp_path, weights="int3")
 
 
@@ -178,10 +195,8 @@ def test_bare_names_and_old_buffers_load() -> None:
     model = theirs("gpt2")
     ours = GPT.from_huggingface_model(model)
     bare = model.transformer
-    state = dict(bare.state_dict()) | {
-        "h.0.attn.bias": torch.ones(1, 1, 128, 128),
-        "h.0.attn.masked_bias": torch.tensor(-1e4),
-    }
+    buffers = {"h.0.attn.bias": torch.ones(1, 1, 128, 128), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    state = dict(bare.state_dict()) | buffers
     bare.state_dict = lambda: state
     again = GPT.from_huggingface_model(bare)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), ours.parameters(), strict=True))

@@ -6,6 +6,7 @@ logits, their maximum, mean, standard deviation and logsumexp, and the next 64 g
 from __future__ import annotations
 
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from gptfast.formats.gguf import open_gguf
 from gptfast.formats.registry import find_preset_file
+from gptfast.formats.tokenizer import Tokenizer
 from gptfast.generate.cache import KVCache
 from gptfast.model import GPT
 
@@ -68,3 +70,23 @@ def test_greedy_tokens(model: GPT, golden: dict[str, Tensor], prompt: str) -> No
         ids = logits.argmax(-1, keepdim=True)
         new.append(int(ids))
     assert new == golden[f"{prompt}_greedy"].tolist()
+
+
+@torch.inference_mode()
+def test_int8_activations(model: GPT) -> None:
+    """Over 2,048 tokens of English (Python's own help texts): mean KL(exact || int8) <= 5e-3 nats and the same top-1 at
+    >= 96% of positions."""
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    tokenizer = Tokenizer.from_gguf(open_gguf(FILE).metadata)
+    ids = torch.tensor(tokenizer.encode(text)[:2048]).view(4, 512)
+    kl, same = [], []
+    for row in ids.split(1):
+        model.activations = "exact"
+        exact = model(row)[0].log_softmax(-1)
+        model.activations = "int8"
+        rounded = model(row)[0].log_softmax(-1)
+        kl.append((exact.exp() * (exact - rounded)).sum(-1))
+        same.append(exact.argmax(-1) == rounded.argmax(-1))
+    mean, agree = torch.cat(kl).mean().item(), torch.cat(same).double().mean().item()
+    print(f"int8 activations: mean KL {mean:.2g} nats, same top-1 {agree:.2%}")
+    assert mean <= 5e-3 and agree >= 0.96, f"mean KL {mean:.3g}, same top-1 {agree:.2%}"

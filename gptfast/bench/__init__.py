@@ -9,7 +9,20 @@ Cases come from the op pages (those tagged "bench"), so a new op is here as soon
 from __future__ import annotations
 
 from gptfast.bench.check import Check, check
+from gptfast.bench.cli import main
 from gptfast.bench.ops import CONTENDERS, Row, measure, run_ops, threads_set
 from gptfast.bench.timing import Spread, interleave, ratio
 
-__all__ = ["CONTENDERS", "Check", "Row", "Spread", "check", "interleave", "measure", "ratio", "run_ops", "threads_set"]
+__all__ = [
+    "CONTENDERS",
+    "Check",
+    "Row",
+    "Spread",
+    "check",
+    "interleave",
+    "main",
+    "measure",
+    "ratio",
+    "run_ops",
+    "threads_set",
+]

@@ -88,10 +88,8 @@ def append_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         with path.open(newline="") as file:
             there = next(csv.reader(file))
         if there != columns:
-            changed = ", ".join(sorted(set(there) ^ set(columns))) or "their order"
-            raise ValueError(
-                f"{path}: expected the columns that these rows have, got others ({changed}); move the file away"
-            )
+            other = next((x for x in there if x not in columns), "an older order")
+            raise ValueError(f"{path}: expected these rows' columns, got {len(there)} with {other}; move the file away")
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         if new:

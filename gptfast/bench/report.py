@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -83,7 +84,7 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
         axes.plot([speed.low, speed.high], [y, y], color="#222222", linewidth=1, zorder=3)
         share = "" if row.roofline_percent is None else f"   {row.roofline_percent:.0f}% of roofline"
         axes.annotate(
-            f"{speed.median:.2f}x{share}",
+            f"{speed.median:.3g}x{share}",
             (max(speed.high, 1), y),
             textcoords="offset points",
             xytext=(6, 0),
@@ -91,11 +92,13 @@ def plot(rows: Sequence[Row], path: Path, title: str) -> None:
             fontsize=8,
         )
     axes.set_yticks(range(len(timed)), [f"{row.op}  {row.case}" for row in timed], fontsize=8)
+    axes.set_ylim(-0.7, len(timed) - 0.3)
     axes.set_xscale("log", base=2)
     highest = max((row.ratios["eager"].high for row in timed), default=1.0)
     lowest = min((row.ratios["eager"].low for row in timed), default=1.0)
     axes.set_xlim(min(0.8, lowest * 0.9), max(2.0, highest) ** 1.45)
-    ticks = [2.0**e for e in range(-4, 11) if axes.get_xlim()[0] <= 2.0**e <= highest * 1.2]
+    shown = [2.0**e for e in range(-6, 13) if axes.get_xlim()[0] <= 2.0**e <= highest * 1.2]
+    ticks = [x for x in shown if len(shown) <= 9 or math.log2(x) % 2 == 0]
     axes.set_xticks(ticks, [f"{x:g}x" for x in ticks])
     axes.axvline(1, color="#222222", linewidth=1, zorder=1)
     axes.set_xlabel("times as fast as eager PyTorch (log scale)")

@@ -38,7 +38,7 @@ def interleave(
     rounds: int = 20,
     *,
     min_sample_s: float = MIN_SAMPLE_S,
-    settle_s: float = SETTLE_S,
+    settle_s: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds per call of each contender, one sample a round; sample i of all of them is from round i.
@@ -49,18 +49,18 @@ def interleave(
     if rounds < 1:
         raise ValueError(f"interleave: expected at least 1 round, got {rounds}")
     names = list(contenders)
-    repeats = {name: _repeats(contenders[name], min_sample_s, clock) for name in names}
+    repeats = dict.fromkeys(names, 1)
+    for call in contenders.values():
+        call()  # a first call may compile, allocate or page in
     samples: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
         first = i % len(names) if names else 0
         for name in names[first:] + names[:first]:
-            call, n = contenders[name], repeats[name]
-            time.sleep(settle_s)
-            call()
-            start = clock()
-            for _ in range(n):
-                call()
-            samples[name].append((clock() - start) / n)
+            time.sleep(SETTLE_S if settle_s is None else settle_s)
+            contenders[name]()
+            while (taken := _timed(contenders[name], repeats[name], clock)) < min_sample_s:
+                repeats[name] = _more(repeats[name], taken, min_sample_s)
+            samples[name].append(taken / repeats[name])
     return samples
 
 
@@ -76,12 +76,13 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values))) if values else math.nan
 
 
-def _repeats(call: Callable[[], object], min_sample_s: float, clock: Callable[[], float]) -> int:
-    """How many calls last min_sample_s, by the best of three (a first call may compile, allocate or page in)."""
-    call()
-    best = math.inf
-    for _ in range(3):
-        start = clock()
+def _timed(call: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
+    start = clock()
+    for _ in range(repeats):
         call()
-        best = min(best, clock() - start)
-    return max(1, math.ceil(min_sample_s / max(best, 1e-9)))
+    return clock() - start
+
+
+def _more(repeats: int, taken: float, wanted: float) -> int:
+    """So many repeats that a sample lasts a quarter longer than wanted, but at most ten times as many as before."""
+    return min(10 * repeats, max(repeats + 1, math.ceil(1.25 * repeats * wanted / max(taken, 1e-9))))

@@ -13,11 +13,11 @@ from gptfast.model.config import GPTConfig
 class KVCache:
     """Room for `capacity` tokens in each of `batch` rows.
 
-    k, v     a tensor (batch, capacity, Hk, D) for each layer; what lies beyond a row's length means nothing
+    k, v     a tensor (batch, capacity, Hk, D) for each layer; beyond a row's length: anything finite
     lengths  (batch,) int32: the tokens that each row holds
 
-    A model writes behind `lengths` and leaves them as they are; `advance` then says how many of the tokens written count.
-    So rows of different lengths may be fed padded on the right: the padding is overwritten by what comes next.
+    A model writes behind `lengths` and leaves them as they are; `advance` then says how many of the tokens written
+    count. So rows of different lengths may be fed padded on the right: what comes next overwrites the padding.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class KVCache:
         return other
 
     def grow(self, capacity: int) -> None:
-        """Makes room for at least `capacity` tokens in each row; what is there stays. Views from `row` are cut loose."""
+        """Makes room for `capacity` tokens in each row, keeping what is there; views from `row` are cut loose."""
         if capacity <= self.capacity:
             return
         used = int(self.lengths.max())

@@ -10,14 +10,14 @@ A fused matrix whose parts are stored in different block formats is held as fp32
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gptfast.formats import blocks
-from gptfast.formats.gguf import GGUF
+from gptfast.formats.gguf import GGUF, write_gguf
 from gptfast.formats.huggingface import read_folder, write_folder
 from gptfast.layers import Linear, set_weight
 from gptfast.model import gguf as gguf_model
@@ -32,7 +32,7 @@ QUANTISED = {"q8_0": "Q8_0", "q4_0": "Q4_0", "q4_1": "Q4_1"}
 
 
 class Stored(NamedTuple):
-    """A tensor as a file has it: its rows, and what they are (a name in blocks.FORMATS; plain rows have their dtype)."""
+    """A tensor as a file has it: its rows and, where they are blocks, their name in blocks.FORMATS."""
 
     type: str
     shape: tuple[int, ...]
@@ -76,7 +76,8 @@ def _from_huggingface(config: GPTConfig, tensors: Mapping[str, Tensor], weights:
 
     ignored = {name for name in tensors if name.endswith(huggingface.IGNORED)} | {"lm_head.weight"}
     _check_names({stored_name(n) for source in sources.values() for n in source.names}, tensors.keys(), ignored)
-    return _build(config, sources, read, weights)
+    stored = read(sources["embedding.weight"].names[0]).rows.dtype
+    return _build(config, sources, read, weights, stored)
 
 
 def from_gguf(gguf: GGUF, weights: str | None = None) -> GPT:
@@ -89,13 +90,14 @@ def from_gguf(gguf: GGUF, weights: str | None = None) -> GPT:
 
     def read(name: str) -> Stored:
         raw, tensor = gguf.raw(name), gguf.tensors[name]
-        if blocks.FORMATS[tensor.type].dtype is not None:
-            # fp32 holds every plain type; _build rounds to the dtype of the model, which is that of the embedding
-            dtype = blocks.FORMATS[tensor.type].dtype
+        if (dtype := blocks.FORMATS[tensor.type].dtype) is not None:
             return Stored(tensor.type, tensor.shape, gguf.float32(name).to(dtype))
         return Stored(tensor.type, tensor.shape, raw.reshape(*tensor.shape[:-1], -1))
 
-    return _build(config, sources, read, weights)
+    plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    quantised = any(tensor.type not in plain for tensor in gguf.tensors.values())
+    stored = torch.float32 if quantised else plain[gguf.tensors["token_embd.weight"].type]
+    return _build(config, sources, read, weights, stored)
 
 
 def _check_names(needed: Collection[str], there: Collection[str], ignored: Collection[str]) -> None:
@@ -105,15 +107,14 @@ def _check_names(needed: Collection[str], there: Collection[str], ignored: Colle
         raise ValueError(f"expected {len(needed)} tensors by name, got also {first(unexpected)}")
 
 
-def _build(config: GPTConfig, sources: dict[str, Source], read: Read, weights: str | None) -> GPT:
+def _build(config: GPTConfig, sources: dict[str, Source], read: Read, weights: str | None, stored: torch.dtype) -> GPT:
+    """stored: the dtype of everything plain where `weights` asks for none."""
     if weights is not None and weights not in DTYPES and weights not in QUANTISED:
         raise ValueError(f"expected weights among {', '.join([*DTYPES, *QUANTISED])} or None, got {weights!r}")
     model = GPT(config, device="meta")
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert wanted.keys() == sources.keys(), wanted.keys() ^ sources.keys()
-    dtype = DTYPES.get(weights or "", torch.float32)
-    if weights is None:
-        dtype = _stream_dtype(read(source.names[0]) for name, source in sources.items() if _is_matrix(model, name))
+    dtype = stored if weights is None else DTYPES.get(weights, torch.float32)
     for name, source in sources.items():
         parts = [_ordered(read(n), source, heads) for n, heads in zip(source.names, source.heads)]
         shape = _stacked_shape(parts, name)
@@ -122,12 +123,6 @@ def _build(config: GPTConfig, sources: dict[str, Source], read: Read, weights: s
         weight = _held(parts, shape, weights, dtype) if _is_matrix(model, name) else _plain(parts, dtype)
         _assign(model, name, weight)
     return model.eval()
-
-
-def _stream_dtype(matrices: Any) -> torch.dtype:
-    """The dtype of everything that isn't quantised: fp32 if a matrix is, else that of the first one, the embedding."""
-    dtypes = [m.rows.dtype for m in matrices]
-    return torch.float32 if torch.uint8 in dtypes else dtypes[0]
 
 
 def _is_matrix(model: GPT, name: str) -> bool:
@@ -188,13 +183,10 @@ def to_huggingface(model: GPT) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = huggingface.write_config(model.config) | {"torch_dtype": str(model.dtype).removeprefix("torch.")}
     tensors: dict[str, Tensor] = {}
     for name, source in huggingface.names(model.config).items():
-        module, _, end = name.rpartition(".")
-        value = getattr(model.get_submodule(module), end)
+        value = _value(model, name)
         tensor = value.dequantize() if isinstance(value, QuantizedWeight) else value.detach()
-        if source.transposed:
-            tensor = tensor.t()
-        sizes = {1: [tensor.shape[0]], 2: [tensor.shape[0] // 2] * 2, 3: list(model.config.qkv_rows)}[len(source.names)]
-        tensors.update(zip(source.names, tensor.split(sizes)))
+        parts = _split(model, tensor.t() if source.transposed else tensor, source)
+        tensors.update(zip(source.names, parts))
     return config, tensors
 
 
@@ -204,3 +196,49 @@ def save_folder(
     """Writes a Hugging Face folder. `extra` and `options`: as gptfast.formats.huggingface.write_folder has them."""
     config, tensors = to_huggingface(model)
     write_folder(path, config, {name: t.contiguous() for name, t in tensors.items()}, extra, **options)
+
+
+def save_gguf(
+    model: GPT, path: str | os.PathLike[str], kind: str | None = None, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a GGUF file.
+
+    kind      the format of the matrices, a name in blocks.FORMATS; all else is fp32 then. None: everything as held
+    metadata  written too, a tokenizer's for example
+    """
+    tensors: dict[str, Any] = {}
+    for name, source in gguf_model.names(model.config, gguf_model.architecture(model.config)).items():
+        wanted = "F32" if kind is not None and not _is_matrix(model, name) else kind
+        type, rows, columns = _rows(_value(model, name), wanted)
+        for theirs, part, heads in zip(source.names, _split(model, rows, source), source.heads):
+            part = gguf_model.permuted(part, heads) if heads else part
+            tensors[theirs] = part if type is None else (part.reshape(-1), type, (part.shape[0], columns))
+    write_gguf(path, gguf_model.write_config(model.config) | dict(metadata or {}), tensors)
+
+
+def _value(model: GPT, name: str) -> Tensor | QuantizedWeight:
+    module, _, end = name.rpartition(".")
+    value = getattr(model.get_submodule(module), end)
+    assert isinstance(value, Tensor | QuantizedWeight)
+    return value
+
+
+def _split(model: GPT, rows: Tensor, source: Source) -> Sequence[Tensor]:
+    """The rows of a parameter as the tensors that it is made of."""
+    sizes = {1: [rows.shape[0]], 2: [rows.shape[0] // 2] * 2, 3: list(model.config.qkv_rows)}
+    return rows.split(sizes[len(source.names)])
+
+
+def _rows(value: Tensor | QuantizedWeight, kind: str | None) -> tuple[str | None, Tensor, int]:
+    """(block format or None, rows of stored blocks or values, values in a row) of a parameter in the format `kind`."""
+    if isinstance(value, QuantizedWeight):
+        held = QUANTISED[value.kind]
+        if kind in (None, held):
+            return held, value.to_blocks().reshape(value.shape[0], -1), value.shape[1]
+        value = value.dequantize()
+    value = value.detach()
+    if kind is None:
+        return None, value, 0
+    if (dtype := blocks.FORMATS[kind].dtype) is not None:
+        return None, value.to(dtype), 0
+    return kind, blocks.quantize(value, kind).reshape(value.shape[0], -1), value.shape[1]

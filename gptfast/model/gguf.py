@@ -83,6 +83,60 @@ def _scaling(metadata: dict[str, Any], kind: str) -> dict[str, Any] | None:
     return scaling
 
 
+def architecture(config: GPTConfig) -> str:
+    """The architecture under which a GGUF file holds this configuration. Raises ValueError where there is none."""
+    if config.family == "gpt2":
+        return "gpt2"
+    if config.window_layers is not None or config.activation != "swiglu":
+        raise ValueError(
+            "expected a window in all layers or none, and swiglu, for a GGUF file, "
+            f"got window_layers {config.window_layers} and {config.activation}"
+        )
+    return "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias and not config.out_bias else "llama"
+
+
+def write_config(config: GPTConfig) -> dict[str, Any]:
+    """The metadata of a GGUF file that holds this configuration."""
+    kind = architecture(config)
+    written: dict[str, Any] = {
+        "block_count": config.n_layer,
+        "attention.head_count": config.n_head,
+        "embedding_length": config.n_embd,
+        "feed_forward_length": config.ffn_dim,
+        "context_length": config.context,
+        "vocab_size": config.vocab_size,
+    }
+    if kind == "gpt2":
+        written["attention.layer_norm_epsilon"] = config.norm_eps
+    else:
+        written |= {
+            "attention.head_count_kv": config.n_kv_head,
+            "attention.key_length": config.head_dim,
+            "attention.value_length": config.head_dim,
+            "attention.layer_norm_rms_epsilon": config.norm_eps,
+            "rope.freq_base": config.rope_theta,
+            "rope.dimension_count": config.rotary_dim,
+        }
+        if config.window is not None:
+            written["attention.sliding_window"] = config.window
+        written |= _write_scaling(config)
+    ids = {"bos": config.bos_id, "eos": config.eos_ids[0] if config.eos_ids else None}
+    ends = {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items() if i is not None}
+    return {"general.architecture": kind, **{f"{kind}.{key}": value for key, value in written.items()}, **ends}
+
+
+def _write_scaling(config: GPTConfig) -> dict[str, Any]:
+    if config.rope_scaling is None:
+        return {}
+    given = dict(config.rope_scaling)
+    kind, factor = given.pop("rope_type"), given.pop("factor", None)
+    original = given.pop("original_max_position_embeddings", None)
+    if kind not in ("linear", "yarn") or given:
+        raise ValueError(f"expected linear or plain yarn scaling for a GGUF file, got {config.rope_scaling}")
+    scaling = {"rope.scaling.type": kind, "rope.scaling.factor": factor}
+    return scaling if original is None else scaling | {"rope.scaling.original_context_length": original}
+
+
 def with_frequency_factors(config: GPTConfig, factors: Tensor) -> GPTConfig:
     """The configuration whose rotation frequencies are divided by these (the file's tensor rope_freqs.weight, which
     Llama 3's scaling becomes there)."""

@@ -20,6 +20,7 @@ from gptfast.layers import (
     LayerNorm,
     Linear,
     RMSNorm,
+    fill_normal,
     project,
 )
 from gptfast.model.config import GPTConfig
@@ -55,7 +56,7 @@ class GPT(nn.Module):
         for block in self.blocks:
             assert isinstance(block, Block)
             for linear in (block.attention.out, block.mlp.down):
-                nn.init.normal_(_parameter(linear.weight), std=0.02 / math.sqrt(2 * config.n_layer))
+                fill_normal(_parameter(linear.weight), 0.02 / math.sqrt(2 * config.n_layer))
 
     def forward(self, ids: Tensor, cache: Cache | None = None, *, last: Tensor | None = None) -> Tensor:
         """Logits in fp32, (B, T, V).
@@ -72,9 +73,10 @@ class GPT(nn.Module):
             raise ValueError(f"GPT: expected ids (B, T) int64, got {tuple(ids.shape)} {ids.dtype}")
         end = self._end(ids, cache)
         dropout = self._dropout()
-        x = self.embedding(ids)
-        if self.positions is not None:
-            x = x + self.positions(_positions(ids, cache))
+        if self.positions is None:
+            x = self.embedding(ids)
+        else:
+            x = self.embedding(ids, _positions(ids, cache), self.positions.weight)
         if dropout is not None:
             x = dropout.on(0)(x)
         tables = self.rope_tables(end, x.device) if self.config.positions == "rope" else None
@@ -206,6 +208,13 @@ class GPT(nn.Module):
         from gptfast.model import convert
 
         convert.save_folder(self, path)
+
+    def save_gguf(self, path: str | os.PathLike[str], kind: str | None = None) -> None:
+        """Writes a GGUF file without a tokenizer, its matrices of this kind (F32, F16, BF16, Q8_0, Q4_0, Q4_1) or as
+        they are held."""
+        from gptfast.model import convert
+
+        convert.save_gguf(self, path, kind)
 
 
 def _positions(ids: Tensor, cache: Cache | None) -> Tensor:

@@ -83,10 +83,8 @@ def _read_llama(kind: str, c: dict[str, Any]) -> GPTConfig:
     rope = dict(c.get("rope_scaling") or {}) | dict(c.get("rope_parameters") or {})
     theta = rope.pop("rope_theta", c.get("rope_theta", 10000.0))
     rotary = rope.pop("partial_rotary_factor", c.get("partial_rotary_factor", 1.0))
-    rope["rope_type"] = (
-        rope.pop("type", rope.get("rope_type", "default")) if "rope_type" not in rope else rope["rope_type"]
-    )
-    rope.pop("type", None)
+    old_type = rope.pop("type", "default")
+    rope.setdefault("rope_type", old_type)
     head_dim = c.get("head_dim", c["hidden_size"] // c["num_attention_heads"])
     window, window_layers = _windows(kind, c)
     attention_bias = c.get("attention_bias", False)
@@ -187,9 +185,7 @@ def _write_llama(config: GPTConfig, kind: str) -> dict[str, Any]:
         scaling = {"rope_type": "default", **scaling, "partial_rotary_factor": config.rotary_dim / config.head_dim}
     written = {
         "model_type": kind,
-        "architectures": [
-            {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind] + "ForCausalLM"
-        ],
+        "architectures": [kind.capitalize() + "ForCausalLM"],
         "vocab_size": config.vocab_size,
         "hidden_size": config.n_embd,
         "intermediate_size": config.ffn_dim,

@@ -1,24 +1,26 @@
 """Architectures by name.
 
-GPT-2's are those of Radford et al. (2019) as released; GPT-3's those of Brown et al. (arXiv:2005.14165), table 2.1, all
-layers dense (the paper alternates dense and banded ones). Two of the paper's rows don't multiply out: 24 heads of 128 in
-a width of 2048 (XL) and 40 heads of 128 in a width of 5140 (13B); here they are 16 heads, and a width of 5120.
+GPT-2's are those of Radford et al. (2019) as released; GPT-3's those of Brown et al. (arXiv:2005.14165), table 2.1,
+with all layers dense (the paper alternates dense and banded ones). Two of its rows don't multiply out: 24 heads of 128
+in a width of 2048 (XL) and 40 heads of 128 in a width of 5140 (13B); here they are 16 heads, and a width of 5120.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from gptfast.model.config import GPTConfig
 
 
 def _gpt2(n_layer: int, n_embd: int, n_head: int, context: int = 1024, vocab_size: int = 50257) -> GPTConfig:
-    ends = dict(bos_id=50256, eos_ids=(50256,)) if vocab_size == 50257 else {}
+    ends: dict[str, Any] = dict(bos_id=50256, eos_ids=(50256,)) if vocab_size == 50257 else {}
     return GPTConfig("gpt2", vocab_size, n_layer, n_head, n_embd, context, **ends)
 
 
 def _llama(
     vocab_size: int, n_layer: int, n_embd: int, n_head: int, n_kv_head: int, ffn_dim: int, context: int, **changes
 ) -> GPTConfig:
-    defaults = dict(
+    defaults: dict[str, Any] = dict(
         n_kv_head=n_kv_head,
         ffn_dim=ffn_dim,
         norm="rms_norm",

@@ -8,8 +8,10 @@ from functools import cache
 
 from gptfast.ops.attention import attention, attention_kvcache
 from gptfast.ops.dispatch import BackendError, Choice, backends, explain
+from gptfast.ops.embedding import embedding
 from gptfast.ops.layer_norm import layer_norm
 from gptfast.ops.linear import linear
+from gptfast.ops.mlp import bias_gelu, geglu, swiglu
 from gptfast.ops.rms_norm import rms_norm
 from gptfast.ops.rope import rope, rope_frequencies, rope_tables
 from gptfast.ops.sampling import sample
@@ -21,7 +23,10 @@ __all__ = [
     "attention",
     "attention_kvcache",
     "backends",
+    "bias_gelu",
+    "embedding",
     "explain",
+    "geglu",
     "layer_norm",
     "linear",
     "pages",
@@ -30,6 +35,7 @@ __all__ = [
     "rope_frequencies",
     "rope_tables",
     "sample",
+    "swiglu",
 ]
 
 

@@ -18,14 +18,14 @@ end, each attending to itself; lse is then (H, Tq). mask and bias don't apply to
 dropout_p drops probabilities after the normalisation, scaled by 1 / (1 - p); lse doesn't see it. Elements are counted
 row-major in (B, H, Sq, Sk), sequence after sequence where they lie end to end.
 
-attention_kvcache: k_cache, v_cache (B', Smax, Hk, D), row b of the batch in row b of the cache (cache_batch_idx[b] where
-given), or pages (pages, page, Hk, D) with block_table (B, n) int32, slot t in page block_table[b, t // page] (-1 = no
-page). lengths (B,) int32 = tokens in the cache before the call. k, v (B, Sq, Hk, D) are written at slots lengths ..
-lengths + Sq of the cache, in place, and the queries are those last Sq positions; without them lengths is the total.
-lengths never changes, and what would not fit raises before anything is written. With cos, sin (positions, R / 2) fp32,
-R <= D, q and the new k are rotated first, by their absolute position: pairs (i, i + R/2), or (2i, 2i + 1) if
-interleaved, (x1 cos - x2 sin, x2 cos + x1 sin) rounded to the storage dtype. cache_leftpad (B,) int32: the first
-slots to leave out; key 0 is the slot after them.
+attention_kvcache: k_cache, v_cache (B', Smax, Hk, D), row b of the batch in row b of the cache (cache_batch_idx[b]
+where given), or pages (pages, page, Hk, D) with block_table (B, n) int32, slot t in page block_table[b, t // page]
+(-1 = no page). lengths (B,) int32 = tokens in the cache before the call. k, v (B, Sq, Hk, D) are written in place at
+slots lengths .. lengths + Sq, and the queries are those last Sq positions; without k and v, lengths is the total. It
+never changes, and what would not fit raises before anything is written. With cos, sin (positions, R / 2) fp32, R <= D,
+q and the new k are rotated first, by their absolute position: pairs (i, i + R/2), or (2i, 2i + 1) if interleaved, to
+(x1 cos - x2 sin, x2 cos + x1 sin), rounded to the storage dtype. cache_leftpad (B,) int32: the first slots to leave
+out; key 0 is the slot after them.
 
 Everything is computed in fp32 (fp64 for fp64) and rounded once; lse is fp32. Keys are taken in chunks of 128 counted
 from the first key, and the chunks' (maximum, sum, output) are merged in order, so a row's result depends on that row
@@ -48,7 +48,7 @@ from gptfast.ops.philox import dropout_keep
 from gptfast.ops.spec import Cost, Op, nbytes
 
 CHUNK = 128  # keys; kernels merge chunks in order
-Result = Tensor | tuple[Tensor, Tensor]
+Result = Any  # Tensor, or (Tensor, Tensor) with return_lse
 
 
 def reference(
@@ -177,14 +177,19 @@ def attention(
     Raises ValueError for shapes and dtypes that don't fit; BackendError where `backend` can't serve the call.
     """
     varlen = cu_seqlens_q is not None
-    form = "(T, H, D)" if varlen else "(B, S, H, D)"
+    dims, form = (3, "(T, H, D)") if varlen else (4, "(B, S, H, D)")
     require(
-        q.dim() == (3 if varlen else 4) and q.is_floating_point(),
-        f"attention: expected q {form} of floats, got {shape(q)}",
+        q.dim() == dims and q.is_floating_point(), lambda: f"attention: expected q {form} of floats, got {shape(q)}"
     )
-    require(k.dim() == q.dim() and k.dtype == q.dtype and k.shape[-1] == q.shape[-1] and (varlen or k.shape[0] == q.shape[0]),
-            f"attention: expected k {form} with q's batch, head dimension and dtype {shape(q)}, got {shape(k)}")  # fmt: skip
-    require(v.shape == k.shape and v.dtype == q.dtype, f"attention: expected v like k {shape(k)}, got {shape(v)}")
+    alike = k.dim() == dims and k.dtype == q.dtype and k.shape[-1] == q.shape[-1]
+    require(
+        alike and (varlen or k.shape[0] == q.shape[0]),
+        lambda: f"attention: expected k {form} with q's batch, head dimension and dtype {shape(q)}, got {shape(k)}",
+    )
+    require(
+        v.shape == k.shape and v.dtype == q.dtype,
+        lambda: f"attention: expected v like k {shape(k)}, got {shape(v)}",
+    )
     _check_heads("attention", q, k)
     B = q.shape[0]
     if cu_seqlens_q is not None:
@@ -192,12 +197,14 @@ def attention(
         require(mask is None and bias is None, "attention: expected no mask and no bias with cu_seqlens_q, got one")
     require(varlen or cu_seqlens_k is None, "attention: expected cu_seqlens_q with cu_seqlens_k, got None")
     _check_terms("attention", q, B, window, softcap, alibi_slopes, sinks)
-    require(0 <= dropout_p < 1, f"attention: expected 0 <= dropout_p < 1, got {dropout_p}")
-    if not varlen:
+    require(0 <= dropout_p < 1, lambda: f"attention: expected 0 <= dropout_p < 1, got {dropout_p}")
+    if mask is not None or bias is not None:
         full = (B, q.shape[2], q.shape[1], k.shape[1])
         for name, t, kinds in (("mask", mask, (torch.bool,)), ("bias", bias, (torch.float32, q.dtype))):
-            require(t is None or (t.dtype in kinds and _broadcasts(t, full)),
-                    f"attention: expected {name} {kinds[0]} broadcasting to {full}, got {t is not None and shape(t)}")  # fmt: skip
+            require(
+                t is None or (t.dtype in kinds and _broadcasts(t, full)),
+                lambda: f"attention: expected {name} {kinds[-1]} broadcasting to {full}, got {shape(t)}",  # noqa: B023
+            )
     return dispatch.run(
         *("attention.attention", backend, reference, q),
         **dict(q=q, k=k, v=v, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes),
@@ -212,8 +219,10 @@ def _broadcasts(t: Tensor, full: tuple[int, ...]) -> bool:
 
 def _check_heads(op: str, q: Tensor, k: Tensor) -> None:
     H, Hk, D = q.shape[-2], k.shape[-2], q.shape[-1]
-    require(D > 0 and Hk > 0 and H % Hk == 0,
-            f"{op}: expected D > 0 and query heads a multiple of the KV heads, got D = {D}, {H} and {Hk} heads")  # fmt: skip
+    require(
+        D > 0 and Hk > 0 and H % Hk == 0,
+        lambda: f"{op}: expected D > 0 and query heads a multiple of the KV heads, got D = {D}, {H} and {Hk} heads",
+    )
 
 
 def _check_terms(
@@ -226,24 +235,31 @@ def _check_terms(
     sinks: Tensor | None,
 ) -> None:
     H = q.shape[-2]
-    require(len(window) == 2 and min(window) >= -1, f"{op}: expected window (left, right), each >= -1, got {window}")
-    require(softcap >= 0, f"{op}: expected softcap >= 0, got {softcap}")
-    require(slopes is None or (slopes.shape in ((H,), (B, H)) and slopes.is_floating_point()),
-            f"{op}: expected alibi_slopes ({H},) or ({B}, {H}), got {slopes is not None and shape(slopes)}")  # fmt: skip
-    require(sinks is None or (sinks.shape == (H,) and sinks.is_floating_point()),
-            f"{op}: expected sinks ({H},), got {sinks is not None and shape(sinks)}")  # fmt: skip
+    require(
+        len(window) == 2 and min(window) >= -1,
+        lambda: f"{op}: expected window (left, right), each >= -1, got {window}",
+    )
+    require(softcap >= 0, lambda: f"{op}: expected softcap >= 0, got {softcap}")
+    require(
+        slopes is None or (slopes.shape in ((H,), (B, H)) and slopes.is_floating_point()),
+        lambda: f"{op}: expected alibi_slopes ({H},) or ({B}, {H}) of floats, got {shape(slopes)}",
+    )
+    require(
+        sinks is None or (sinks.shape == (H,) and sinks.is_floating_point()),
+        lambda: f"{op}: expected sinks ({H},) of floats, got {shape(sinks)}",
+    )
 
 
 def _check_varlen(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor | None) -> int:
     """The number of sequences."""
-    require(cu_k is not None, "attention: expected cu_seqlens_k with cu_seqlens_q, got None")
-    assert cu_k is not None
+    if cu_k is None:
+        raise ValueError("attention: expected cu_seqlens_k with cu_seqlens_q, got None")
     for name, cu, total in (("cu_seqlens_q", cu_q, q.shape[0]), ("cu_seqlens_k", cu_k, k.shape[0])):
-        require(cu.dtype == torch.int32 and cu.dim() == 1 and len(cu) == len(cu_q) >= 1,
-                f"attention: expected {name} ({len(cu_q)},) int32, got {shape(cu)}")  # fmt: skip
+        if cu.dtype != torch.int32 or cu.dim() != 1 or not len(cu) == len(cu_q) >= 1:
+            raise ValueError(f"attention: expected {name} (N + 1,) int32, N the same for both, got {shape(cu)}")
         edges = cu.tolist()
-        require(edges[0] == 0 and edges[-1] == total and all(a <= b for a, b in zip(edges, edges[1:])),
-                f"attention: expected {name} rising from 0 to {total}, got {edges[:8]}")  # fmt: skip
+        if edges[0] != 0 or edges[-1] != total or edges != sorted(edges):
+            raise ValueError(f"attention: expected {name} rising from 0 to {total}, got {edges[:8]}")
     return len(cu_q) - 1
 
 
@@ -359,30 +375,46 @@ def attention_kvcache(
     Shapes and dtypes: the top of this page. Raises ValueError for what doesn't fit, before anything is written;
     BackendError where `backend` can't serve the call.
     """
-    op = "attention_kvcache"
-    require(q.dim() == 4 and q.is_floating_point(), f"{op}: expected q (B, Sq, H, D) of floats, got {shape(q)}")
+    op, dtype = "attention_kvcache", q.dtype
+    require(q.dim() == 4 and q.is_floating_point(), lambda: f"{op}: expected q (B, Sq, H, D) of floats, got {shape(q)}")
     B, Sq, _, D = q.shape
-    require(k_cache.dim() == 4 and k_cache.shape[-1] == D and k_cache.dtype == q.dtype,
-            f"{op}: expected k_cache (B, Smax, Hk, {D}) with q's dtype {q.dtype}, got {shape(k_cache)}")  # fmt: skip
-    require(v_cache.shape == k_cache.shape and v_cache.dtype == q.dtype,
-            f"{op}: expected v_cache like k_cache {shape(k_cache)}, got {shape(v_cache)}")  # fmt: skip
+    require(
+        k_cache.dim() == 4 and k_cache.shape[-1] == D and k_cache.dtype == dtype,
+        lambda: f"{op}: expected k_cache (B, Smax, Hk, {D}) with q's dtype {dtype}, got {shape(k_cache)}",
+    )
+    require(
+        v_cache.shape == k_cache.shape and v_cache.dtype == dtype,
+        lambda: f"{op}: expected v_cache like k_cache {shape(k_cache)}, got {shape(v_cache)}",
+    )
     _check_heads(op, q, k_cache)
     _check_terms(op, q, B, window, softcap, alibi_slopes, sinks)
-    for name, t in (("k", k), ("v", v)):
+    require((k is None) == (v is None), f"{op}: expected k and v, or neither, got one of them")
+    if k is not None and v is not None:
         wanted = (B, Sq, *k_cache.shape[2:])
-        require((t is None) == (k is None) and (t is None or (t.shape == wanted and t.dtype == q.dtype)),
-                f"{op}: expected k and v {wanted} {q.dtype}, or neither, got {name} {t if t is None else shape(t)}")  # fmt: skip
+        require(
+            k.shape == v.shape == wanted and k.dtype == v.dtype == dtype,
+            lambda: f"{op}: expected k and v {wanted} {dtype}, got {shape(k)} and {shape(v)}",
+        )
     for name, t in (("lengths", lengths), ("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
-        require(t is None or (t.shape == (B,) and t.dtype == torch.int32),
-                f"{op}: expected {name} ({B},) int32, got {t is not None and shape(t)}")  # fmt: skip
-    longest = _check_room(q, k_cache, lengths, 0 if k is None else Sq, block_table, cache_batch_idx, cache_leftpad)
+        if t is not None and (t.shape != (B,) or t.dtype != torch.int32):
+            raise ValueError(f"{op}: expected {name} ({B},) int32, got {shape(t)}")
+    before = lengths.tolist()
+    longest = max(before, default=0) + (0 if k is None else Sq)
+    _check_room(q, k_cache, before, longest, lengths, block_table, cache_batch_idx, cache_leftpad)
     require((cos is None) == (sin is None), f"{op}: expected cos and sin, or neither, got one of them")
     if cos is not None and sin is not None:
         fits = cos.dim() == 2 and cos.shape == sin.shape and 2 * cos.shape[1] <= D and cos.shape[0] >= longest
-        require(fits and cos.dtype == sin.dtype and cos.dtype in (torch.float32, torch.float64),
-                f"{op}: expected cos and sin (>= {longest}, <= {D // 2}) float32, got {shape(cos)} and {shape(sin)}")  # fmt: skip
-        require(k is not None or min(lengths.tolist(), default=Sq) >= Sq,
-                f"{op}: expected lengths >= Sq = {Sq} to rotate q without k, got {min(lengths.tolist(), default=Sq)}")  # fmt: skip
+        require(
+            fits and cos.dtype == sin.dtype and cos.dtype in (torch.float32, torch.float64),
+            lambda: (
+                f"{op}: expected cos and sin (at least {longest}, at most {D // 2}) float32, "
+                f"got {shape(cos)} and {shape(sin)}"
+            ),
+        )
+        require(
+            k is not None or min(before, default=Sq) >= Sq,
+            lambda: f"{op}: expected lengths of at least Sq = {Sq} to rotate q without k, got {min(before)}",
+        )
     return dispatch.run(
         *("attention.attention_kvcache", backend, reference_kvcache, q),
         **dict(q=q, k_cache=k_cache, v_cache=v_cache, lengths=lengths, k=k, v=v, block_table=block_table),
@@ -393,33 +425,39 @@ def attention_kvcache(
 
 
 def _check_room(
-    q: Tensor, cache: Tensor, lengths: Tensor, new: int, table: Tensor | None, rows: Tensor | None, pads: Tensor | None
-) -> int:
-    """The longest total; raises where a sequence doesn't fit its cache."""
+    q: Tensor,
+    cache: Tensor,
+    before: list[int],
+    longest: int,
+    lengths: Tensor,
+    table: Tensor | None,
+    rows: Tensor | None,
+    pads: Tensor | None,
+) -> None:
+    """Raises where a sequence doesn't fit its cache, or its pages or row are not there."""
     op, B = "attention_kvcache", q.shape[0]
-    before = lengths.tolist()
-    longest = max(before, default=0) + new
-    require(table is None or (table.dim() == 2 and table.shape[0] == B and table.dtype == torch.int32),
-            f"{op}: expected block_table ({B}, n) int32, got {table is not None and shape(table)}")  # fmt: skip
+    if table is not None and (table.dim() != 2 or table.shape[0] != B or table.dtype != torch.int32):
+        raise ValueError(f"{op}: expected block_table ({B}, n) int32, got {shape(table)}")
     room = cache.shape[1] * (1 if table is None else table.shape[1])
-    require(min(before, default=0) >= 0 and longest <= room,
-            f"{op}: expected lengths from 0 to {room} - {new} new tokens (the cache has {room} slots), got {before[:8]}")  # fmt: skip
+    new = longest - max(before, default=0)
+    if min(before, default=0) < 0 or longest > room:
+        raise ValueError(f"{op}: expected lengths 0 to {room - new} ({room} slots, {new} new tokens), got {before[:8]}")
     if table is not None:
         require(rows is None, f"{op}: expected block_table or cache_batch_idx, got both")
-        pages = torch.arange(table.shape[1], device=table.device) * cache.shape[1] < (lengths + new)[:, None]
-        bad = table[pages & ((table < 0) | (table >= cache.shape[0]))]
-        require(bad.numel() == 0,
-                f"{op}: expected pages 0 .. {cache.shape[0] - 1} in block_table, got {bad[:1].tolist()}")  # fmt: skip
+        used = torch.arange(table.shape[1], device=table.device) * cache.shape[1] < (lengths + new)[:, None]
+        bad = table[used & ((table < 0) | (table >= cache.shape[0]))]
+        require(
+            bad.numel() == 0,
+            lambda: f"{op}: expected pages 0 to {cache.shape[0] - 1} in block_table, got {bad[0].item()}",
+        )
     elif rows is not None:
         index = rows.tolist()
-        require(all(0 <= i < cache.shape[0] for i in index) and (not new or len(set(index)) == B),
-                f"{op}: expected cache_batch_idx 0 .. {cache.shape[0] - 1}, each once, got {index[:8]}")  # fmt: skip
-    else:
-        require(cache.shape[0] == B, f"{op}: expected a cache of {B} rows, like q, got {shape(cache)}")
-    if pads is not None:
-        require(all(0 <= p <= n for p, n in zip(pads.tolist(), before)),
-                f"{op}: expected cache_leftpad from 0 to lengths {before[:8]}, got {pads.tolist()[:8]}")  # fmt: skip
-    return longest
+        if not all(0 <= i < cache.shape[0] for i in index) or (new and len(set(index)) < B):
+            raise ValueError(f"{op}: expected cache_batch_idx 0 to {cache.shape[0] - 1}, each once, got {index[:8]}")
+    elif cache.shape[0] != B:
+        raise ValueError(f"{op}: expected a cache of {B} rows, like q, got {shape(cache)}")
+    if pads is not None and not all(0 <= p <= n for p, n in zip(pads.tolist(), before)):
+        raise ValueError(f"{op}: expected cache_leftpad 0 to lengths {before[:8]}, got {pads.tolist()[:8]}")
 
 
 def cost_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, **terms: Any) -> Cost:

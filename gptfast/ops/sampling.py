@@ -54,6 +54,7 @@ Nguyen et al. (arXiv:2407.01082); repetition penalty: Keskar et al. (arXiv:1909.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -78,7 +79,9 @@ REALS = {
     "presence_penalty": (0.0, -1e30, 1e30, "finite"),
     "frequency_penalty": (0.0, -1e30, 1e30, "finite"),
 }
-INTEGERS = ("top_k", "seed", "step", "stream")  # all 0 where None
+RANDOM = ("seed", "step", "stream")
+NUMBERS = frozenset((float, int, type(None)))
+CPU = torch.device("cpu")
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -280,53 +283,74 @@ def sample(
     require(logits.dim() == 2 and logits.is_floating_point() and 0 < logits.shape[1] < 2**22,
             lambda: f"sample: expected logits (B, V) of floats with 0 < V < 2^22, got {shape(logits)}")  # fmt: skip
     B, V = logits.shape
-    given = (temperature, top_p, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty)
-    reals = {name: _real(name, x, logits) for name, x in zip(REALS, given)}
-    integers = {name: _integer(name, x, logits) for name, x in zip(INTEGERS, (top_k, seed, step, stream))}
+    given = (temperature, top_p, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty, top_k)
+    if NUMBERS.issuperset(map(type, given)):
+        parameters, penalty = _checked_numbers(*given)
+    else:
+        parameters, penalty = _checked(given, B, logits.device)
+    seed, step, stream = (_integer(name, x, B, logits.device) for name, x in zip(RANDOM, (seed, step, stream)))
     if prompt_lengths is not None:
         prompt_lengths = torch.as_tensor(prompt_lengths, device=logits.device)
     if history is None:
-        idle = [name for name in PENALTIES if not _is_neutral(name, reals[name])]
-        require(not idle, lambda: f"sample: {idle[0]} needs history ({B}, L), got None")
+        require(penalty is None, lambda: f"sample: {penalty} needs history ({B}, L), got None")
         require(prompt_lengths is None, lambda: f"sample: prompt_lengths needs history ({B}, L), got None")
-    _check("logit_bias", logit_bias, ((V,), (B, V)), torch.float32, logits)
-    _check("mask", mask, ((V,), (B, V)), torch.bool, logits)
-    _check("history", history, ((B, None),), torch.int64, logits)
-    _check("prompt_lengths", prompt_lengths, ((B,),), torch.int64, logits)
-    require(return_logprobs in (False, True, "raw", "processed"), lambda: (
-            f"sample: expected return_logprobs False, True, 'raw' or 'processed', got {return_logprobs!r}"))  # fmt: skip
+    if logit_bias is not None:
+        _check("logit_bias", logit_bias, ((V,), (B, V)), torch.float32, logits)
+    if mask is not None:
+        _check("mask", mask, ((V,), (B, V)), torch.bool, logits)
+    if history is not None:
+        _check("history", history, ((B, None),), torch.int64, logits)
+    if prompt_lengths is not None:
+        _check("prompt_lengths", prompt_lengths, ((B,),), torch.int64, logits)
+    require(return_logprobs in (False, True, "raw", "processed"),
+            lambda: f"sample: expected return_logprobs a bool, raw or processed, got {return_logprobs!r}")  # fmt: skip
     return dispatch.run(
         *("sampling.sample", backend, reference, logits),
-        **dict(logits=logits, **reals, **integers, logit_bias=logit_bias, mask=mask, history=history),
-        **dict(prompt_lengths=prompt_lengths, return_logprobs=return_logprobs),
+        **dict(logits=logits, **parameters, logit_bias=logit_bias, mask=mask, history=history),
+        **dict(prompt_lengths=prompt_lengths, seed=seed, step=step, stream=stream, return_logprobs=return_logprobs),
     )
 
 
 def _check(
-    name: str, t: Tensor | None, shapes: tuple[tuple[int | None, ...], ...], dtype: torch.dtype, logits: Tensor
+    name: str, t: Tensor, shapes: tuple[tuple[int | None, ...], ...], dtype: torch.dtype, logits: Tensor
 ) -> None:
     """Raises where t isn't of one of these shapes (None = any length), of this dtype and on logits' device."""
-    if t is None:
-        return
     fits = any(len(s) == t.dim() and all(n in (None, m) for n, m in zip(s, t.shape)) for s in shapes)
-    wanted = " or ".join(str(s).replace("None", "L") for s in shapes) + f" {dtype} on {logits.device}"
+    wanted = " or ".join(str(s).replace("None", "L") for s in shapes) + f" {dtype} on {logits.device}".replace(
+        "torch.", ""
+    )
     require(fits and t.dtype == dtype and t.device == logits.device,
             lambda: f"sample: expected {name} {wanted}, got {shape(t)} on {t.device}")  # fmt: skip
 
 
-def _real(name: str, x: Real, logits: Tensor) -> float | Tensor:
-    """A real parameter, checked: a float, or (B,) fp32 on logits' device."""
+def _checked(
+    given: Sequence[Any], B: int, device: torch.device = CPU
+) -> tuple[dict[str, float | int | Tensor], str | None]:
+    """The parameters by name, REALS and top_k, each a number or (B,) on the device; a penalty that is on, if any."""
+    parameters: dict[str, Any] = {name: _real(name, x, B, device) for name, x in zip(REALS, given)}
+    on = (name for name in PENALTIES if not _is_neutral(name, parameters[name]))
+    return {**parameters, "top_k": _integer("top_k", given[-1], B, device)}, next(on, None)
+
+
+@lru_cache(typed=True)  # a loop's parameters stay the same from token to token
+def _checked_numbers(*given: float | None) -> tuple[dict[str, float | int | Tensor], str | None]:
+    return _checked(given, 1)
+
+
+def _real(name: str, x: Real, B: int, device: torch.device) -> float | Tensor:
+    """A real parameter, checked: a float, or (B,) fp32 on the device."""
     neutral, _, _, meaning = REALS[name]
     if x is None:
         return neutral
     if not isinstance(x, float | int):
         t = torch.as_tensor(x)
-        require(t.shape in ((), (logits.shape[0],)) and not t.is_complex(),
-                lambda: f"sample: expected {name} one number or ({logits.shape[0]},), got {shape(t)}")  # fmt: skip
+        require(t.shape in ((), (B,)) and not t.is_complex(),
+                lambda: f"sample: expected {name} one number or ({B},), got {shape(t)}")  # fmt: skip
         if t.device.type != "cpu" or t.dim():
             wrong = t[~_fits(name, t)] if t.device.type == "cpu" else t[:0]
             require(not wrong.numel(), lambda: f"sample: expected {name} {meaning}, got {wrong[0].item()}")
-            return t.to(logits.device, torch.float32).expand(logits.shape[0]).contiguous()
+            t = t.to(device, torch.float32)
+            return t.contiguous() if t.dim() else t.repeat(B)
         x = t.item()
     require(_fits(name, x), lambda: f"sample: expected {name} {meaning}, got {x}")
     return float(x)
@@ -338,20 +362,20 @@ def _fits(name: str, x: Any) -> Any:
     return (x >= least) & (x <= most) & ((x == 0) | (x >= 1e-30) if name == "temperature" else True)
 
 
-def _integer(name: str, x: Integer, logits: Tensor) -> int | Tensor:
-    """An integer parameter, checked: an int in the range of int64, or (B,) int64 on logits' device."""
+def _integer(name: str, x: Integer, B: int, device: torch.device) -> int | Tensor:
+    """An integer parameter, checked: an int in the range of int64, or (B,) int64 on the device."""
     if x is None:
         return 0
     if isinstance(x, int):
         require(-(2**63) <= x < 2**64 and (name != "top_k" or 0 <= x < 2**63),
                 lambda: f"sample: expected {name} {'>= 0' if name == 'top_k' else 'of 64 bits'}, got {x}")  # fmt: skip
         return _wrapped(x)
-    t = torch.as_tensor(_wrapped(x), device=logits.device)
-    require(t.shape in ((), (logits.shape[0],)) and t.dtype in (torch.int64, torch.int32),
-            lambda: f"sample: expected {name} one integer or ({logits.shape[0]},), got {shape(t)}")  # fmt: skip
+    t = torch.as_tensor(_wrapped(x), device=device)
+    require(t.shape in ((), (B,)) and t.dtype in (torch.int64, torch.int32),
+            lambda: f"sample: expected {name} one integer or ({B},), got {shape(t)}")  # fmt: skip
     if name == "top_k" and t.device.type == "cpu":
         require(bool((t >= 0).all()), lambda: f"sample: expected top_k >= 0, got {t.min().item()}")
-    return t.to(torch.int64).expand(logits.shape[0]).contiguous()
+    return t.to(torch.int64).contiguous() if t.dim() else t.to(torch.int64).repeat(B)
 
 
 def _is_neutral(name: str, x: float | Tensor) -> bool:

@@ -7,8 +7,12 @@ passes pointers. Arguments come checked from the op page.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from gptfast import _cpu
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -18,7 +22,7 @@ def unsupported(*tensors: Tensor | None) -> str | None:
     for t in tensors:
         if t is None:
             continue
-        if t.device.type != "cpu":
+        if not t.is_cpu:
             return f"the tensors are on {t.device}, and this backend's are on the CPU"
         if t.dtype not in DTYPES:
             return f"it takes float32, bfloat16 and float16, not {str(t.dtype).removeprefix('torch.')}"
@@ -41,6 +45,14 @@ def rows(x: Tensor) -> tuple[Tensor, int]:
     if x.stride(-1) == 1 and all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in range(x.dim() - 2)):
         return x, x.stride(-2)
     return x.contiguous(), x.shape[-1]
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """torch.empty for an output; a large one on large pages, since malloc maps it anew for each call."""
+    t = torch.empty(shape, dtype=dtype)
+    if t.nbytes >= 8 << 20:
+        _cpu.huge_pages(t.data_ptr(), t.nbytes)
+    return t
 
 
 def pointer(t: Tensor | None) -> int:

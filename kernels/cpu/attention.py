@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
-from gptfast.kernels.cpu import DTYPES, pointer, unsupported
 from torch import Tensor
 
 from gptfast import _cpu
+from gptfast.kernels.cpu import DTYPES, unsupported
 
 CHUNK = 128  # keys
-NONE3, NONE4 = (0, 0, 0), (0, 0, 0, 0)
+NONE = {"slopes_batch": 0, "page": 0, "table_stride": 0, "rotary": 0, "interleaved": 0}  # where they don't apply
 
 
 def supports_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, **terms: Any) -> str | None:
@@ -44,23 +45,18 @@ def attention(
     return_lse: bool,
     **terms: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    k, v = _rows(k), _rows(v)
-    longest, Sk = (q.shape[0], k.shape[0]) if q.dim() == 3 else (q.shape[1], k.shape[1])
-    B, full = q.shape[0], (q.shape[0], q.shape[-2], longest, Sk)
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    B, longest, Sk = q.shape[0], q.shape[-3], k.shape[-3]
+    extra: dict[str, Any] = {}
+    tensors: dict[str, Tensor | None] = {"mask": mask, "bias": bias}
+    for name, t in tensors.items():
+        if t is not None:
+            extra[f"{name}_strides"] = t.expand(B, q.shape[2], longest, Sk).stride()
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
         edges = cu_seqlens_q.tolist()
-        B, longest = len(edges) - 1, max((b - a for a, b in zip(edges, edges[1:])), default=0)
-    return _launch(
-        *(q, k, v, B, longest, Sk, return_lse),
-        mask=mask,
-        bias=bias,
-        mask_strides=mask.expand(full).stride() if mask is not None else NONE4,
-        bias_strides=bias.expand(full).stride() if bias is not None else NONE4,
-        cu_q=cu_seqlens_q,
-        cu_k=cu_seqlens_k,
-        **terms,
-    )
+        B, longest = len(edges) - 1, max((b - a for a, b in pairwise(edges)), default=0)
+        tensors |= {"cu_q": cu_seqlens_q.contiguous(), "cu_k": cu_seqlens_k.contiguous()}
+    return _launch(q, k, v, B, longest, Sk, return_lse, tensors, extra, **terms)
 
 
 def attention_kvcache(
@@ -71,22 +67,33 @@ def attention_kvcache(
     *,
     k: Tensor | None,
     v: Tensor | None,
+    block_table: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
     cache_batch_idx: Tensor | None,
     cache_leftpad: Tensor | None,
     return_lse: bool,
     **terms: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    B, Sq = q.shape[:2]
-    longest = max(lengths.tolist(), default=0) + (0 if k is None else Sq)
-    return _launch(
-        *(q, k_cache, v_cache, B, Sq, longest, return_lse),
-        k_new=None if k is None else _rows(k),
-        v_new=None if v is None else _rows(v),
-        lengths=lengths.contiguous(),
-        batch_index=_contiguous(cache_batch_idx),
-        leftpad=_contiguous(cache_leftpad),
-        **terms,
-    )
+    q, longest = _rows(q), max(lengths.tolist(), default=0)
+    extra: dict[str, Any] = {}
+    tensors: dict[str, Tensor | None] = {"lengths": lengths.contiguous()}
+    if k is not None and v is not None:
+        longest += q.shape[1]
+        tensors |= {"k_cache": k_cache, "v_cache": v_cache, "k_new": (k := _rows(k)), "v_new": (v := _rows(v))}
+        extra |= {"k_new_strides": _strides(k), "v_new_strides": _strides(v)}
+    if cos is not None and sin is not None:
+        tensors |= {"cos": _floats(cos), "sin": _floats(sin)}
+        extra |= {"rotary": 2 * cos.shape[1], "interleaved": interleaved}
+    if block_table is not None:
+        tensors["block_table"] = block_table = block_table.contiguous()
+        extra |= {"page": k_cache.shape[1], "table_stride": block_table.shape[1]}
+    if cache_batch_idx is not None:
+        tensors["batch_index"] = cache_batch_idx.contiguous()
+    if cache_leftpad is not None:
+        tensors["leftpad"] = cache_leftpad.contiguous()
+    return _launch(q, k_cache, v_cache, q.shape[0], q.shape[1], longest, return_lse, tensors, extra, **terms)
 
 
 def _launch(
@@ -97,6 +104,8 @@ def _launch(
     longest: int,
     Sk: int,
     return_lse: bool,
+    tensors: dict[str, Tensor | None],
+    extra: dict[str, Any],
     *,
     causal: bool,
     scale: float | None,
@@ -104,56 +113,32 @@ def _launch(
     softcap: float,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
-    k_new: Tensor | None = None,
-    v_new: Tensor | None = None,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-    mask_strides: tuple[int, ...] = NONE4,
-    bias_strides: tuple[int, ...] = NONE4,
-    cu_q: Tensor | None = None,
-    cu_k: Tensor | None = None,
-    lengths: Tensor | None = None,
-    leftpad: Tensor | None = None,
-    batch_index: Tensor | None = None,
-    block_table: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-    interleaved: bool = False,
     **_: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    q = _rows(q)
-    H, D, Hk = q.shape[-2], q.shape[-1], k.shape[-2]
-    out = torch.empty(q.shape, dtype=q.dtype)
-    Sq = q.shape[-3]
-    lse = torch.empty((H, Sq) if cu_q is not None else (B, H, Sq), dtype=torch.float32) if return_lse else None
+    """Runs the kernel on B sequences of at most `longest` queries and Sk keys, with what else applies: tensors and
+    numbers by their names in kernels.h."""
+    Sq, H, D = q.shape[-3:]
+    Hk, out, lse = k.shape[-2], torch.empty(q.shape, dtype=q.dtype), None
+    if return_lse:
+        tensors["lse"] = lse = torch.empty((H, Sq) if q.dim() == 3 else (B, H, Sq), dtype=torch.float32)
+    if alibi_slopes is not None:
+        tensors["slopes"] = _floats(alibi_slopes)
+        extra["slopes_batch"] = H if alibi_slopes.dim() == 2 else 0
+    if sinks is not None:
+        tensors["sinks"] = _floats(sinks)
     threads = 1 if B * H * longest * Sk * D < 1 << 17 else torch.get_num_threads()
-    chunks, partial, workspace = _split(B, Hk, H // Hk * longest, D, Sk, threads)
-    alibi_slopes, sinks = _floats(alibi_slopes), _floats(sinks)
-    cos, sin, block_table = _floats(cos), _floats(sin), _contiguous(block_table)
+    chunks, partial, tensors["workspace"] = _split(B, Hk, H // Hk * longest, D, Sk, threads)
+    bias = tensors.get("bias")
+    fields = NONE | extra
+    for name, t in tensors.items():
+        if t is not None:
+            fields[name] = t.data_ptr()
     _cpu.attention(
         threads,
         out=out.data_ptr(),
-        lse=pointer(lse),
-        workspace=pointer(workspace),
         q=q.data_ptr(),
         k=k.data_ptr(),
         v=v.data_ptr(),
-        k_cache=k.data_ptr(),
-        v_cache=v.data_ptr(),
-        k_new=pointer(k_new),
-        v_new=pointer(v_new),
-        cos=pointer(cos),
-        sin=pointer(sin),
-        mask=pointer(mask),
-        bias=pointer(bias),
-        slopes=pointer(alibi_slopes),
-        sinks=pointer(sinks),
-        cu_q=pointer(cu_q),
-        cu_k=pointer(cu_k),
-        lengths=pointer(lengths),
-        leftpad=pointer(leftpad),
-        batch_index=pointer(batch_index),
-        block_table=pointer(block_table),
         B=B,
         Sq=Sq,
         Sk=Sk,
@@ -164,14 +149,6 @@ def _launch(
         q_strides=_strides(q),
         k_strides=_strides(k),
         v_strides=_strides(v),
-        k_new_strides=_strides(k_new),
-        v_new_strides=_strides(v_new),
-        mask_strides=mask_strides,
-        bias_strides=bias_strides,
-        slopes_batch=H if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0,
-        page=0 if block_table is None else k.shape[1],
-        table_stride=0 if block_table is None else block_table.shape[1],
-        rotary=0 if cos is None else 2 * cos.shape[1],
         chunks=chunks,
         partial=partial,
         scale=1 / math.sqrt(D) if scale is None else scale,
@@ -181,7 +158,7 @@ def _launch(
         causal=causal,
         left=window[0],
         right=window[1],
-        interleaved=interleaved,
+        **fields,
     )
     return out if lse is None else (out, lse)
 
@@ -205,14 +182,11 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
+def _floats(t: Tensor) -> Tensor:
+    return t.contiguous().float()
 
 
-def _floats(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous().float()
-
-
-def _strides(x: Tensor | None) -> tuple[int, ...]:
+def _strides(x: Tensor) -> tuple[int, ...]:
     """Batch, position and head stride of (B, S, H, D) or (T, H, D)."""
-    return NONE3 if x is None else (0, *x.stride()[:-1])[-3:]
+    strides = x.stride()
+    return strides[:3] if len(strides) == 4 else (0, *strides[:2])

@@ -20,6 +20,10 @@ enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
   KERNEL(linear_exact, Linear)   \
   KERNEL(linear_int8, Linear)    \
   KERNEL(dequantize, Dequantize) \
+  KERNEL(bias_gelu, Mlp)         \
+  KERNEL(swiglu, Mlp)            \
+  KERNEL(geglu, Mlp)             \
+  KERNEL(embedding, Embedding)   \
   KERNEL(sample, Sample)         \
   KERNEL(ceilings, Ceilings)
 
@@ -96,11 +100,11 @@ struct Sample {
   const uint8_t* mask;            // likewise, 0 = forbidden
   const int64_t* history;         // (rows, history_cols), or null
   const int64_t* prompt_lengths;  // (rows), or null
-  // Each (1), or (rows) where its bit of per_row is set, temperature's the lowest.
-  const float *temperature, *top_p, *min_p, *typical_p, *repetition_penalty, *presence_penalty, *frequency_penalty;
-  const int64_t *top_k, *seed, *step, *stream;
+  const float* reals;             // (7) temperature, top_p, min_p, typical_p, repetition, presence, frequency penalty
+  const int64_t* integers;        // (4) top_k, seed, step, stream
+  const void* const* per_row;     // (7 + 4) null, or (rows) to use instead: the parameters in the same order
   int64_t rows, cols, logits_stride, bias_stride, mask_stride, history_cols;
-  int32_t per_row, dtype, processed;  // processed: log-probabilities after the filters, not of the logits as given
+  int32_t dtype, processed;  // processed: log-probabilities after the filters, not of the logits as given
 };
 
 struct Ceilings {
@@ -111,6 +115,21 @@ struct Ceilings {
   void* copy;        // COPY: as many, the destination
   int64_t bytes, turns;
   int32_t what;
+};
+
+struct Mlp {              // bias_gelu, swiglu and geglu
+  void* y;                // (rows, cols)
+  const void *x, *other;  // x or gate, and bias (stride 0; may be null) or up: (rows, cols) with row strides
+  int64_t rows, cols, x_stride, other_stride;
+  int32_t tanh, dtype;  // tanh: GELU's approximation instead of erf
+};
+
+struct Embedding {
+  void* out;                             // (rows, cols)
+  const int64_t *ids, *positions;        // (rows), within the tables; positions may be null
+  const void *weight, *position_weight;  // rows of cols elements
+  int64_t rows, cols, weight_stride, position_stride;
+  int32_t dtype;
 };
 
 struct Kernels {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gptfast import _cpu
-from gptfast.kernels.cpu import DTYPES, pointer, rows, threads, unsupported
+from gptfast.kernels.cpu import DTYPES, empty, pointer, rows, threads, unsupported
 
 
 def supports(x: Tensor, weight: Tensor, residual: Tensor | None, bias: Tensor | None = None, **_: Any) -> str | None:
@@ -40,8 +40,8 @@ def normalise(
     residual_stride = 0
     if residual is not None:
         residual, residual_stride = rows(residual)
-    y = torch.empty(x.shape, dtype=x.dtype)
-    total = torch.empty(x.shape, dtype=x.dtype) if residual is not None else None
+    y = empty(x.shape, x.dtype)
+    total = empty(x.shape, x.dtype) if residual is not None else None
     kernel(
         threads(x.numel()),
         y=y.data_ptr(),

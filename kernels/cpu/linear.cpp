@@ -7,7 +7,7 @@ namespace gptfast::ISA {
 
 namespace {
 
-constexpr int64_t CHUNK = 768;  // the op page's constant: a tile of x and one of W fit 32 KiB of L1
+constexpr int64_t CHUNK = 576;  // the op page's constant: eight rows of x and three of W fit 32 KiB of L1
 #if defined(__AVX512F__)
 constexpr int FEW = 8, TILE = 6, WIDTH = 4;  // 24 sums and the tile of W fit 32 registers
 constexpr int few_width(int rows) { return rows <= 3 ? 8 : 24 / rows; }
@@ -15,9 +15,11 @@ constexpr int few_width(int rows) { return rows <= 3 ? 8 : 24 / rows; }
 constexpr int FEW = 4, TILE = 4, WIDTH = 3;  // 12 sums of 16 registers
 constexpr int few_width(int rows) { return rows == 1 ? 8 : 12 / rows; }
 #endif
-constexpr int LEAST = FEW + 1 < 2 * TILE ? (FEW + 1) / 2 : TILE;  // the lowest tile of more than FEW rows
-constexpr int64_t STREAMED = 48;                                  // up to so many rows W is used from where it lies
-constexpr int64_t BLOCK_COLS = 48, BLOCK_TILES = 40;              // beyond: blocks of W and of sums that stay in L2
+constexpr int LEAST = (FEW + 1) / 2;                  // the lowest tile of more than FEW rows
+constexpr int SLOT = 32;                              // floats for the sums of one tile
+constexpr int64_t STREAMED = 48;                      // up to so many rows W is used from where it lies
+constexpr int64_t STREAM_COLS = 24;                   // columns of a task then
+constexpr int64_t BLOCK_COLS = 48, BLOCK_TILES = 96;  // beyond: blocks of W and of sums that stay in L2
 
 // Lanes 0..3 of each 128 bits hold the sums over the rest of v[0], v[4], v[8], v[12] (as many as there are lanes for).
 template <int n>
@@ -105,104 +107,106 @@ INLINE void dot_packed(const float* x, const float* w, int64_t steps, f32v (&acc
 }
 
 // rows x K in fp32 as [step][rows][LANES], K padded with zeros to whole steps; rows beyond `present` repeat the last
-// one.
+// one. The rows are walked side by side, the next ones on their way, so that memory is asked for many lines at a time.
 template <class T>
 void pack_rows(const T* x, int64_t stride, int64_t K, int rows, int64_t present, float* out) {
-  for (int i = 0; i < rows; i++) {
-    const T* row = x + min<int64_t>(i, present - 1) * stride;
-    float* o = out + i * LANES;
-    int64_t k = 0;
-    for (; k + LANES <= K; k += LANES) store(o + k * rows, load(row + k));
-    if (k < K) store(o + k * rows, load(row + k, (int)(K - k)));
-  }
+  for (int64_t k = 0; k < K; k += LANES)
+    for (int i = 0; i < rows; i++, out += LANES) {
+      const T* p = x + min<int64_t>(i, present - 1) * stride + k;
+      __builtin_prefetch(p + rows * stride);
+      store(out, K - k >= LANES ? load(p) : load(p, (int)(K - k)));
+    }
 }
 
-// Outputs of MR rows and NR columns from column `col` on, all of K.
+// One chunk of MR x NR outputs, W where it lies; of its NR rows the first `present` exist.
 template <int MR, int NR, class W>
-__attribute__((noinline)) void streamed_tile(const Linear& a, const float* x, int64_t row, int64_t col, bool fetch) {
+__attribute__((noinline)) void streamed_tile(const float* x, const W* weight, int64_t stride, int64_t present,
+                                             int64_t length, int64_t ahead, float* sums, bool add) {
   const W* w[NR];
-  for (int j = 0; j < NR; j++) w[j] = (const W*)a.weight + min(col + j, a.cols - 1) * a.weight_stride;
-  float sums[(MR * NR / LANES + 1) * LANES];
-  for (int64_t k = 0; k < a.depth; k += CHUNK) {
-    f32v acc[MR][NR] = {};
-    dot_rows<MR, NR>(x + k * MR, w, min(CHUNK, a.depth - k), fetch ? NR * a.weight_stride : 0, acc);
-    reduce<MR * NR>(&acc[0][0], sums, k > 0);
-#pragma GCC unroll 8
-    for (int j = 0; j < NR; j++) w[j] += CHUNK;
-  }
-  const int n = (int)min<int64_t>(NR, a.cols - col);
-  for (int i = 0; i < MR; i++) store_outputs(a, row + i, col, sums + i * NR, n);
+  for (int j = 0; j < NR; j++) w[j] = weight + min<int64_t>(j, present - 1) * stride;
+  f32v acc[MR][NR] = {};
+  dot_rows<MR, NR>(x, w, length, ahead, acc);
+  reduce<MR * NR>(&acc[0][0], sums, add);
 }
 
-// Few rows: W streams past once, each tile of it meets all the rows.
-template <class W>
-void streamed(const Linear& a, const float* x, int64_t padded, Worker& worker) {
-  if (a.rows <= FEW) {
-    with_int<1, FEW>((int)a.rows, [&](auto rows) {
-      constexpr int MR = decltype(rows)::value, NR = few_width(MR);
-      in_runs(ceil_div(a.cols, NR), worker, [&](int64_t t) { streamed_tile<MR, NR, W>(a, x, 0, t * NR, true); });
-    });
-    return;
-  }
-  const Tiles tiles(a.rows, TILE);
-  in_runs(ceil_div(a.cols, WIDTH), worker, [&](int64_t task) {
-    for (int64_t t = 0; t < tiles.count; t++)
-      with_int<LEAST, TILE>(tiles.height(t), [&](auto rows) {
-        const int64_t row = tiles.begin(t);
-        streamed_tile<decltype(rows)::value, WIDTH, W>(a, x + row * padded, row, task * WIDTH, t == 0);
-      });
-  });
-}
-
+// The same with W packed.
 template <int MR>
-__attribute__((noinline)) void block_tile(const float* x, const float* w, int64_t steps, float* sums, bool add) {
+__attribute__((noinline)) void packed_tile(const float* x, const float* w, int64_t steps, float* sums, bool add) {
   f32v acc[MR][WIDTH] = {};
   dot_packed<MR, WIDTH>(x, w, steps, acc);
   reduce<MR * WIDTH>(&acc[0][0], sums, add);
 }
 
-// Many rows: blocks of W are widened and packed once and stay in L2 while the rows pass, a tile of them in L1.
+// The sums of a block, [tile of rows][tile of columns][SLOT], each tile [rows][width], become outputs.
+void store_block(const Linear& a, const Tiles& tiles, int64_t begin, int64_t end, int64_t col, int64_t cols, int width,
+                 const float* sums) {
+  const int64_t across = ceil_div(cols, width);
+  for (int64_t t = begin; t < end; t++, sums += across * SLOT)
+    for (int i = 0; i < tiles.height(t); i++) {
+      float row[BLOCK_COLS];
+      for (int64_t c = 0; c < across; c++)
+        for (int j = 0; j < width; j++) row[c * width + j] = sums[c * SLOT + i * width + j];
+      store_outputs(a, tiles.begin(t) + i, col, row, (int)cols);
+    }
+}
+
+// Up to STREAMED rows: W streams past once, each tile of it meets all the rows. Tiles of rows are LOW to HIGH high.
+template <int LOW, int HIGH, int NR, class W>
+void streamed(const Linear& a, const float* x, int64_t padded, Worker& worker, float* sums) {
+  const Tiles tiles(a.rows, HIGH);
+  in_runs(ceil_div(a.cols, STREAM_COLS), worker, [&](int64_t task) {
+    const int64_t col = task * STREAM_COLS, cols = min(STREAM_COLS, a.cols - col), across = ceil_div(cols, NR);
+    for (int64_t k = 0; k < a.depth; k += CHUNK)
+      for (int64_t c = 0; c < across; c++)
+        for (int64_t t = 0; t < tiles.count; t++)
+          with_int<LOW, HIGH>(tiles.height(t), [&](auto rows) {
+            constexpr int MR = decltype(rows)::value;
+            streamed_tile<MR, NR>(x + tiles.begin(t) * padded + k * MR,
+                                  (const W*)a.weight + (col + c * NR) * a.weight_stride + k, a.weight_stride,
+                                  cols - c * NR, min(CHUNK, a.depth - k), t ? 0 : NR * a.weight_stride,
+                                  sums + (t * across + c) * SLOT, k > 0);
+          });
+    store_block(a, tiles, 0, tiles.count, col, cols, NR, sums);
+  });
+}
+
+// More rows: blocks of W are widened and packed once and stay in L2 while the rows pass, a tile of them in L1.
 template <class W>
-void blocked(const Linear& a, const float* x, int64_t padded, Worker& worker) {
-  constexpr int WIDE = (TILE * WIDTH + LANES - 1) / LANES * LANES, ACROSS = BLOCK_COLS / WIDTH;  // sums of one tile
-  float* weight = (float*)worker.scratch((BLOCK_COLS * CHUNK + BLOCK_TILES * ACROSS * WIDE) * sizeof(float));
-  float* sums = weight + BLOCK_COLS * CHUNK;  // [tile of rows][tile of columns][WIDE]
-  const Tiles tiles(a.rows, TILE), blocks(tiles.count, BLOCK_TILES);
-  for (int64_t task; (task = worker.next()) < blocks.count * ceil_div(a.cols, BLOCK_COLS);) {
+void blocked(const Linear& a, const float* x, int64_t padded, Worker& worker, float* sums, float* weight) {
+  const Tiles tiles(a.rows, TILE);
+  const int64_t columns = ceil_div(a.cols, BLOCK_COLS), enough = ceil_div(4 * worker.count, columns);
+  const Tiles blocks(tiles.count, min(BLOCK_TILES, ceil_div(tiles.count, enough)));
+  for (int64_t task; (task = worker.next()) < blocks.count * columns;) {
     const int64_t begin = blocks.begin(task % blocks.count), end = blocks.begin(task % blocks.count + 1);
     const int64_t col = task / blocks.count * BLOCK_COLS, cols = min(BLOCK_COLS, a.cols - col);
+    const int64_t across = ceil_div(cols, WIDTH);
     for (int64_t k = 0; k < a.depth; k += CHUNK) {
       const int64_t length = min(CHUNK, a.depth - k), steps = ceil_div(length, LANES);
-      for (int64_t c = 0; c < cols; c += WIDTH)
-        pack_rows((const W*)a.weight + (col + c) * a.weight_stride + k, a.weight_stride, length, WIDTH, cols - c,
-                  weight + c * steps * LANES);
+      for (int64_t c = 0; c < across; c++)
+        pack_rows((const W*)a.weight + (col + c * WIDTH) * a.weight_stride + k, a.weight_stride, length, WIDTH,
+                  cols - c * WIDTH, weight + c * WIDTH * steps * LANES);
       for (int64_t t = begin; t < end; t++)
         with_int<TILE - 1, TILE>(tiles.height(t), [&](auto rows) {
           constexpr int MR = decltype(rows)::value;
-          const float* tile = x + tiles.begin(t) * padded + k * MR;
-          for (int64_t c = 0; c * WIDTH < cols; c++)
-            block_tile<MR>(tile, weight + c * WIDTH * steps * LANES, steps, sums + ((t - begin) * ACROSS + c) * WIDE,
-                           k > 0);
+          for (int64_t c = 0; c < across; c++)
+            packed_tile<MR>(x + tiles.begin(t) * padded + k * MR, weight + c * WIDTH * steps * LANES, steps,
+                            sums + ((t - begin) * across + c) * SLOT, k > 0);
         });
     }
-    for (int64_t t = begin; t < end; t++)
-      for (int i = 0; i < tiles.height(t); i++) {
-        float row[BLOCK_COLS];
-        for (int64_t c = 0; c * WIDTH < cols; c++)
-          memcpy(row + c * WIDTH, sums + ((t - begin) * ACROSS + c) * WIDE + i * WIDTH, WIDTH * sizeof(float));
-        store_outputs(a, tiles.begin(t) + i, col, row, (int)cols);
-      }
+    store_block(a, tiles, begin, end, col, cols, WIDTH, sums);
   }
 }
 
 }  // namespace
 
 // y = x W^T + bias. x is first laid out in fp32 tiles: together in the workspace, rows * (K rounded up to 16) floats,
-// or, without one, by every worker for itself; more than STREAMED rows need a workspace.
+// or, without one, by every worker for itself.
 void linear(const Linear& a, Worker& worker) {
+  constexpr int64_t SUMS = BLOCK_TILES * (BLOCK_COLS / WIDTH) * SLOT, MEMORY = SUMS + BLOCK_COLS * CHUNK;
   const int64_t padded = ceil_div(a.depth, LANES) * LANES;
   const Tiles tiles(a.rows, a.rows <= FEW ? FEW : TILE);
-  float* x = a.workspace ? (float*)a.workspace : (float*)worker.scratch(a.rows * padded * sizeof(float));
+  float* sums = (float*)worker.scratch((MEMORY + (a.workspace ? 0 : a.rows * padded)) * sizeof(float));
+  float* x = a.workspace ? (float*)a.workspace : sums + MEMORY;
   const int64_t begin = a.workspace ? worker.begin(tiles.count) : 0;
   const int64_t end = a.workspace ? worker.end(tiles.count) : tiles.count;
   with_storage(a.dtype, [&](auto t) {
@@ -214,10 +218,16 @@ void linear(const Linear& a, Worker& worker) {
   });
   if (a.workspace) worker.sync();
   with_storage(a.format, [&](auto w) {
-    if (a.rows <= STREAMED)
-      streamed<decltype(w)>(a, x, padded, worker);
+    using W = decltype(w);
+    if (a.rows > STREAMED)
+      blocked<W>(a, x, padded, worker, sums, sums + SUMS);
+    else if (a.rows > FEW)
+      streamed<LEAST, TILE, WIDTH, W>(a, x, padded, worker, sums);
     else
-      blocked<decltype(w)>(a, x, padded, worker);
+      with_int<1, FEW>((int)a.rows, [&](auto rows) {
+        constexpr int MR = decltype(rows)::value;
+        streamed<MR, MR, few_width(MR), W>(a, x, padded, worker, sums);
+      });
   });
 }
 

@@ -1,13 +1,13 @@
 // Linear with quantised weights and exact activations: w = fma(d, u, c) in fp32, then y = x w^T with one output per
-// lane, k in order inside chunks of CHUNK, the chunks added in order. Chunks of W are dequantised into L1 and used by
-// all rows.
+// lane, each group of 32 k in order, the groups added in order: two short chains, so that errors don't grow with K.
+// Blocks of BLOCK k are dequantised into L1 and used by all rows.
 #include "linear.h"
 
 namespace gptfast::ISA {
 
 namespace {
 
-constexpr int64_t CHUNK = 128;  // the op page's constant: 128 x 48 weights in fp32 are 24 KiB of L1
+constexpr int64_t BLOCK = 128;  // 128 x 48 weights in fp32 are 24 KiB of L1
 #if defined(__AVX512F__)
 constexpr int TILE = 8, ABREAST = 3;  // rows, panels of 16 columns: 24 sums of 32 registers
 #elif defined(__AVX2__)
@@ -48,28 +48,30 @@ void dequantize_panel(const Block* b, int64_t groups, int64_t stride, float* out
     }
 }
 
-// sums[MR][stride] = (add ? sums : 0) + x[k][MR] * w[k][NV * LANES] over `length` k in order.
+// sums[MR][stride] = (add ? sums : 0) + x[k][MR] * w[k][NV * LANES]: each group of 32 k in order, then added.
 template <int MR, int NV>
-__attribute__((noinline)) void outer_products(const float* x, const float* w, int64_t length, float* sums,
+__attribute__((noinline)) void outer_products(const float* x, const float* w, int64_t groups, float* sums,
                                               int64_t stride, bool add) {
-  f32v acc[MR][NV] = {};
+  for (; groups > 0; groups--, add = true) {
+    f32v acc[MR][NV] = {};
 #pragma GCC unroll 1
-  for (int64_t k = 0; k < length; k++, x += MR, w += NV * LANES) {
-    f32v b[NV];
+    for (int k = 0; k < GROUP; k++, x += MR, w += NV * LANES) {
+      f32v b[NV];
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; v++) b[v] = load(w + v * LANES);
+      for (int v = 0; v < NV; v++) b[v] = load(w + v * LANES);
+#pragma GCC unroll 8
+      for (int i = 0; i < MR; i++)
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; v++) acc[i][v] = fma(splat(x[i]), b[v], acc[i][v]);
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++)
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; v++) acc[i][v] = fma(splat(x[i]), b[v], acc[i][v]);
+      for (int v = 0; v < NV; v++) {
+        float* s = sums + i * stride + v * LANES;
+        store(s, add ? load(s) + acc[i][v] : acc[i][v]);
+      }
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < MR; i++)
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; v++) {
-      float* s = sums + i * stride + v * LANES;
-      store(s, add ? load(s) + acc[i][v] : acc[i][v]);
-    }
 }
 
 // rows x K of x in fp32 as [k][rows].
@@ -88,10 +90,10 @@ template <class Block, int NP>
 void block(const Linear& a, const float* x, const Tiles& tiles, int64_t begin, int64_t end, int64_t first,
            float* memory) {
   constexpr int COLS = NP * PANEL;
-  float *weight = memory, *sums = memory + CHUNK * COLS;
+  float *weight = memory, *sums = memory + BLOCK * COLS;
   const int64_t groups = a.depth / GROUP, row = tiles.begin(begin);
-  for (int64_t k = 0; k < a.depth; k += CHUNK) {
-    const int64_t length = min(CHUNK, a.depth - k);
+  for (int64_t k = 0; k < a.depth; k += BLOCK) {
+    const int64_t length = min(BLOCK, a.depth - k);
     for (int p = 0; p < NP; p++) {
       const Block* b = (const Block*)a.weight + (first + p) * groups + k / GROUP;
       dequantize_panel(b, length / GROUP, COLS, weight + p * PANEL);
@@ -100,7 +102,8 @@ void block(const Linear& a, const float* x, const Tiles& tiles, int64_t begin, i
       with_int<1, TILE>(tiles.height(t), [&](auto rows) {
         constexpr int MR = decltype(rows)::value;
         const int64_t r = tiles.begin(t);
-        outer_products<MR, NP * PARTS>(x + r * a.depth + k * MR, weight, length, sums + (r - row) * COLS, COLS, k > 0);
+        outer_products<MR, NP * PARTS>(x + r * a.depth + k * MR, weight, length / GROUP, sums + (r - row) * COLS, COLS,
+                                       k > 0);
       });
   }
   const int n = (int)min<int64_t>(COLS, a.cols - first * PANEL);
@@ -112,7 +115,7 @@ void block(const Linear& a, const float* x, const Tiles& tiles, int64_t begin, i
 // y = x dequantize(W)^T + bias. x is first laid out in fp32 tiles: together in the workspace, or, without one, by every
 // worker for itself.
 void linear_exact(const Linear& a, Worker& worker) {
-  constexpr int64_t COLS = ABREAST * PANEL, MEMORY = (CHUNK + BLOCK_TILES * TILE) * COLS;
+  constexpr int64_t COLS = ABREAST * PANEL, MEMORY = (BLOCK + BLOCK_TILES * TILE) * COLS;
   const Tiles tiles(a.rows, TILE), blocks(tiles.count, BLOCK_TILES);
   float* memory = (float*)worker.scratch((MEMORY + (a.workspace ? 0 : a.rows * a.depth)) * sizeof(float));
   float* x = a.workspace ? (float*)a.workspace : memory + MEMORY;

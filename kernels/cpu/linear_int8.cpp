@@ -157,7 +157,10 @@ __attribute__((noinline)) void few_rows(const Linear& a, const Activations& x, i
     }
   }
   const int n = (int)min<int64_t>(PANEL, a.cols - panel * PANEL);
-  for (int i = 0; i < MR; i++) store_outputs(a, i, panel * PANEL, (const float*)f[i], n);
+  float outputs[MR][PANEL];
+  for (int i = 0; i < MR; i++)
+    for (int part = 0; part < PARTS; part++) store(outputs[i] + part * LANES, f[i][part]);
+  for (int i = 0; i < MR; i++) store_outputs(a, i, panel * PANEL, outputs[i], n);
 }
 
 // One group of NP panels with the nibbles unpacked, quad by quad.

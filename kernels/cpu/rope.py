@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from gptfast import _cpu
-from gptfast.kernels.cpu import DTYPES, threads, unsupported
+from gptfast.kernels.cpu import DTYPES, empty, threads, unsupported
 
 
 def supports(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **_) -> str | None:
@@ -17,7 +17,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> t
     q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
     cos, sin = cos.contiguous(), sin.contiguous()
     B, S, Hq, D = q.shape
-    q_out, k_out = torch.empty(q.shape, dtype=q.dtype), torch.empty(k.shape, dtype=k.dtype)
+    q_out, k_out = empty(q.shape, q.dtype), empty(k.shape, k.dtype)
     _cpu.rope(
         threads(q.numel() + k.numel()),
         q_out=q_out.data_ptr(),

@@ -195,7 +195,7 @@ Cut find_cut(const uint32_t* key, int64_t n, uint64_t budget, Measure measure) {
     while (bin > 0 && bins[bin] < budget) budget -= bins[bin--];
     low += bin << shift;
     if (shift == 0) return {low, budget};
-    high = min(high, low + (1u << shift) - 1);
+    high = low + min(high - low, (1u << shift) - 1);
   }
 }
 
@@ -245,19 +245,21 @@ struct Parameters {
 };
 
 Parameters parameters(const Sample& a, int64_t r) {
-  int bit = 0;
-  auto at = [&](const auto* p) { return p[a.per_row >> bit++ & 1 ? r : 0]; };
-  return {at(a.temperature),
-          at(a.top_p),
-          at(a.min_p),
-          at(a.typical_p),
-          at(a.repetition_penalty),
-          at(a.presence_penalty),
-          at(a.frequency_penalty),
-          (uint64_t)at(a.top_k),
-          (uint64_t)at(a.seed),
-          (uint64_t)at(a.step),
-          (uint32_t)at(a.stream)};
+  auto real = [&](int i) { return a.per_row[i] ? ((const float*)a.per_row[i])[r] : a.reals[i]; };
+  auto integer = [&](int i) {
+    return (uint64_t)(a.per_row[7 + i] ? ((const int64_t*)a.per_row[7 + i])[r] : a.integers[i]);
+  };
+  return {real(0),
+          real(1),
+          real(2),
+          real(3),
+          real(4),
+          real(5),
+          real(6),
+          integer(0),
+          integer(1),
+          integer(2),
+          (uint32_t)integer(3)};
 }
 
 // floor(total * r / 2^64), r = word0 | word1 << 32 of Philox4x32-10 (gptfast/ops/philox.py).

@@ -10,11 +10,6 @@ from torch import Tensor
 from gptfast import _cpu
 from gptfast.kernels.cpu import DTYPES, pointer, rows, threads, unsupported
 
-PARAMETERS = (
-    *("temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
-    *("top_k", "seed", "step", "stream"),
-)
-
 
 def supports(logits: Tensor, **_: Any) -> str | None:
     return unsupported(logits)
@@ -44,8 +39,8 @@ def sample(
     B, V = logits.shape
     reals = (temperature, top_p, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty)
     integers = (top_k, seed, step, stream)
-    numbers = _numbers("f", reals), _numbers("q", integers)  # they must live as long as the call
-    pointers = [*_pointers(numbers[0], reals), *_pointers(numbers[1], integers)]
+    per_row = array("q", [x.data_ptr() if isinstance(x, Tensor) else 0 for x in reals + integers])
+    for_all = _numbers("f", reals), _numbers("q", integers)
     history, prompt_lengths = _contiguous(history), _contiguous(prompt_lengths)
     logit_bias, mask = _contiguous(logit_bias), _contiguous(mask)
     ids = torch.empty(B, dtype=torch.int64)
@@ -59,14 +54,15 @@ def sample(
         mask=pointer(mask),
         history=pointer(history),
         prompt_lengths=pointer(prompt_lengths),
-        **dict(zip(PARAMETERS, pointers)),
+        reals=for_all[0].buffer_info()[0],
+        integers=for_all[1].buffer_info()[0],
+        per_row=per_row.buffer_info()[0],
         rows=B,
         cols=V,
         logits_stride=stride,
         bias_stride=V if logit_bias is not None and logit_bias.dim() == 2 else 0,
         mask_stride=V if mask is not None and mask.dim() == 2 else 0,
         history_cols=0 if history is None else history.shape[1],
-        per_row=sum(isinstance(x, Tensor) << i for i, x in enumerate(reals + integers)),
         dtype=DTYPES[logits.dtype],
         processed=return_logprobs == "processed",
     )
@@ -76,11 +72,6 @@ def sample(
 def _numbers(code: str, parameters: Sequence[float | Tensor]) -> array:
     """The parameters that are one number for all rows, in memory; 0 in the place of the others."""
     return array(code, [0 if isinstance(x, Tensor) else x for x in parameters])
-
-
-def _pointers(numbers: array, parameters: Sequence[float | Tensor]) -> list[int]:
-    start = numbers.buffer_info()[0]
-    return [x.data_ptr() if isinstance(x, Tensor) else start + i * numbers.itemsize for i, x in enumerate(parameters)]
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:

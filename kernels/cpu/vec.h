@@ -57,7 +57,7 @@ INLINE To bitcast(From from) {
   return to;
 }
 
-INLINE f32v splat(float x) {  // f32v{} + x would be an addition: it turns -0 into +0
+INLINE f32v splat(float x) {  // f32v{} + x would turn -0 into +0, and stay an addition
 #if defined(__AVX512F__)
   return _mm512_set1_ps(x);
 #elif defined(__AVX2__)
@@ -65,7 +65,7 @@ INLINE f32v splat(float x) {  // f32v{} + x would be an addition: it turns -0 in
 #elif defined(__SSE2__)
   return _mm_set1_ps(x);
 #else
-  return vdupq_n_f32(x);
+  return x - f32v{};
 #endif
 }
 INLINE i32v splat(int32_t x) { return i32v{} + x; }
@@ -158,7 +158,11 @@ INLINE float max(f32v v) {
 
 // Widening and rounding of the storage types; stores round to nearest even and keep NaN.
 INLINE f32v widen(u16v h, bf16) {
+#if defined(__AVX512F__)  // the compiler's own conversion goes through two halves
+  return bitcast<f32v>(bitcast<u32v>(_mm512_cvtepu16_epi32(bitcast<__m256i>(h))) << 16);
+#else
   return bitcast<f32v>(__builtin_convertvector(h, u32v) << 16);
+#endif
 }
 INLINE f32v widen(u16v h, f16) {
 #if defined(__AVX512F__)
@@ -369,21 +373,32 @@ INLINE f32v round(f32v v) {
 #endif
 }
 
-// 2^x to 1 unit in the last place for x <= 127.5; below -126 the result is 0 (no denormals), NaN stays NaN.
-// A degree-6 polynomial on [-1/2, 1/2], then the exponent is added in the integer domain.
-INLINE f32v exp2(f32v x) {
-  f32v n = round(max(splat(-127.0f), x)), f = x - n;
+// 2^f for |f| <= 1/2, to 1 unit in the last place.
+INLINE f32v exp2_fraction(f32v f) {
   f32v p = splat(1.535336188319500e-4f);
   p = fma(p, f, splat(1.339887440266574e-3f));
   p = fma(p, f, splat(9.618437357674640e-3f));
   p = fma(p, f, splat(5.550332471162809e-2f));
   p = fma(p, f, splat(2.402264791363012e-1f));
   p = fma(p, f, splat(6.931472028550421e-1f));
-  p = fma(p, f, splat(1.0f));
+  return fma(p, f, splat(1.0f));
+}
+// 2^x to 1 unit in the last place for x <= 127.5; below -126 the result is 0 (no denormals), NaN stays NaN.
+// A degree-6 polynomial on [-1/2, 1/2], then the exponent is added in the integer domain.
+INLINE f32v exp2(f32v x) {
+  f32v n = round(max(splat(-127.0f), x)), p = exp2_fraction(x - n);
   i32v e = __builtin_convertvector(n, i32v) << 23;
   return x < -126.0f ? f32v{} : bitcast<f32v>(bitcast<i32v>(p) + e);
 }
-INLINE f32v exp(f32v x) { return exp2(x * 1.44269504088896341f); }
+// e^x to 2 units in the last place: x - n ln(2) in two parts, so that large x keeps its fraction. Above 88.72 the result
+// is infinity, below -87.33 it is 0, NaN stays NaN.
+INLINE f32v exp(f32v x) {
+  f32v w = x * 1.44269504f, n = round(max(splat(-127.0f), w));
+  f32v p = exp2_fraction(((x - n * 0.693359375f) + n * 2.12194440e-4f) * 1.44269504f);
+  i32v e = __builtin_convertvector(n, i32v) << 23;
+  f32v y = w < -126.0f ? f32v{} : bitcast<f32v>(bitcast<i32v>(p) + e);
+  return w >= 128.0f ? splat(__builtin_inff()) : y;
+}
 
 // Calls f with a value of the storage type that `dtype` names (kernels.h).
 template <class F>

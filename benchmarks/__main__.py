@@ -1,0 +1,26 @@
+"""`python -m benchmarks`: every op case, then whole-model generation, recorded in results/<machine>/*.csv.
+
+Give a name to run one: ops, generate, scaling; what follows it are its own options.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from benchmarks import generate, ops, scaling
+
+ALL = {"ops": ops.main, "generate": generate.main, "scaling": scaling.main}
+
+
+def main(argv: Sequence[str]) -> int:
+    if argv and argv[0] in ALL:
+        return ALL[argv[0]](argv[1:])
+    if argv and not set(argv) <= {"--quick"}:
+        print(f"benchmarks: expected one of {', '.join(ALL)} and its options, or --quick, got {' '.join(argv)}")
+        return 2
+    return max(ops.main(argv), generate.main(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

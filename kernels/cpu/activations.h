@@ -1,0 +1,38 @@
+// The activation functions of MLPs. Infinities and NaN behave as the formulas do in IEEE arithmetic: -inf gives
+// -inf * 0 = NaN, as in PyTorch.
+#pragma once
+#include "vec.h"
+
+namespace gptfast::ISA {
+
+// x * sigmoid(x)
+INLINE f32v silu(f32v x) { return x / (1.0f + exp(-x)); }
+
+// x/2 (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3)
+//   = x * sigmoid(2u)
+//   = x / (1 + 2^(x (a + b x^2))),  a = -2 log2(e) sqrt(2/pi), b = 0.044715 a
+INLINE f32v gelu_tanh(f32v x) {
+  const f32v w = x * fma(x * x, splat(-0.10294324f), splat(-2.3022082f));
+  const f32v e = select(w >= 127.0f, splat(__builtin_inff()), exp2(w));  // beyond, x / 2^127 and x / inf are both -0
+  return x / (1.0f + e);
+}
+
+// x * Phi(x), Phi(x) = (1 + erf(x / sqrt(2))) / 2. The lower tail is q = Phi(-|x|) = exp(-x^2/2) t p(t), so that
+// nothing cancels, with t = 1 / (1 + c |x|) (the form of Abramowitz and Stegun 26.2.17) and p of degree 8 the minimax
+// of the relative error, 2.6e-8, for |x| <= 15; beyond, exp(-x^2/2) is 0 in fp32.
+INLINE f32v gelu_erf(f32v x) {
+  const f32v t = 1.0f / fma(abs(x), splat(0.345f), splat(1.0f));
+  f32v p = splat(-0.0279335119f);
+  p = fma(p, t, splat(0.143238276f));
+  p = fma(p, t, splat(-0.267236024f));
+  p = fma(p, t, splat(0.183022693f));
+  p = fma(p, t, splat(-0.0349471457f));
+  p = fma(p, t, splat(0.110766165f));
+  p = fma(p, t, splat(0.117478006f));
+  p = fma(p, t, splat(0.137990683f));
+  p = fma(p, t, splat(0.137620866f));
+  const f32v q = exp(x * x * -0.5f) * (t * p);
+  return x * select(x < 0.0f, q, 1.0f - q);
+}
+
+}  // namespace gptfast::ISA

@@ -1,0 +1,24 @@
+#include "kernels.h"
+#include "vec.h"
+
+namespace gptfast::ISA {
+
+// out[i] = weight[ids[i]] (+ position_weight[positions[i]], added in fp32). A plain gather copies bits.
+void embedding(const Embedding& a, Worker& worker) {
+  with_storage(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    const int64_t C = a.cols;
+    for (int64_t i = worker.begin(a.rows); i < worker.end(a.rows); i++) {
+      T* out = (T*)a.out + i * C;
+      const T* row = (const T*)a.weight + a.ids[i] * a.weight_stride;
+      if (!a.positions) {
+        memcpy(out, row, C * sizeof(T));
+        continue;
+      }
+      const T* position = (const T*)a.position_weight + a.positions[i] * a.position_stride;
+      each_vector(C, [&](int64_t c, auto n, int) { store(out + c, load(row + c, n) + load(position + c, n), n); });
+    }
+  });
+}
+
+}  // namespace gptfast::ISA

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from torch import Tensor
+
+from gptfast import _cpu
+from gptfast.kernels.cpu import DTYPES, empty, pointer, rows, threads, unsupported
+
+
+def supports(ids: Tensor, weight: Tensor, positions: Tensor | None, position_weight: Tensor | None) -> str | None:
+    return unsupported(weight, position_weight)
+
+
+def embedding(ids: Tensor, weight: Tensor, positions: Tensor | None, position_weight: Tensor | None) -> Tensor:
+    ids = ids.contiguous()
+    weight, weight_stride = rows(weight)
+    position_stride = 0
+    if positions is not None and position_weight is not None:
+        positions = positions.expand(ids.shape).contiguous()
+        position_weight, position_stride = rows(position_weight)
+    C = weight.shape[1]
+    out = empty((*ids.shape, C), weight.dtype)
+    _cpu.embedding(
+        threads(out.numel()),
+        out=out.data_ptr(),
+        ids=ids.data_ptr(),
+        positions=pointer(positions),
+        weight=weight.data_ptr(),
+        position_weight=pointer(position_weight),
+        rows=ids.numel(),
+        cols=C,
+        weight_stride=weight_stride,
+        position_stride=position_stride,
+        dtype=DTYPES[weight.dtype],
+    )
+    return out

@@ -1,0 +1,164 @@
+"""What is special about linear: int8 activations against their own meaning, error bounds, bits across row counts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptfast import ops
+from gptfast.kernels import reason_missing
+from gptfast.ops.linear import reference, round_activations
+from gptfast.ops.spec import tolerance
+from gptfast.quantize import QuantizedWeight
+
+KINDS = ("q8_0", "q4_0", "q4_1")
+needs_cpu = pytest.mark.skipif(reason_missing("cpu") is not None, reason="the CPU extension is not built")
+
+
+def isas() -> list[str]:
+    if reason_missing("cpu") is not None:
+        return []
+    from gptfast import _cpu
+
+    return _cpu.isas()
+
+
+@pytest.fixture(params=isas())
+def isa(request: pytest.FixtureRequest):
+    from gptfast import _cpu
+
+    before = _cpu.isa()
+    _cpu.use_isa(request.param)
+    yield request.param
+    _cpu.use_isa(before)
+
+
+def problem(M: int, N: int, K: int, kind: str, seed: int = 0) -> tuple[Tensor, QuantizedWeight]:
+    g = torch.Generator().manual_seed(seed)
+    weight = QuantizedWeight.quantize(torch.randn(N, K, generator=g) + 0.1, kind)
+    return torch.randn(M, K, generator=g), weight
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("M", [1, 5, 8, 33])
+def test_int8_is_exact_on_rounded_activations(isa: str, kind: str, M: int) -> None:
+    """Far below the rounding of x: at most twice the error of PyTorch's fp32 product on the rounded values."""
+    x, weight = problem(M, 50, 576, kind)
+    got = ops.linear(x, weight, activations="int8", backend="cpu")
+    exact = reference(x.double(), weight, activations="int8")
+    plain = F.linear(round_activations(x), weight.dequantize())
+    assert (got.double() - exact).abs().max() <= tolerance(plain, exact)
+
+
+@needs_cpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_int8_keeps_the_bound_that_the_page_states(kind: str) -> None:
+    x, weight = problem(40, 200, 576, kind)
+    values = weight.dequantize().double()
+    exact = F.linear(x.double(), values)
+    error = (ops.linear(x, weight, activations="int8") - exact).abs()
+    scale = x.unflatten(-1, (-1, 32)).abs().amax(-1).double() / 127
+    bound = F.linear(scale / 2, values.abs().unflatten(-1, (-1, 32)).sum(-1))
+    assert (error <= bound * (1 + 1e-5)).all()
+    rms = (error.square().mean() / exact.square().mean()).sqrt()
+    assert 0.001 < rms < 0.0075, "normal x: uniform rounding errors of scale / sqrt(12) give 0.6%"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_int8_at_the_ends_of_the_range(isa: str, kind: str) -> None:
+    """Every whole number at its largest: 16-bit sums would show an overflow, and -128 a wrong sign."""
+    raw_q = {"q8_0": [-128, 127], "q4_0": [0, 255], "q4_1": [0, 255]}[kind]
+    blocks = []
+    for q in raw_q:
+        scales = torch.tensor([1.0] * (2 if kind == "q4_1" else 1), dtype=torch.float16).view(torch.uint8)
+        quants = torch.full((32 if kind == "q8_0" else 16,), q, dtype=torch.int16).to(torch.uint8)
+        blocks.append(torch.cat((scales, quants)).repeat(2))
+    weight = QuantizedWeight.from_blocks(torch.cat(blocks), kind, (2, 64))
+    x = torch.cat((torch.full((12, 64), 127.0), torch.full((12, 64), -127.0)))
+    got = ops.linear(x, weight, activations="int8", backend="cpu")
+    assert torch.equal(got, reference(x.double(), weight).float())  # whole numbers below 2^24: no rounding anywhere
+
+
+@pytest.mark.parametrize("activations", ["exact", "int8"])
+def test_zero_tiny_and_unusable_values(isa: str, activations: str) -> None:
+    x, weight = problem(4, 20, 96, "q4_1")
+    x[0] = 0
+    x[1, :32] = 1e-40
+    x[2, 40] = float("inf")
+    x[3, 95] = float("nan")
+    got = ops.linear(x, weight, activations=activations, backend="cpu")
+    assert (got[0] == 0).all()
+    assert got[1].isfinite().all()
+    assert not got[2].isfinite().any()
+    assert got[3].isnan().all()
+
+
+WEIGHTS = ("float32", "bfloat16", "float16", *KINDS)
+
+
+@needs_cpu
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("activations", ["exact", "int8"])
+@pytest.mark.parametrize("K", [96, 1312])
+def test_bits_do_not_depend_on_the_number_of_rows(isa: str, kind: str, activations: str, K: int) -> None:
+    """Every way through the kernels: one row, few, streamed, blocked; the row count crosses each tile's height."""
+    if kind in KINDS:
+        x, weight = problem(70, 77, K, kind)
+    elif activations == "exact":
+        x, weight = torch.randn(70, K), torch.randn(77, K).to(getattr(torch, kind))
+    else:
+        pytest.skip("float weights take exact activations")
+    whole = ops.linear(x, weight, activations=activations, backend="cpu")
+    for M in (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 20, 48, 49, 61):
+        assert torch.equal(ops.linear(x[-M:], weight, activations=activations, backend="cpu"), whole[-M:]), M
+
+
+@needs_cpu
+def test_many_rows_span_several_blocks() -> None:
+    x, weight = torch.randn(1300, 100), torch.randn(50, 100)
+    for w, activations in ((weight, "exact"), *((problem(1, 50, 96, "q4_1")[1], a) for a in ("exact", "int8"))):
+        rows = x[:, : w.shape[1]]
+        whole = ops.linear(rows, w, activations=activations, backend="cpu")
+        for b in (0, 255, 256, 599, 1299):
+            assert torch.equal(ops.linear(rows[b : b + 1], w, activations=activations, backend="cpu"), whole[b : b + 1])
+
+
+@needs_cpu
+def test_strides_shapes_and_bias_dtypes() -> None:
+    storage = torch.randn(6, 200)
+    weight = torch.randn(24, 128)[:, ::2]
+    x = storage[:, 32:96]
+    plain = ops.linear(x.contiguous(), weight.contiguous(), backend="cpu")
+    assert torch.equal(ops.linear(x, weight, backend="cpu"), plain)
+    assert torch.equal(ops.linear(x, torch.cat((weight, weight), 1)[:, :64], backend="cpu"), plain)
+    assert torch.equal(ops.linear(x.reshape(2, 3, 64), weight, backend="cpu"), plain.view(2, 3, 24))
+    assert torch.equal(ops.linear(x[0], weight, backend="cpu"), plain[0])
+    bias = torch.randn(24)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        got = ops.linear(x, weight, bias.to(dtype), backend="cpu" if dtype != torch.float64 else None)
+        assert torch.allclose(got, plain + bias.to(dtype).float(), atol=1e-5)
+    assert ops.linear(torch.empty(0, 64), weight).shape == (0, 24)
+
+
+def test_wrong_arguments_are_told_what_was_expected() -> None:
+    x, weight = torch.randn(2, 64), torch.randn(3, 64)
+    with pytest.raises(ValueError, match=r"expected x \(\.\.\., 64\).*got \(2, 63\)"):
+        ops.linear(x[:, :63], weight)
+    with pytest.raises(ValueError, match=r"expected bias \(3,\).*got \(2,\)"):
+        ops.linear(x, weight, torch.zeros(2))
+    with pytest.raises(ValueError, match="expected activations 'exact' for a float weight, got 'int8'"):
+        ops.linear(x, weight, activations="int8")
+    with pytest.raises(ValueError, match="expected weight"):
+        ops.linear(x, weight.int())
+    with pytest.raises(ValueError, match="K a multiple of 32"):
+        QuantizedWeight.quantize(torch.randn(3, 100), "q4_0")
+
+
+def test_the_reference_is_differentiable() -> None:
+    x, weight = problem(3, 5, 64, "q4_1")
+    x.requires_grad_()
+    ops.linear(x, weight).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, weight.dequantize().sum(0).expand(3, -1), atol=1e-4)

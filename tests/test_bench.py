@@ -1,0 +1,285 @@
+"""The harness: its arithmetic with a fake clock, its refusal to time what is wrong, its files and tables."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gptfast import bench, ops
+from gptfast.bench import ops as bench_ops
+from gptfast.bench import record, report, timing
+from gptfast.bench.timing import Spread
+from gptfast.ops.spec import Case, Cost, Inputs, Op
+
+torch_layer_norm = torch.nn.functional.layer_norm
+
+
+class Clock:
+    """Time that passes only when a contender works."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.log: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def works(self, name: str, *seconds: float) -> Callable[[], None]:
+        """A contender whose n-th call takes the n-th time, and later ones the last."""
+        left = list(seconds)
+
+        def call() -> None:
+            self.log.append(name)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return call
+
+
+def doubling(x: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+    return x * 2
+
+
+def an_op(function: Callable[..., Any] = doubling, **kwargs: Any) -> Op:
+    def make(i: Inputs) -> dict[str, Any]:
+        return {"x": i.randn(64, 64)}
+
+    def cost(x: torch.Tensor) -> Cost:
+        return Cost(flops=x.numel(), bytes=2 * x.numel() * x.element_size())
+
+    cases = [Case("small", make, frozenset({"bench"})), Case("untagged", make)]
+    return Op("doubling", function, lambda x: x * 2, cost, lambda: cases, lambda x: x + x, **kwargs)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pauses, short samples."""
+    monkeypatch.setattr(timing, "SETTLE_S", 0.0)
+
+
+@pytest.fixture
+def a_row(quick: None, monkeypatch: pytest.MonkeyPatch) -> bench.Row:
+    monkeypatch.setattr(ops, "explain", lambda *a, **k: ops.Choice("doubling", "reference", {}))
+    op = an_op()
+    return bench.measure(
+        op, "small", op.cases()[0].arguments(torch.float32), ("gptfast", "eager", "reference"), rounds=4
+    )
+
+
+# --- timing
+
+
+def test_contenders_take_turns_and_the_order_rotates() -> None:
+    clock = Clock()
+    calls = {name: clock.works(name, 1.0) for name in "abc"}
+    timing.interleave(calls, 3, settle_s=0, clock=clock)
+    assert "".join(clock.log) == "abc" + "aabbcc" + "bbccaa" + "ccaabb"  # warm-up; then each: one untimed, one timed
+
+
+def test_a_sample_is_the_time_of_one_call() -> None:
+    clock = Clock()
+    samples = timing.interleave({"a": clock.works("a", 2.0), "b": clock.works("b", 5.0)}, 4, settle_s=0, clock=clock)
+    assert samples == {"a": [2.0] * 4, "b": [5.0] * 4}
+
+
+def test_short_calls_are_repeated_until_they_can_be_timed() -> None:
+    clock = Clock()
+    (samples,) = timing.interleave({"a": clock.works("a", 1e-6)}, 3, settle_s=0, clock=clock).values()
+    assert samples == pytest.approx([1e-6] * 3)
+    assert 3 * 1000 <= len(clock.log) <= 3 * 1300 + 2000
+
+
+def test_a_first_call_that_compiles_does_not_count() -> None:
+    clock = Clock()
+    (samples,) = timing.interleave({"a": clock.works("a", 60.0, 0.5)}, 3, settle_s=0, clock=clock).values()
+    assert samples == [0.5] * 3
+
+
+def test_a_slow_call_is_timed_again_only_by_rounds() -> None:
+    clock = Clock()
+    timing.interleave({"a": clock.works("a", 10.0)}, 5, settle_s=0, clock=clock)
+    assert len(clock.log) == 1 + 2 * 5
+
+
+@pytest.mark.parametrize(
+    ("samples", "spread"),
+    [([3.0], Spread(3, 3, 3)), ([4.0, 1, 3, 2, 5], Spread(3, 2, 4)), ([1.0, 2], Spread(1.5, 1.25, 1.75))],
+)
+def test_median_and_quartiles(samples: list[float], spread: Spread) -> None:
+    assert Spread.of(samples) == spread
+
+
+def test_ratios_are_paired_by_round() -> None:
+    """The machine slows down threefold half-way: medians of the times would say 2x or 1x or 6x, the rounds say 2x."""
+    ours, theirs = [1.0, 1.0, 3.0, 3.0, 3.0], [2.0, 2.0, 6.0, 6.0, 6.0]
+    assert timing.ratio(theirs, ours) == Spread(2, 2, 2)
+    with pytest.raises(ValueError, match="5 and 4"):
+        timing.ratio(theirs, ours[:4])
+
+
+def test_the_mean_of_ratios_is_geometric() -> None:
+    assert timing.geometric_mean([2.0, 0.5]) == pytest.approx(1.0)
+
+
+def test_no_rounds_is_an_error() -> None:
+    with pytest.raises(ValueError, match="got 0"):
+        timing.interleave({}, 0)
+
+
+# --- check
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "rope"])
+def test_the_kernels_pass(name: str, dtype: torch.dtype) -> None:
+    op = ops.pages()[name]
+    assert bench.check(op, op.cases()[0].arguments(dtype)).passed
+
+
+def off_by(wrong: Callable[[torch.Tensor], torch.Tensor]) -> Op:
+    return an_op(lambda x, backend=None: wrong(x * 2))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda y: y * (1 + 2e-6),
+        lambda y: y.index_fill(0, torch.tensor([5]), float("nan")),
+        lambda y: y[:-1],
+        lambda y: torch.where(y == y.max(), float("inf"), y),
+    ],
+    ids=["2e-6 off", "NaN", "a row short", "inf"],
+)
+def test_a_wrong_result_is_not_timed(wrong: Callable, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "explain", lambda *a, **k: ops.Choice("doubling", "cpu", {}))
+    op = off_by(wrong)
+    row = bench.measure(op, "small", op.cases()[0].arguments(torch.float32), rounds=1)
+    assert not row.check.passed and not row.times and not row.ratios
+    assert record.flat(row)["correct"] is False
+
+
+def test_an_exact_op_must_be_equal() -> None:
+    arguments = an_op().cases()[0].arguments(torch.float32)
+    assert bench.check(an_op(exact=True), arguments).passed
+    barely = an_op(lambda x, backend=None: torch.nextafter(x * 2, torch.tensor(9e9)), exact=True)
+    assert not bench.check(barely, arguments).passed
+
+
+def test_whole_numbers_must_be_equal() -> None:
+    def argmax(x: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+        return x.argmax(-1)
+
+    arguments = an_op().cases()[0].arguments(torch.float32)
+    right = Op("argmax", argmax, argmax, lambda x: Cost(1, 1), list)
+    wrong = Op("argmax", lambda x, backend=None: x.argmax(-1) + 1, argmax, lambda x: Cost(1, 1), list)
+    assert bench.check(right, arguments).passed and not bench.check(wrong, arguments).passed
+
+
+def test_what_is_written_in_place_is_checked_and_left_alone() -> None:
+    def zero(x: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+        x.zero_()
+        return x.sum(-1)
+
+    def forgets(x: torch.Tensor, *, backend: str | None = None) -> torch.Tensor:
+        x[1:].zero_()
+        return x[1:].sum(-1).new_zeros(64)
+
+    arguments = an_op().cases()[0].arguments(torch.float32)
+    before = arguments["x"].clone()
+    assert bench.check(Op("zero", zero, zero, lambda x: Cost(1, 1), list, mutates=("x",)), arguments).passed
+    assert not bench.check(Op("zero", forgets, zero, lambda x: Cost(1, 1), list, mutates=("x",)), arguments).passed
+    assert torch.equal(arguments["x"], before)
+
+
+# --- rows, files, pictures
+
+
+def test_a_row_of_real_timings(a_row: bench.Row) -> None:
+    assert a_row.check.passed and set(a_row.times) == {"gptfast", "eager", "reference"}
+    assert set(a_row.ratios) == {"eager", "reference"}
+    seconds = a_row.times["gptfast"].median
+    assert a_row.gflops == pytest.approx(64 * 64 / seconds / 1e9)
+    assert a_row.gbytes_per_s == pytest.approx(2 * 64 * 64 * 4 / seconds / 1e9)
+
+
+def test_a_baseline_that_does_not_compile_is_named(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no C++ compiler\nmany more lines")
+
+    monkeypatch.setattr(torch, "compile", lambda f, **k: broken)
+    monkeypatch.setattr(ops, "explain", lambda *a, **k: ops.Choice("doubling", "cpu", {}))
+    op = an_op()
+    row = bench.measure(op, "small", op.cases()[0].arguments(torch.float32), ("gptfast", "compile"), rounds=1)
+    assert row.skipped == {"compile": "RuntimeError: no C++ compiler"} and "compile" not in row.times
+
+
+def test_selection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "pages", lambda: {"doubling": an_op()})
+    names = [(op.name, case.name) for op, case in bench_ops.selected()]
+    assert names == [("doubling", "small")], "the untagged case is for tests"
+    for pattern, found in (("doubling", 1), ("dou*", 1), ("doubling/sm*", 1), ("doubling/x", 0), ("small", 0)):
+        assert len(list(bench_ops.selected([pattern]))) == found, pattern
+
+
+def test_every_op_has_something_to_time() -> None:
+    assert {op.name for op, _ in bench_ops.selected()} == set(ops.pages())
+
+
+def test_bad_requests_get_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=r"no bench case matches nothing: expected cases of .*layer_norm"):
+        bench.run_ops(["nothing"])
+    with pytest.raises(ValueError, match="expected some of gptfast, eager, compile, reference, got fast"):
+        bench.run_ops(contenders=["fast"])
+    assert bench.main(["--dtype", "int3"]) == 2
+    assert "expected some of float32, bfloat16, float16, got int3" in capsys.readouterr().err
+
+
+def test_threads_are_given_back() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), bench.threads_set(before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise KeyError
+    assert torch.get_num_threads() == before
+
+
+def test_csv_appends_and_refuses_other_columns(a_row: bench.Row, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "ops.csv"
+    record.append_csv(path, [record.flat(a_row)])
+    record.append_csv(path, [record.flat(a_row), record.flat(a_row)])
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 and all(row["op"] == "doubling" and row["correct"] == "True" for row in rows)
+    assert float(rows[0]["gptfast_us"]) == pytest.approx(a_row.times["gptfast"].median * 1e6, rel=1e-3)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="expected these rows' columns"):
+        record.append_csv(path, [{"other": 1}])
+    assert path.read_bytes() == before
+
+
+def test_json_and_table_from_the_command(quick: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    command = ["layer_norm/1x768+residual", "--dtype", "float32", "--rounds", "2"]
+    csv_file, picture = tmp_path / "ops.csv", tmp_path / "ops.png"
+    assert bench.main([*command, "--json", "--csv", str(csv_file), "--plot", str(picture)]) == 0
+    said = json.loads(capsys.readouterr().out)
+    (row,) = said["rows"]
+    assert row["op"] == "layer_norm" and row["correct"] and row["gptfast_us"] > 0 and said["torch"] == torch.__version__
+    assert len(csv_file.read_text().splitlines()) == 2
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
+    assert bench.main(command) == 0
+    assert "layer_norm/1x768+residual" in capsys.readouterr().out
+
+
+def test_the_table_says_what_was_wrong(a_row: bench.Row, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = bench.Row(**{**vars(a_row), "check": bench.Check(0.5, 0.1), "times": {}, "ratios": {}})
+    report.show([a_row, wrong], "title")
+    assert "WRONG: error 0.5, limit 0.1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("value", "text"), [(2.0, "2 s"), (1.5e-3, "1.5 ms"), (2.25e-5, "22.5 us"), (3e-8, "30 ns")])
+def test_times_have_units(value: float, text: str) -> None:
+    assert report.seconds(value) == text

@@ -1,0 +1,100 @@
+"""Packed quantised weights: no bit lost, and the values are the file's."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from gptfast.formats import blocks
+from gptfast.quantize import KINDS, QuantizedWeight
+
+
+def random_blocks(N: int, K: int, kind: str) -> torch.Tensor:
+    """Any bytes for the quants, finite scales."""
+    k = KINDS[kind]
+    raw = torch.randint(0, 256, (N * K // 32, k.block), dtype=torch.uint8)
+    raw[:, : 2 * k.halves] = torch.randn(len(raw), k.halves).half().view(torch.uint8)
+    return raw.reshape(-1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("N", "K"), [(1, 32), (16, 64), (40, 96), (127, 320)])
+def test_packing_loses_nothing_and_values_are_the_files(kind: str, N: int, K: int) -> None:
+    raw = random_blocks(N, K, kind)
+    weight = QuantizedWeight.from_blocks(raw, kind, (N, K))
+    assert torch.equal(weight.to_blocks(), raw)
+    assert torch.equal(weight.dequantize(), blocks.dequantize(raw, KINDS[kind].format, (N, K)))
+    assert weight.nbytes == -(-N // 16) * 16 * K // 32 * KINDS[kind].block
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_layout_is_the_one_on_the_page(kind: str) -> None:
+    N, K = 20, 64
+    raw = random_blocks(N, K, kind)
+    packed, k = QuantizedWeight.from_blocks(raw, kind, (N, K)).packed, KINDS[kind]
+    row, group, quad, e = 18, 1, 2, 3
+    stored = raw.view(N, K // 32, k.block)[row, group]
+    place = packed[row // 16, group]
+    assert torch.equal(place[2 * (row % 16) :][:2], stored[:2])
+    byte = place[32 * k.halves + 64 * quad + 4 * (row % 16) + e]
+    assert byte == stored[2 * k.halves + 4 * quad + e] ^ (128 if kind == "q8_0" else 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kernel", [True, False])
+def test_embed_gives_the_rows(kind: str, kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = QuantizedWeight.from_blocks(random_blocks(37, 96, kind), kind, (37, 96))
+    values = weight.dequantize()
+    if not kernel:
+        monkeypatch.setattr(QuantizedWeight, "_kernel", lambda self: False)
+    ids = torch.tensor([[0, 36, 15], [16, 16, 3]])
+    assert torch.equal(weight.embed(ids), values[ids])
+    assert torch.equal(weight.dequantize(), values)
+    assert weight.embed(ids[:0]).shape == (0, 3, 96)
+    for bad in (-1, 37):
+        with pytest.raises(IndexError, match=r"ids in 0\.\.36"):
+            weight.embed(torch.tensor([bad]))
+
+
+@pytest.mark.parametrize("sizes", [(16, 32, 5), (5, 16), (48,)])
+def test_rows_and_cat(sizes: tuple[int, ...]) -> None:
+    parts = [QuantizedWeight.quantize(torch.randn(n, 64), "q4_1") for n in sizes]
+    whole = QuantizedWeight.cat(parts)
+    assert torch.equal(whole.dequantize(), torch.cat([p.dequantize() for p in parts]))
+    begin = 0
+    for part in parts:
+        again = whole.rows(begin, begin + part.shape[0])
+        assert torch.equal(again.dequantize(), part.dequantize())
+        assert torch.equal(again.to_blocks(), part.to_blocks())
+        begin += part.shape[0]
+    if whole.shape[0] > 16:
+        assert whole.rows(16, 20).packed.data_ptr() == whole.packed[1].data_ptr()
+
+
+def test_quantize_has_ggmls_meaning_and_copies_are_independent() -> None:
+    x = torch.randn(20, 64)
+    for kind, k in KINDS.items():
+        weight = QuantizedWeight.quantize(x, kind)
+        assert torch.equal(weight.to_blocks(), blocks.quantize(x, k.format))
+        other = copy.deepcopy(weight)
+        other.packed.zero_()
+        assert (weight.packed != 0).any()
+        assert other.shape == weight.shape
+
+
+def test_wrong_sizes_are_told_what_was_expected() -> None:
+    raw = random_blocks(4, 64, "q4_0")
+    with pytest.raises(ValueError, match=r"expected 144 bytes .*got 143"):
+        QuantizedWeight.from_blocks(raw[:-1], "q4_0", (4, 64))
+    with pytest.raises(ValueError, match="multiple of 32"):
+        QuantizedWeight.from_blocks(raw, "q4_0", (4, 65))
+    with pytest.raises(ValueError, match="expected a kind"):
+        QuantizedWeight.from_blocks(raw, "q2_k", (4, 64))
+    with pytest.raises(ValueError, match=r"expected packed \(1, 2, 288\)"):
+        QuantizedWeight(raw, "q4_0", (4, 64))
+    with pytest.raises(ValueError, match="one kind and one K"):
+        QuantizedWeight.cat([QuantizedWeight.quantize(torch.randn(4, 32), k) for k in ("q4_0", "q4_1")])
+    with pytest.raises(ValueError, match="expected 0 <= begin"):
+        QuantizedWeight.quantize(torch.randn(4, 32), "q4_0").rows(3, 5)
