@@ -180,8 +180,16 @@ INLINE f32v widen(u16v h, f16) {
 #endif
 }
 INLINE u16v narrow(f32v v, bf16) {
+#if defined(__AVX512F__)
+  const __m512i u = _mm512_castps_si512(v), high = _mm512_srli_epi32(u, 16);
+  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  __m512i r = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
+  r = _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), high, _mm512_set1_epi32(0x40));
+  return bitcast<u16v>(_mm512_cvtepi32_epi16(r));
+#else
   u32v u = bitcast<u32v>(v), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   return __builtin_convertvector((u & 0x7fffffff) > 0x7f800000 ? (u >> 16) | 0x40 : rounded, u16v);
+#endif
 }
 INLINE u16v narrow(f32v v, f16) {
 #if defined(__AVX512F__)
