@@ -58,28 +58,22 @@ void visible(const Attention& a, const Sequence& s, int i, int* low, int* high) 
   *high = (int)max<int64_t>(min<int64_t>(to, s.k_len), 0);
 }
 
-// New keys (rotated) and values go to their slots of the cache.
+// New keys (rotated) and values begin .. end of a KV head go to their slots of the cache. Who reads them first writes
+// them where that is one worker, so that decoding needs no barrier for it.
 template <class T>
-void append(const Attention& a, Worker& worker) {
-  const int64_t n = a.B * a.Sq;
-  for (int64_t at = worker.begin(n); at < worker.end(n); at++) {
-    const Sequence s = sequence(a, at / a.Sq);
-    const int64_t i = at % a.Sq, position = s.position + i;
-    T* k_to = (T*)a.k_cache + slot_at(a, s, s.k, a.k_strides, position);
-    T* v_to = (T*)a.v_cache + slot_at(a, s, s.v, a.v_strides, position);
-    const T* k = (const T*)a.k_new + s.b * a.k_new_strides[0] + i * a.k_new_strides[1];
-    const T* v = (const T*)a.v_new + s.b * a.v_new_strides[0] + i * a.v_new_strides[1];
-    for (int64_t h = 0; h < a.Hk; h++) {
-      T* to = k_to + h * a.k_strides[2];
-      const T* from = k + h * a.k_new_strides[2];
-      if (a.cos) {
-        const int64_t turn = position * (a.rotary / 2);
-        rope_row(to, from, a.cos + turn, a.sin + turn, a.D, a.rotary, a.interleaved);
-      } else {
-        memcpy(to, from, a.D * sizeof(T));
-      }
-      memcpy(v_to + h * a.v_strides[2], v + h * a.v_new_strides[2], a.D * sizeof(T));
-    }
+void append(const Attention& a, const Sequence& s, int64_t hk, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i++) {
+    const int64_t position = s.position + i, turn = position * (a.rotary / 2);
+    T* k = (T*)a.k_cache + slot_at(a, s, s.k, a.k_strides, position) + hk * a.k_strides[2];
+    T* v = (T*)a.v_cache + slot_at(a, s, s.v, a.v_strides, position) + hk * a.v_strides[2];
+    const int64_t *kn = a.k_new_strides, *vn = a.v_new_strides;
+    const T* k_new = (const T*)a.k_new + s.b * kn[0] + i * kn[1] + hk * kn[2];
+    const T* v_new = (const T*)a.v_new + s.b * vn[0] + i * vn[1] + hk * vn[2];
+    if (a.cos)
+      rope_row(k, k_new, a.cos + turn, a.sin + turn, a.D, a.rotary, a.interleaved);
+    else
+      memcpy(k, k_new, a.D * sizeof(T));
+    memcpy(v, v_new, a.D * sizeof(T));
   }
 }
 
@@ -321,8 +315,14 @@ void by_strips(const Attention& a, Worker& worker) {
   const int size = (int)max<int64_t>(1, min<int64_t>(min<int64_t>(TILES, STRIP_BYTES / bytes), fair));
   const int64_t heads = a.B * a.Hk, strips = ceil_div(most, size);
   Scratch x(a, worker, size);
+  if (a.k_new && strips > 1) {
+    for (int64_t h = worker.begin(heads); h < worker.end(heads); h++)
+      append<T>(a, sequence(a, h / a.Hk), h % a.Hk, 0, a.Sq);
+    worker.sync();
+  }
   for (int64_t task; (task = worker.next()) < heads * strips;) {
     const Head<T> head(a, task % heads / a.Hk, task % a.Hk);
+    if (a.k_new && strips == 1) append<T>(a, head.s, head.hk, 0, a.Sq);
     const int first = (int)(strips - 1 - task / heads) * size, count = min(size, head.tiles() - first);
     if (count <= 0) continue;
     const bool few = count == 1 && head.rows() - first * ROWS <= FEW;
@@ -385,7 +385,8 @@ void by_chunks(const Attention& a, Worker& worker) {
     const int64_t from = max<int64_t>(begin - done, 0), to = min<int64_t>(end - done, (last - first) * a.Hk);
     for (int64_t u = from; u < to; u++) {
       const Head<T> head(a, b, u % a.Hk);
-      const int c = first + (int)(u / a.Hk);
+      const int c = first + (int)(u / a.Hk), fresh = head.s.k_len - head.s.q_len;  // the first new key
+      if (a.k_new) append<T>(a, head.s, head.hk, max(c * CHUNK - fresh, 0), min((c + 1) * CHUNK - fresh, head.s.q_len));
       for (int tile = 0; tile < head.tiles(); tile++) {
         Tile t = start(head, tile);
         run_strip(head, &t, 1, c, c + 1, x);
@@ -411,10 +412,6 @@ void by_chunks(const Attention& a, Worker& worker) {
 void attention(const Attention& a, Worker& worker) {
   with_storage(a.dtype, [&](auto t) {
     using T = decltype(t);
-    if (a.k_new) {
-      append<T>(a, worker);
-      worker.sync();
-    }
     if (a.workspace && worker.count > 1)
       by_chunks<T>(a, worker);
     else
