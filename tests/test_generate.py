@@ -50,7 +50,7 @@ class Script(nn.Module):
 
     def __init__(self, script: bytes | list[int], context: int = 96) -> None:
         super().__init__()
-        self.config = GPTConfig("gpt2", **(TINY | {"context": context}))
+        self.config = GPTConfig("gpt2", **{**TINY, "context": context})
         self.script = torch.tensor(list(script))
 
     def forward(self, ids: Tensor, cache: loop.KVCache, *, last: Tensor | None = None) -> Tensor:

@@ -55,7 +55,8 @@ class Sampler:
         self.arguments = {name: _by_row(name, value, device) for name, value in parameters.items()}
         self.arguments = {k: v for k, v in self.arguments.items() if isinstance(v, Tensor) or v != NEUTRAL[k]}
         self.logit_bias, self.processors, self.backend = logit_bias, tuple(processors), backend
-        self.return_logprobs, self.min_new = return_logprobs, min_new
+        self.return_logprobs: bool | Literal["raw", "processed"] = return_logprobs
+        self.min_new = min_new
         self.mask: Tensor | None = None
         if min_new and forbidden_first:
             self.mask = torch.ones(vocabulary, dtype=torch.bool, device=device)
