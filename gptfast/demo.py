@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
@@ -29,10 +30,10 @@ class Variant:
 
 
 VARIANTS = (
-    Variant("fused, int8 activations", None, "int8", None),
-    Variant("fused, exact activations", None, "exact", None),
-    Variant("fused, fp32 weights", "fp32", None, None),
-    Variant("PyTorch's ops, fp32 weights", "fp32", None, "reference"),
+    Variant("fused, 4 bits, int8 activations", None, "int8", None),
+    Variant("fused, 4 bits, exact", None, "exact", None),
+    Variant("fused, fp32", "fp32", None, None),
+    Variant("reference PyTorch ops, fp32", "fp32", None, "reference"),
 )
 
 
@@ -64,7 +65,7 @@ def run(model: str = "smollm2", question: str = "", console: Console | None = No
         with console.status(f"[dim]{variant.name}: {len(prompt)} prompt tokens, {NEW_TOKENS} new ones[/]"):
             found.append(_measure(load(model, **_options(variant)), variant, prompt))
     console.print(_table(found, limit))
-    console.print(_verdict(found), style="dim")
+    console.print(_caption(), style="dim")
 
 
 def _machine(console: Console) -> float | None:
@@ -78,9 +79,7 @@ def _machine(console: Console) -> float | None:
     lines.append(f"CPU kernels: [bold]{here.isa or 'not built'}[/]")
     if limits is not None:
         best = {name: limits.best(name, here.threads) / 1e9 for name in ("dram", "fp32", "int8")}
-        lines[-1] += (
-            f"; measured: memory {best['dram']:.0f} GB/s, fp32 {best['fp32']:.0f} GFLOP/s, int8 {best['int8']:.0f} GOP/s"
-        )
+        lines[-1] += f"; memory {best['dram']:.0f} GB/s, fp32 {best['fp32']:.0f} GFLOP/s, int8 {best['int8']:.0f} GOP/s"
     for name, reason in gptfast.backends().items():
         if reason is not None:
             lines.append(f"[dim]no {name}: {reason}[/]")
@@ -123,10 +122,10 @@ def parting(ours: list[int], theirs: list[int]) -> int | None:
 
 
 def _table(found: list[Measured], limit: float | None) -> Table:
-    title = f"the same {NEW_TOKENS} greedy tokens, {found[0].generation.prompt_tokens} prompt tokens"
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", border_style="dim")
-    for column in ("", "tokens", "prefill tok/s", "decode tok/s", "GB/s", "of roofline", "speed"):
-        table.add_column(column, justify="left" if column in ("", "tokens") else "right")
+    title = f"the same {NEW_TOKENS} greedy tokens after {found[0].generation.prompt_tokens} prompt tokens"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("", "tokens", "prefill/s", "decode/s", "speed", "GB/s", "of limit"):
+        table.add_column(column, justify="left" if column in ("", "tokens") else "right", no_wrap=True)
     base = found[-1].generation
     for m in found:
         stats = m.generation.stats
@@ -138,18 +137,18 @@ def _table(found: list[Measured], limit: float | None) -> Table:
             "reference" if m is found[-1] else same,
             f"{stats.prefill_tokens_per_s:,.0f}",
             f"{stats.decode_tokens_per_s:,.1f}",
+            f"{stats.decode_tokens_per_s / base.stats.decode_tokens_per_s:.1f}x",
             f"{m.bytes_per_s / 1e9:.1f}",
             "" if limit is None else f"{m.bytes_per_s / limit:.0%}",
-            f"{stats.decode_tokens_per_s / base.stats.decode_tokens_per_s:.1f}x",
             style=style,
         )
     return table
 
 
-def _verdict(found: list[Measured]) -> str:
+def _caption() -> str:
     threads = torch.get_num_threads()
     return (
-        f"One run of each on {threads} threads, the first token counted as prefill. Roofline: decode reads every weight "
-        "once a token, so memory bandwidth bounds it. int8 activations round, so their text may part from the others'; "
-        "`gptfast bench` measures with care, and against more."
+        f"One run of each on {threads} threads; tokens a second, the first new token counted as prefill. Decode reads "
+        "every weight for each token: GB/s, and how much of what memory was measured to give. int8 activations are "
+        "rounded, so their text may part from the others'. `gptfast bench` measures with more care, against more."
     )

@@ -7,7 +7,7 @@ head_dim D, width C, MLP width F, vocabulary V.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +39,12 @@ class Dropout(NamedTuple):
         """x with dropped elements 0 and the others scaled by 1 / (1 - p)."""
         return x * dropout_keep(tuple(x.shape), self.p, self.seed, self.stream, x.device) / (1 - self.p)
 
-    def arguments(self) -> dict[str, float | int]:
+    def arguments(self) -> dict[str, Any]:
         """As the ops take it."""
         return {"dropout_p": self.p, "seed": self.seed, "stream": self.stream}
 
 
-def _drop(dropout: Dropout | None) -> dict[str, float | int]:
+def _drop(dropout: Dropout | None) -> dict[str, Any]:
     return {} if dropout is None else dropout.arguments()
 
 
@@ -100,7 +100,7 @@ def set_weight(module: nn.Module, weight: Tensor | QuantizedWeight) -> None:
     """Makes `weight` the module's: a parameter, or a plain attribute where it is quantised."""
     if isinstance(weight, QuantizedWeight):
         module._parameters.pop("weight", None)
-        module.weight = weight
+        module.__dict__["weight"] = weight
     else:
         module.__dict__.pop("weight", None)
         module._parameters["weight"] = nn.Parameter(weight)  # in its old place: the order of parameters stays
@@ -141,7 +141,9 @@ class Embedding(Layer):
         """With positions (broadcast to ids, int64) and their table (P, C), the sum of both rows."""
         if isinstance(self.weight, QuantizedWeight):
             x = self.weight.embed(ids)
-            return x if table is None else x + ops.embedding(positions, table, backend=self.backend)
+            return (
+                x if positions is None or table is None else x + ops.embedding(positions, table, backend=self.backend)
+            )
         return ops.embedding(ids, self.weight, positions=positions, position_weight=table, backend=self.backend)
 
 

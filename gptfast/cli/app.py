@@ -237,9 +237,9 @@ def info(
 @reported
 def bench(context: typer.Context) -> None:
     """Time ops and generation against PyTorch, each checked first. `gptfast bench --help` lists its options."""
-    from gptfast.bench import main
+    from gptfast.bench.cli import main
 
-    raise typer.Exit(main(list(context.args)) or 0)
+    raise typer.Exit(main(context.args))
 
 
 @app.command()

@@ -93,7 +93,8 @@ class LanguageModel:
         weight = (model.embedding if model.head is None else model.head).weight
         row = torch.empty(1, model.config.n_embd, dtype=model.dtype, device=model.device)
         how = {"activations": model.activations or "int8"} if isinstance(weight, QuantizedWeight) else {}
-        return explain("linear", row, weight, backend=model.backend, **how).backend
+        with torch.no_grad():
+            return explain("linear", row, weight, backend=model.backend, **how).backend
 
     def generate(self, prompt: Prompt | Sequence[Prompt], **settings: Any) -> Any:
         """Continues a prompt (text or token ids), or each of a list of them.

@@ -73,8 +73,10 @@ class GPT(nn.Module):
             raise ValueError(f"GPT: expected ids (B, T) int64, got {tuple(ids.shape)} {ids.dtype}")
         end = self._end(ids, cache)
         dropout = self._dropout()
-        learned = self.positions is not None
-        x = self.embedding(ids, _positions(ids, cache), self.positions.weight) if learned else self.embedding(ids)
+        if self.positions is None:
+            x = self.embedding(ids)
+        else:
+            x = self.embedding(ids, _positions(ids, cache), self.positions.weight)
         if dropout is not None:
             x = dropout.on(0)(x)
         tables = self.rope_tables(end, x.device) if self.config.positions == "rope" else None

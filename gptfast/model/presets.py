@@ -7,18 +7,20 @@ in a width of 2048 (XL) and 40 heads of 128 in a width of 5140 (13B); here they 
 
 from __future__ import annotations
 
+from typing import Any
+
 from gptfast.model.config import GPTConfig
 
 
 def _gpt2(n_layer: int, n_embd: int, n_head: int, context: int = 1024, vocab_size: int = 50257) -> GPTConfig:
-    ends = dict(bos_id=50256, eos_ids=(50256,)) if vocab_size == 50257 else {}
+    ends: dict[str, Any] = dict(bos_id=50256, eos_ids=(50256,)) if vocab_size == 50257 else {}
     return GPTConfig("gpt2", vocab_size, n_layer, n_head, n_embd, context, **ends)
 
 
 def _llama(
     vocab_size: int, n_layer: int, n_embd: int, n_head: int, n_kv_head: int, ffn_dim: int, context: int, **changes
 ) -> GPTConfig:
-    defaults = dict(
+    defaults: dict[str, Any] = dict(
         n_kv_head=n_kv_head,
         ffn_dim=ffn_dim,
         norm="rms_norm",

@@ -20,12 +20,12 @@ row-major in (B, H, Sq, Sk), sequence after sequence where they lie end to end.
 
 attention_kvcache: k_cache, v_cache (B', Smax, Hk, D), row b of the batch in row b of the cache (cache_batch_idx[b]
 where given), or pages (pages, page, Hk, D) with block_table (B, n) int32, slot t in page block_table[b, t // page]
-(-1 = no page). lengths (B,) int32 = tokens in the cache before the call. k, v (B, Sq, Hk, D) are written at slots lengths ..
-lengths + Sq of the cache, in place, and the queries are those last Sq positions; without them lengths is the total.
-lengths never changes, and what would not fit raises before anything is written. With cos, sin (positions, R / 2) fp32,
-R <= D, q and the new k are rotated first, by their absolute position: pairs (i, i + R/2), or (2i, 2i + 1) if
-interleaved, (x1 cos - x2 sin, x2 cos + x1 sin) rounded to the storage dtype. cache_leftpad (B,) int32: the first
-slots to leave out; key 0 is the slot after them.
+(-1 = no page). lengths (B,) int32 = tokens in the cache before the call. k, v (B, Sq, Hk, D) are written in place at
+slots lengths .. lengths + Sq, and the queries are those last Sq positions; without k and v, lengths is the total. It
+never changes, and what would not fit raises before anything is written. With cos, sin (positions, R / 2) fp32, R <= D,
+q and the new k are rotated first, by their absolute position: pairs (i, i + R/2), or (2i, 2i + 1) if interleaved, to
+(x1 cos - x2 sin, x2 cos + x1 sin), rounded to the storage dtype. cache_leftpad (B,) int32: the first slots to leave
+out; key 0 is the slot after them.
 
 Everything is computed in fp32 (fp64 for fp64) and rounded once; lse is fp32. Keys are taken in chunks of 128 counted
 from the first key, and the chunks' (maximum, sum, output) are merged in order, so a row's result depends on that row
@@ -48,7 +48,7 @@ from gptfast.ops.philox import dropout_keep
 from gptfast.ops.spec import Cost, Op, nbytes
 
 CHUNK = 128  # keys; kernels merge chunks in order
-Result = Tensor | tuple[Tensor, Tensor]
+Result = Any  # Tensor, or (Tensor, Tensor) with return_lse
 
 
 def reference(

@@ -316,7 +316,9 @@ def _check(
 ) -> None:
     """Raises where t isn't of one of these shapes (None = any length), of this dtype and on logits' device."""
     fits = any(len(s) == t.dim() and all(n in (None, m) for n, m in zip(s, t.shape)) for s in shapes)
-    wanted = " or ".join(str(s).replace("None", "L") for s in shapes) + f" {dtype} on {logits.device}"
+    wanted = " or ".join(str(s).replace("None", "L") for s in shapes) + f" {dtype} on {logits.device}".replace(
+        "torch.", ""
+    )
     require(fits and t.dtype == dtype and t.device == logits.device,
             lambda: f"sample: expected {name} {wanted}, got {shape(t)} on {t.device}")  # fmt: skip
 

@@ -39,7 +39,7 @@ class Case:
 
     name: str
     make: Callable[[Inputs], dict[str, Any]]
-    tags: frozenset[str] = frozenset()  # "bench": timed; "big": too large for interpreters
+    tags: frozenset[str] = frozenset()  # "bench": timed; "big": too large for interpreters, its test is slow
 
     def arguments(self, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
         return self.make(Inputs(dtype, self.name, device))

@@ -14,7 +14,6 @@ namespace {
 
 using namespace attn;
 
-constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
 constexpr int TILES = 16;               // of a strip, at most
 constexpr int STRIP_BYTES = 512 << 10;  // of a strip's rows: they share the L2 with a chunk of K and V
 
@@ -116,8 +115,7 @@ struct Head {
       rope_row(turned, x, a.cos + turn, a.sin + turn, D, a.rotary, a.interleaved);
       x = turned;
     }
-    const float scale = a.scale * LOG2E;
-    for (int d = 0; d < D; d += LANES) store(to + d, load(x + d, min(LANES, D - d)) * scale);
+    for (int d = 0; d < D; d += LANES) store(to + d, load(x + d, min(LANES, D - d)) * a.scale);
   }
 
   // Rows first .. of a tile in its memory, with nothing attended to yet. `few`: at most FEW rows, in the `few` shape.
@@ -143,8 +141,8 @@ struct Head {
       const int row = first + min(r, t.rows - 1), i = row / G;
       visible(a, s, i, t.low + r, t.high + r);
       t.position[r] = i + s.k_len - s.q_len;
-      t.slope[r] = a.slopes ? a.slopes[s.b * a.slopes_batch + head(row)] * LOG2E : 0.0f;
-      t.sink[r] = a.sinks ? a.sinks[head(row)] * LOG2E : NONE;
+      t.slope[r] = a.slopes ? a.slopes[s.b * a.slopes_batch + head(row)] : 0.0f;
+      t.sink[r] = a.sinks ? a.sinks[head(row)] : NONE;
     }
     if (few) {
       for (int r = 0; r < t.rows; r++) load_query(first + r, t.q + r * padded);
@@ -186,7 +184,7 @@ struct Head {
     c.end = min(t.high[t.rows - 1] - c.start, CHUNK);
     if (c.begin >= c.end) return c;
     const int from = c.start + c.first_group() * LANES, to = c.start + c.last_group() * LANES;
-    c.terms.cap = a.softcap * LOG2E;
+    c.terms.cap = a.softcap;
     c.terms.inverse_cap = c.terms.cap != 0 ? 1 / c.terms.cap : 0;
     c.terms.alibi = a.slopes;
     c.terms.edge = from < t.low[t.rows - 1] || to > t.high[0];
@@ -199,7 +197,7 @@ struct Head {
     return c;
   }
 
-  // bias * log2(e), -inf where the mask is false, of one row and the keys begin .. end of a chunk.
+  // The bias, -inf where the mask is false, of one row and the keys begin .. end of a chunk.
   void load_bias(int row, const Keys& c, float* to) const {
     const int64_t i = row / G, h = head(row);
     if (a.bias) {
@@ -224,18 +222,18 @@ struct Head {
     if (stride == 1) {
       for (int j = 0; j < n; j += LANES) {
         const int lanes = min(LANES, n - j);
-        store(to + j, load(x + j, lanes) * LOG2E, lanes);
+        store(to + j, load(x + j, lanes), lanes);
       }
     } else {
-      for (int j = 0; j < n; j++) to[j] = load1(x + j * stride) * LOG2E;
+      for (int j = 0; j < n; j++) to[j] = load1(x + j * stride);
     }
   }
 
   // The sink joins, the sum divides, and the rows leave.
   void finish(Tile& t, float* spare) const {
     for (int r = 0; r < t.width; r += LANES) {
-      const f32v m = load(t.m + r), sink = load(t.sink + r), top = finite(max(m, sink)), turn = exp2(m - top);
-      const f32v total = fma(load(t.l + r), turn, exp2(sink - top));
+      const f32v m = load(t.m + r), sink = load(t.sink + r), top = finite(max(m, sink)), turn = decay(m - top);
+      const f32v total = fma(load(t.l + r), turn, decay(sink - top));
       store(t.m + r, top);
       store(t.l + r, total);
       store(t.slope + r, select(total > 0.0f, turn / total, f32v{}));
@@ -243,7 +241,7 @@ struct Head {
     if (a.lse)
       for (int r = 0; r < t.rows; r++) {
         float* to = a.lse + s.lse + head(t.first + r) * (a.Sq) + (t.first + r) / G;
-        *to = t.l[r] > 0 ? t.m[r] * LN2 + __builtin_logf(t.l[r]) : NONE;
+        *to = t.l[r] > 0 ? t.m[r] + __builtin_logf(t.l[r]) : NONE;
       }
     if (t.few) {
       for (int r = 0; r < t.rows; r++) store_row(t.o + r * padded, t.slope[r], out(t.first + r));

@@ -23,9 +23,9 @@ constexpr float NONE = -__builtin_inff();
 
 INLINE int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
-// What happens to a score, in log2 units, between Q K and the softmax.
+// What happens to a score between Q K and the softmax.
 struct Terms {
-  float cap, inverse_cap;  // softcap * log2(e); 0 = none
+  float cap, inverse_cap;  // 0 = none
   bool alibi, bias, edge;  // edge: some row of the tile doesn't see some key of the chunk
 };
 
@@ -50,14 +50,16 @@ INLINE f32v score(const Terms& t, f32v s, i32v key, i32v position, f32v slope, f
   if (t.edge) s = select((key >= low) & (key < high), s, splat(NONE));
   return s;
 }
+// e^x for x <= 0: the absolute error counts, so x log2(e) may be rounded.
+INLINE f32v decay(f32v x) { return exp2(x * 1.44269504088896341f); }
 INLINE f32v finite(f32v m) { return select(m == NONE, f32v{}, m); }
 
 // The rows of a tile and what is known of them so far. In the `rows` shape q and o are transposed, [d][width].
 struct Tile {
   int first, rows, width, dim;     // the first row; width: rows rounded up to lanes
   bool few;                        // which shape; in `few`, q and o are [row][dim rounded up to lanes]
-  float *q, *o, *m, *l;            // q scaled by scale * log2(e); m in log2 units
-  float *slope, *sink;             // per row, in log2 units
+  float *q, *o, *m, *l;            // q comes scaled
+  float *slope, *sink;             // per row
   int32_t *low, *high, *position;  // keys [low, high) are seen by a row; both grow with the row
 };
 
@@ -65,16 +67,16 @@ struct Tile {
 struct Keys {
   int start, begin, end;
   Terms terms;
-  const float* bias;  // [width][CHUNK], in log2 units
+  const float* bias;  // [width][CHUNK]
   int first_group() const { return begin / LANES; }
   int last_group() const { return (int)ceil_div(end, LANES); }
 };
 
-// In-register transpose of LANES x LANES values.
-INLINE void transpose(f32v* r) {
+// In-register transpose of LANES x LANES values: the steps from `from` down to 1 swap blocks of that size.
+INLINE void transpose(f32v* r, int from = LANES / 2) {
   const i32v lane = iota();
 #pragma GCC unroll 4
-  for (int s = LANES / 2; s; s /= 2) {
+  for (int s = from; s; s /= 2) {
     const i32v low = (lane & s) ? lane - s + LANES : lane, high = (lane & s) ? lane + LANES : lane + s;
     UNROLL for (int i = 0; i < LANES; i++) {
       if (i & s) continue;
@@ -85,25 +87,57 @@ INLINE void transpose(f32v* r) {
   }
 }
 
+// to[d][LANES] = LANES rows of the storage type, LANES dims of each from d0 on.
+INLINE void turn(const float* x, const int64_t* at, int d0, float* to) {
+  f32v r[LANES];
+#if defined(__AVX512F__)
+  // Loads that place quarters of rows do the first half of the transpose: 32 shuffles instead of 64.
+  UNROLL for (int i = 0; i < LANES; i++) {
+    const int row = i % 4, d = d0 + i / 4 * 4;
+    __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(x + at[row] + d));
+    v = _mm512_mask_broadcast_f32x4(v, 0x00f0, _mm_loadu_ps(x + at[row + 4] + d));
+    v = _mm512_mask_broadcast_f32x4(v, 0x0f00, _mm_loadu_ps(x + at[row + 8] + d));
+    r[i] = _mm512_mask_broadcast_f32x4(v, 0xf000, _mm_loadu_ps(x + at[row + 12] + d));
+  }
+  transpose(r, 2);
+#else
+  UNROLL for (int i = 0; i < LANES; i++) r[i] = load(x + at[i] + d0);
+  transpose(r);
+#endif
+  UNROLL for (int i = 0; i < LANES; i++) store(to + i * LANES, r[i]);
+}
+// The same for 16-bit storage and 2 LANES dims: pairs of values are turned as one, then taken apart.
+INLINE f32v even(i32v pairs, bf16) { return bitcast<f32v>(pairs << 16); }
+INLINE f32v odd(i32v pairs, bf16) { return bitcast<f32v>(pairs & (int32_t)0xffff0000); }
+INLINE f32v even(i32v pairs, f16) { return widen(__builtin_convertvector(pairs, u16v), f16{}); }
+INLINE f32v odd(i32v pairs, f16) { return widen(__builtin_convertvector(bitcast<u32v>(pairs) >> 16, u16v), f16{}); }
+template <class T>
+INLINE void turn(const T* x, const int64_t* at, int d0, float* to) {
+  f32v r[LANES];
+  UNROLL for (int i = 0; i < LANES; i++) memcpy(r + i, x + at[i] + d0, sizeof r[i]);
+  transpose(r);
+  UNROLL for (int i = 0; i < LANES; i++) {
+    const i32v pairs = bitcast<i32v>(r[i]);
+    store(to + 2 * i * LANES, even(pairs, T{}));
+    store(to + (2 * i + 1) * LANES, odd(pairs, T{}));
+  }
+}
+
+// kt[group - first][d][LANES] = the keys of groups first .. last.
 template <class T>
 NOINLINE void pack_k(const T* k, const int64_t* at, int first, int last, int dim, float* kt) {
-  for (int g = first; g < last; g++)
-    for (int d = 0; d < dim; d += LANES) {
+  constexpr int STEP = LANES * (int)(sizeof(float) / sizeof(T));
+  for (int g = first; g < last; g++, at += LANES, kt += dim * LANES) {
+    int d = 0;
+    for (; d + STEP <= dim; d += STEP) turn(k, at + first * LANES, d, kt + d * LANES);
+    for (; d < dim; d += LANES) {
       const int n = min(LANES, dim - d);
       f32v r[LANES];
-      if (n == LANES) {
-        UNROLL for (int i = 0; i < LANES; i++) r[i] = load(k + at[g * LANES + i] + d);
-      } else {
-        for (int i = 0; i < LANES; i++) r[i] = load(k + at[g * LANES + i] + d, n);
-      }
+      for (int i = 0; i < LANES; i++) r[i] = load(k + at[first * LANES + i] + d, n);
       transpose(r);
-      float* to = kt + ((g - first) * dim + d) * LANES;
-      if (n == LANES) {
-        UNROLL for (int i = 0; i < LANES; i++) store(to + i * LANES, r[i]);
-      } else {
-        for (int i = 0; i < n; i++) store(to + i * LANES, r[i]);
-      }
+      for (int i = 0; i < n; i++) store(kt + (d + i) * LANES, r[i]);
     }
+  }
 }
 
 template <class T>
@@ -117,10 +151,10 @@ NOINLINE void pack_v(const T* v, const int64_t* at, int begin, int end, int dim,
   }
 }
 
-// m = max(m, m_c) and the factors a = 2^(m_old - m), b = 2^(m_c - m) that bring both sides to it; l = l a + l_c b.
+// m = max(m, m_c) and the factors a = e^(m_old - m), b = e^(m_c - m) that bring both sides to it; l = l a + l_c b.
 INLINE void merge(float* m, float* l, f32v mc, f32v lc, float* a, float* b) {
   const f32v old = load(m), now = max(old, mc), base = finite(now);
-  const f32v fa = exp2(old - base), fb = exp2(mc - base);
+  const f32v fa = decay(old - base), fb = decay(mc - base);
   store(m, now);
   store(l, fma(load(l), fa, lc * fb));
   store(a, fa);
@@ -182,18 +216,19 @@ NOINLINE void score_rows(const Tile& t, const Keys& keys, float* s, float* m) {
   }
 }
 
-// p = 2^(s - m) in place; row sums to l.
+// p = e^(s - m) in place; row sums to l.
 template <int NV>
 NOINLINE void exp_rows(const Keys& keys, float* s, const float* m, float* l) {
   constexpr int W = NV * LANES;
+  const int first = keys.first_group(), last = keys.last_group();
   for (int v = 0; v < NV; v++) {
     const f32v base = finite(load(m + v * LANES));
     f32v part[LANES];
     for (int i = 0; i < LANES; i++) {
       f32v total = {};
       float* p = s + i * W + v * LANES;
-      for (int g = keys.first_group(); g < keys.last_group(); g++) {
-        const f32v e = exp2(load(p + g * LANES * W) - base);
+      for (int g = first; g < last; g++) {
+        const f32v e = decay(load(p + g * LANES * W) - base);
         store(p + g * LANES * W, e);
         total += e;
       }
@@ -274,7 +309,7 @@ INLINE void softmax_few(const Tile& t, const Keys& keys, int r, float* s, float*
   *m = max(top);
   const f32v base = finite(splat(*m));
   for (int g = keys.first_group(); g < keys.last_group(); g++) {
-    const f32v e = exp2(load(s + g * LANES) - base);
+    const f32v e = decay(load(s + g * LANES) - base);
     store(s + g * LANES, e);
     total += e;
   }

@@ -195,7 +195,7 @@ Cut find_cut(const uint32_t* key, int64_t n, uint64_t budget, Measure measure) {
     while (bin > 0 && bins[bin] < budget) budget -= bins[bin--];
     low += bin << shift;
     if (shift == 0) return {low, budget};
-    high = min(high, low + (1u << shift) - 1);
+    high = low + min(high - low, (1u << shift) - 1);
   }
 }
 

@@ -158,7 +158,11 @@ INLINE float max(f32v v) {
 
 // Widening and rounding of the storage types; stores round to nearest even and keep NaN.
 INLINE f32v widen(u16v h, bf16) {
+#if defined(__AVX512F__)  // the compiler's own conversion goes through two halves
+  return bitcast<f32v>(bitcast<u32v>(_mm512_cvtepu16_epi32(bitcast<__m256i>(h))) << 16);
+#else
   return bitcast<f32v>(__builtin_convertvector(h, u32v) << 16);
+#endif
 }
 INLINE f32v widen(u16v h, f16) {
 #if defined(__AVX512F__)

@@ -1,0 +1,163 @@
+"""The command as a shell sees it: what it prints, where, and its exit status."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gptfast.cli import main
+from gptfast.formats.registry import find_preset_file
+
+
+def gptfast(*arguments: str, stdin: str | bytes = "", code: int = 0) -> subprocess.CompletedProcess[bytes]:
+    data = stdin.encode() if isinstance(stdin, str) else stdin
+    done = subprocess.run([sys.executable, "-m", "gptfast", *arguments], input=data, capture_output=True, timeout=300)
+    assert done.returncode == code, done.stderr.decode()
+    return done
+
+
+@pytest.fixture
+def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command in this process; gives the one sentence on stderr."""
+
+    def run(*arguments: str, stdin: bytes = b"") -> str:
+        monkeypatch.setattr(sys, "argv", ["gptfast", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as caught:
+            main()
+        printed = capsys.readouterr()
+        assert caught.value.code == 1 and printed.out == ""
+        assert printed.err.startswith("gptfast: ") and printed.err.count("\n") == 1
+        return printed.err
+
+    return run
+
+
+@pytest.fixture
+def model() -> str:
+    try:
+        find_preset_file("smollm2")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    return "smollm2"
+
+
+GREEDY = ("--temperature", "0", "--max-new-tokens", "6", "--activations", "exact")
+RAW = "The history of the printing press began when"
+
+
+@pytest.mark.model
+def test_generate_prints_one_json_object(model: str) -> None:
+    done = gptfast("generate", "--model", model, "--prompt", RAW, "--json", *GREEDY)
+    assert done.stdout.count(b"\n") == 1 and done.stderr == b""
+    found = json.loads(done.stdout)
+    assert {"text", "token_ids", "prompt_tokens", "prefill_tokens_per_s", "decode_tokens_per_s", "backend"} <= set(
+        found
+    )
+    assert found["prompt_tokens"] == 8 and len(found["token_ids"]) == 6 and found["finish_reason"] == "length"
+    assert found["prefill_tokens_per_s"] > 0 and found["decode_tokens_per_s"] > 0
+    assert found["backend"] in ("cpu", "reference")
+
+
+@pytest.mark.model
+def test_generate_from_files_and_pipes(model: str, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text(RAW, encoding="utf-8")
+    options = ("--model", model, "--n", "2", "--json", "--logprobs", *GREEDY)
+    piped = json.loads(gptfast("generate", *options, "--prompt-file", "-", stdin=RAW).stdout)
+    filed = json.loads(gptfast("generate", *options, "--prompt-file", str(tmp_path / "prompt.txt")).stdout)
+    assert piped["token_ids"] == filed["token_ids"]
+    assert [s["token_ids"] for s in piped["samples"]] == [piped["token_ids"]] * 2, "greedy samples are equal"
+    assert len(piped["logprobs"]) == 6 and piped["samples"][1]["seed"] == piped["seed"] + 1
+
+
+@pytest.mark.model
+def test_generate_streams_and_chats(model: str) -> None:
+    prompt = "What is the capital of France? Then name three things to see there."
+    options = ("--model", model, "--prompt", prompt, "--chat", "--stop", "City", *GREEDY, "--max-new-tokens", "12")
+    text, stats = gptfast("generate", *options).stdout.decode().rsplit("\n", 2)[:2]
+    assert text == "1. Paris: The "
+    assert "45 + " in stats and "decode" in stats and "stop" in stats
+
+
+@pytest.mark.model
+def test_chat_through_a_pipe_is_quiet(model: str, tmp_path: Path) -> None:
+    file = tmp_path / "talk.json"
+    lines = f"Hi\n/save {file}\n/settings temperature 0.5\n/nonsense\n/reset\n/exit\nnever\n"
+    done = gptfast("chat", "--model", model, *GREEDY, stdin=lines)
+    talk = json.loads(file.read_text())
+    assert [m["role"] for m in talk] == ["user", "assistant"] and talk[0]["content"] == "Hi"
+    printed = done.stdout.decode()
+    assert printed.startswith(talk[1]["content"] + "\n")
+    assert "saved 2 messages" in printed and "temperature 0.5" in printed and "there is no /nonsense" in printed
+    assert ">" not in printed and "never" not in printed
+
+
+def test_info() -> None:
+    found = json.loads(gptfast("info", "--json").stdout)
+    assert found["backends"]["reference"] is None and found["machine"]["cores"] >= 1
+    printed = gptfast("info").stdout.decode()
+    assert "reference" in printed and "PyTorch" in printed
+
+
+def test_bench_has_options_of_its_own() -> None:
+    assert b"usage" in gptfast("bench", "--help").stdout.lower()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "--prompt", "a", "--model", "nope"), "no model at 'nope': expected a .gguf file"),
+        (("generate", "--model", "nope"), "either --prompt or --prompt-file, got neither"),
+        (("generate", "--prompt", "a", "--prompt-file", "b"), "got both"),
+        (("generate", "--prompt-file", "/nowhere/x"), "No such file"),
+        (("generate", "--prompt", "a", "--system", "b"), "--system needs --chat"),
+        (("generate", "--prompt-file", "-"), "a prompt in UTF-8"),
+    ],
+)
+def test_errors_are_one_sentence(fails: Callable[..., str], arguments: tuple[str, ...], message: str) -> None:
+    assert message in fails(*arguments, stdin=b"\xff\xfe")
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--weights", "q9"), "expected weights among"),
+        (("--activations", "int4"), "expected None, 'exact' or 'int8', got 'int4'"),
+        (("--backend", "tpu"), "expected one of reference, cpu, triton, cuda"),
+        (("--temperature", "-1"), "temperature"),
+        (("--prompt", ""), "at least one prompt token"),
+    ],
+)
+def test_errors_of_a_model_are_one_sentence(
+    model: str, fails: Callable[..., str], arguments: tuple[str, ...], message: str
+) -> None:
+    assert message in fails("generate", "--model", model, "--prompt", "a", "--max-new-tokens", "2", *arguments)
+
+
+def test_an_error_is_a_status_and_no_traceback() -> None:
+    done = gptfast("generate", "--prompt", "a", "--model", "nope", code=1)
+    assert done.stdout == b"" and done.stderr.startswith(b"gptfast: no model at 'nope'")
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_traceback_on_request() -> None:
+    done = gptfast("--traceback", "generate", "--prompt", "a", "--model", "nope", code=1)
+    assert b"Traceback" in done.stderr
+
+
+def test_a_missing_extra_is_named() -> None:
+    hide = "import sys; sys.modules['rich'] = None; from gptfast.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "pip install 'gptfast-kernels[cli]'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_wrong_usage() -> None:
+    assert b"No such option" in gptfast("generate", "--nonsense", code=2).stderr
