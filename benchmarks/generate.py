@@ -8,6 +8,7 @@ mode, the same number of threads.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -216,7 +217,10 @@ def main(argv: Sequence[str] = ()) -> int:
             hardware.ceilings(refresh=True)
         exact, fast = (gptfast.load("smollm2", activations=a) for a in ("exact", "int8"))
         contenders = [ours(fast, "gptfast int8", "int8"), ours(exact, "gptfast exact", "fp32"), theirs(exact)]
-        rows = [r for w in WORKLOADS for r in measure(exact, contenders, w, 2 if args.quick else args.rounds)]
+        rows: list[dict[str, Any]] = []
+        for workload in WORKLOADS:
+            print(f"SmolLM2-135M, {workload.name} ...", file=sys.stderr, flush=True)
+            rows += measure(exact, contenders, workload, 2 if args.quick else args.rounds)
         show(rows, f"SmolLM2-135M, {hardware.machine().cpu}, {torch.get_num_threads()} threads")
         append_csv(results_file("generate"), rows)
     same = [

@@ -283,3 +283,30 @@ def test_the_table_says_what_was_wrong(a_row: bench.Row, capsys: pytest.CaptureF
 @pytest.mark.parametrize(("value", "text"), [(2.0, "2 s"), (1.5e-3, "1.5 ms"), (2.25e-5, "22.5 us"), (3e-8, "30 ns")])
 def test_times_have_units(value: float, text: str) -> None:
     assert report.seconds(value) == text
+
+
+# --- benchmarks/
+
+
+def test_slopes_on_log_log_paper() -> None:
+    from benchmarks.scaling import slope
+
+    assert slope([1, 2, 4], [9.0, 3.0, 12.0]) == pytest.approx(2.0)
+    assert slope([1, 4], [5.0, 5.0]) == 0.0
+
+
+def test_every_scaling_series_is_right_at_its_smallest() -> None:
+    from benchmarks.scaling import SERIES
+
+    for series in SERIES:
+        op = ops.pages()[series.op]
+        size = series.sizes[0]
+        assert bench.check(op, series.make(Inputs(torch.float32, series.name), size)).passed, series.name
+        costs = [op.cost(**series.make(Inputs(torch.float32, series.name), n)) for n in series.sizes[:2]]
+        assert costs[1].flops > costs[0].flops, f"{series.name}: the op's cost doesn't grow along {series.along}"
+
+
+def test_tokens_agree_up_to_the_first_that_does_not() -> None:
+    from benchmarks.generate import _equal
+
+    assert _equal([[1, 2, 3], [4, 5, 6]], [[1, 9, 3], [4, 5, 6]]) == 1 + 3
