@@ -7,9 +7,9 @@
 
 namespace gptfast {
 
-const Kernels& kernels();            // those in use
-const std::string& isa();            // its name
-std::vector<std::string> isas();     // those this machine can run, the narrowest first
+const Kernels& kernels();               // those in use
+const std::string& isa();               // its name
+std::vector<std::string> isas();        // those this machine can run, the narrowest first
 void use_isa(const std::string& name);  // throws std::invalid_argument if this machine can't
 
 }  // namespace gptfast

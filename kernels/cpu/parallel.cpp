@@ -1,7 +1,9 @@
 #include "parallel.h"
 
 #include <pthread.h>
+#if defined(__linux__)
 #include <sched.h>
+#endif
 
 #include <atomic>
 #include <cstdlib>
@@ -39,12 +41,21 @@ void wait_while(const std::atomic<T>& value, T old) {
   while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
 }
 
+int this_core() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
 }  // namespace
 
 struct Launch {
   void (*body)(const void*, Worker&);
   const void* args;
   int count;
+  int caller_core;
   alignas(64) std::atomic<int64_t> counters[8] = {};
   alignas(64) std::atomic<uint32_t> arrived{0};
   alignas(64) std::atomic<uint32_t> round{0};
@@ -58,7 +69,32 @@ struct Team {
   alignas(64) std::atomic<uint32_t> finished{0};  // threads done with the present launch
   alignas(64) std::atomic<bool> busy{false};
   Launch* launch = nullptr;
-  int size = 1;  // threads that exist, the caller included
+  int size = 1;                              // threads that exist, the caller included
+  std::atomic<int> cores[MAX_THREADS] = {};  // where each worker was last, plus 1
+#if defined(__linux__)
+  cpu_set_t allowed;  // the cores of the thread that made the team
+#endif
+
+  // The system may wake a worker on its caller's core, or on another worker's, and leave both there, each waiting for
+  // the other in turn: a kernel then takes four times as long (LOG.md). A worker that finds itself on a taken core
+  // moves.
+  void spread([[maybe_unused]] int id, [[maybe_unused]] const Launch& now) {
+#if defined(__linux__)
+    const int core = sched_getcpu();
+    bool taken = core == now.caller_core;
+    if (core + 1 != cores[id].load(std::memory_order_relaxed))
+      for (int other = 1; other < id && !taken; other++)
+        taken = cores[other].load(std::memory_order_relaxed) == core + 1;
+    if (taken) {
+      cpu_set_t free = allowed;
+      CPU_CLR(now.caller_core, &free);
+      for (int other = 1; other < id; other++)
+        if (const int at = cores[other].load(std::memory_order_relaxed)) CPU_CLR(at - 1, &free);
+      if (CPU_COUNT(&free)) sched_setaffinity(0, sizeof free, &free);
+    }
+    cores[id].store(sched_getcpu() + 1, std::memory_order_relaxed);
+#endif
+  }
 
   void serve(int id, uint32_t seen) {
     for (;;) {
@@ -66,6 +102,7 @@ struct Team {
       seen++;
       Launch& now = *launch;  // launch changes only after every worker has finished with the last one
       if (id < now.count) {
+        spread(id, now);
         Worker worker{id, now.count, &now};
         now.body(now.args, worker);
       }
@@ -100,6 +137,15 @@ struct Team {
   }
 };
 
+Team* make_team() {
+  Team* made = new Team;
+#if defined(__linux__)
+  CPU_ZERO(&made->allowed);
+  sched_getaffinity(0, sizeof made->allowed, &made->allowed);
+#endif
+  return made;
+}
+
 Team* team = nullptr;
 
 Team& the_team() {
@@ -107,9 +153,9 @@ Team& the_team() {
   if (!team) {
     while (making.exchange(true)) pause();
     if (!team) {
-      team = new Team;
+      team = make_team();
       // A forked child has none of the threads: it starts over with a team of its own.
-      pthread_atfork(nullptr, nullptr, [] { team = new Team; });
+      pthread_atfork(nullptr, nullptr, [] { team = make_team(); });
     }
     making.store(false);
   }
@@ -117,8 +163,10 @@ Team& the_team() {
 }
 
 int cores() {
+#if defined(__linux__)
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
   return (int)std::thread::hardware_concurrency();
 }
 
@@ -159,7 +207,8 @@ void* Worker::scratch(size_t bytes) {
 
 void run(void (*body)(const void*, Worker&), const void* args, int threads) {
   static const int most = cores() < MAX_THREADS ? cores() : MAX_THREADS;
-  Launch work{body, args, threads < most ? threads : most};
+  Launch work{};
+  work.body = body, work.args = args, work.count = threads < most ? threads : most;
   Team& mine = the_team();
   if (work.count <= 1 || mine.busy.exchange(true, std::memory_order_acquire)) {
     work.count = 1;
@@ -167,6 +216,7 @@ void run(void (*body)(const void*, Worker&), const void* args, int threads) {
     body(args, worker);
     return;
   }
+  work.caller_core = this_core();
   mine.grow(work.count);
   if (work.count > mine.size) work.count = mine.size;
   mine.run(work);

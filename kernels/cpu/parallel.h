@@ -19,8 +19,9 @@ struct Worker {
   int64_t next(int counter = 0);
   // Waits until every worker of this launch has come here.
   void sync();
-  // At least `bytes` of this thread's own memory, 64-byte aligned, contents undefined; valid until the kernel returns or
-  // asks again. Null never comes back: std::bad_alloc is thrown on the calling thread before the kernel starts working.
+  // At least `bytes` of this thread's own memory, 64-byte aligned, contents undefined; valid until the kernel returns
+  // or asks again. Null never comes back: std::bad_alloc is thrown on the calling thread before the kernel starts
+  // working.
   void* scratch(size_t bytes);
 };
 

@@ -1,8 +1,9 @@
-// One vector type, as wide as the instruction set this file is being compiled for, and the few operations on it that the
-// compiler's vector extensions don't spell. Kernels are written once in terms of it.
+// One vector type, as wide as the instruction set this file is being compiled for, and the few operations on it that
+// the compiler's vector extensions don't spell. Kernels are written once in terms of it.
 //
-// Everything here lives in the ISA's own namespace, and kernel sources use no std:: templates: an inline function shared
-// by two instruction sets would be merged by the linker, and the wider copy may win on a machine that can't run it.
+// Everything here lives in the ISA's own namespace, and kernel sources use no std:: templates: an inline function
+// shared by two instruction sets would be merged by the linker, and the wider copy may win on a machine that can't run
+// it.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -228,7 +229,8 @@ INLINE void store(T* p, f32v v) {
   memcpy(p, &h, sizeof h);
 }
 
-// The first n of LANES values, 0 <= n <= LANES: lanes beyond n load as zero and are not stored; no byte beyond is touched.
+// The first n of LANES values, 0 <= n <= LANES: lanes beyond n load as zero and are not stored; no byte beyond is
+// touched.
 template <class T>
 INLINE f32v load(const T* p, int n) {
 #if defined(__AVX512F__)
@@ -354,7 +356,8 @@ INLINE uint32_t bits(i32v mask) {
   return b;
 #endif
 }
-// Stores the lanes whose bit is set side by side and returns how many; the rest of LANES values at p may be overwritten.
+// Stores the lanes whose bit is set side by side and returns how many; the rest of LANES values at p may be
+// overwritten.
 template <class V>
 INLINE int compress(void* p, V v, uint32_t bits) {
 #if defined(__AVX512F__)
@@ -398,8 +401,8 @@ INLINE f32v exp2(f32v x) {
   i32v e = __builtin_convertvector(n, i32v) << 23;
   return x < -126.0f ? f32v{} : bitcast<f32v>(bitcast<i32v>(p) + e);
 }
-// e^x to 2 units in the last place: x - n ln(2) in two parts, so that large x keeps its fraction. Above 88.72 the result
-// is infinity, below -87.33 it is 0, NaN stays NaN.
+// e^x to 2 units in the last place: x - n ln(2) in two parts, so that large x keeps its fraction. Above 88.72 the
+// result is infinity, below -87.33 it is 0, NaN stays NaN.
 INLINE f32v exp(f32v x) {
   f32v w = x * 1.44269504f, n = round(max(splat(-127.0f), w));
   f32v p = exp2_fraction(((x - n * 0.693359375f) + n * 2.12194440e-4f) * 1.44269504f);
