@@ -1,10 +1,11 @@
 PY := .venv/bin/python
 PIP := $(PY) -m pip install -q -c constraints/cpu.txt
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test test-all build lint bench format clean
 demo: build .venv/.model
 	$(PY) -m gptfast demo
+# Two test processes share the cores: idle OpenMP threads must not spin on them.
+test test-all: export OMP_WAIT_POLICY = PASSIVE
 test: build .venv/.model
 	$(PY) -m pytest -n 2 -m "not slow"
 test-all: build .venv/.model

@@ -50,8 +50,9 @@ class GPT(nn.Module):
         self.head = None if config.tie_embeddings else Linear(config.n_embd, config.vocab_size, False, **on)
         self._activations: str | None = None
         self._backend: str | None = None
-        self._tables: tuple[Tensor, Tensor] | None = None
-        self._tables_for: tuple[Any, ...] = ()
+        self._tables: tuple[tuple[Any, ...], tuple[Tensor, Tensor]] | None = (
+            None  # for which device and length; cos, sin
+        )
         # GPT-2: what adds to the residual stream is scaled down, so that its variance does not grow with depth.
         for block in self.blocks:
             assert isinstance(block, Block)
@@ -125,12 +126,13 @@ class GPT(nn.Module):
         long = None
         if c.rope_scaling is not None and c.rope_scaling["rope_type"] == "longrope":
             long = end > c.rope_scaling.get("original_max_position_embeddings", c.context)
-        if self._tables is None or self._tables[0].shape[0] < end or self._tables_for != (device, long):
+        kept = self._tables  # read once: another thread may be replacing it
+        if kept is None or kept[0] != (device, long) or kept[1][0].shape[0] < end:
             size = min(c.context, max(256, 1 << (end - 1).bit_length()))
             length = None if long is None else c.context if long else 1
-            tables = rope_tables(size, c.rotary_dim, c.rope_theta, c.rope_scaling, c.context, length=length)
-            self._tables, self._tables_for = (tables[0].to(device), tables[1].to(device)), (device, long)
-        return self._tables
+            cos, sin = rope_tables(size, c.rotary_dim, c.rope_theta, c.rope_scaling, c.context, length=length)
+            self._tables = kept = ((device, long), (cos.to(device), sin.to(device)))
+        return kept[1]
 
     @property
     def activations(self) -> str | None:
