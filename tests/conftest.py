@@ -9,7 +9,6 @@ import torch
 @pytest.fixture(autouse=True)
 def nan_filled_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.empty gives NaN: an output element that a kernel forgets to write is seen."""
-    torch.utils.deterministic.fill_uninitialized_memory = True
     real = torch.empty
 
     def empty(*size, **kwargs):
