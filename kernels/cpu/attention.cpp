@@ -316,22 +316,22 @@ void by_strips(const Attention& a, Worker& worker) {
   const int64_t heads = a.B * a.Hk, strips = ceil_div(most, size);
   Scratch x(a, worker, size);
   if (a.k_new && strips > 1) {
-    for (int64_t h = worker.begin(heads); h < worker.end(heads); h++)
-      append<T>(a, sequence(a, h / a.Hk), h % a.Hk, 0, a.Sq);
-    worker.sync();
+    worker.each(heads, [&](int64_t h) { append<T>(a, sequence(a, h / a.Hk), h % a.Hk, 0, a.Sq); });
   }
-  for (int64_t task; (task = worker.next()) < heads * strips;) {
-    const Head<T> head(a, task % heads / a.Hk, task % a.Hk);
-    if (a.k_new && strips == 1) append<T>(a, head.s, head.hk, 0, a.Sq);
-    const int first = (int)(strips - 1 - task / heads) * size, count = min(size, head.tiles() - first);
-    if (count <= 0) continue;
-    const bool few = count == 1 && head.rows() - first * ROWS <= FEW;
-    Tile tiles[TILES];
-    for (int i = 0; i < count; i++)
-      tiles[i] = head.start((first + i) * ROWS, few, x.tiles + i * Scratch::tile_floats(a.D), x.s);
-    run_strip(head, tiles, count, 0, 1 << 30, x);
-    for (int i = 0; i < count; i++) head.finish(tiles[i], x.s);
-  }
+  worker.phase(heads * strips, 1, [&](int64_t task, int64_t end) {
+    for (; task < end; task++) {
+      const Head<T> head(a, task % heads / a.Hk, task % a.Hk);
+      if (a.k_new && strips == 1) append<T>(a, head.s, head.hk, 0, a.Sq);
+      const int first = (int)(strips - 1 - task / heads) * size, count = min(size, head.tiles() - first);
+      if (count <= 0) continue;
+      const bool few = count == 1 && head.rows() - first * ROWS <= FEW;
+      Tile tiles[TILES];
+      for (int i = 0; i < count; i++)
+        tiles[i] = head.start((first + i) * ROWS, few, x.tiles + i * Scratch::tile_floats(a.D), x.s);
+      run_strip(head, tiles, count, 0, 1 << 30, x);
+      for (int i = 0; i < count; i++) head.finish(tiles[i], x.s);
+    }
+  });
 }
 
 // The part of a tile that a chunk changes lies together: o, m, l.
@@ -376,27 +376,28 @@ void by_chunks(const Attention& a, Worker& worker) {
   auto start = [&](const Head<T>& head, int tile) {
     return head.start(tile * ROWS, head.rows() - tile * ROWS <= FEW, x.tiles, x.s);
   };
-  int64_t total = 0, done = 0;
+  int64_t total = 0;
   int first, last;
   for (int64_t b = 0; b < a.B; b++) chunks(b, &first, &last), total += last - first;
-  const int64_t begin = worker.begin(total * a.Hk), end = worker.end(total * a.Hk);
-  for (int64_t b = 0; b < a.B; b++) {
-    chunks(b, &first, &last);
-    const int64_t from = max<int64_t>(begin - done, 0), to = min<int64_t>(end - done, (last - first) * a.Hk);
-    for (int64_t u = from; u < to; u++) {
-      const Head<T> head(a, b, u % a.Hk);
-      const int c = first + (int)(u / a.Hk), fresh = head.s.k_len - head.s.q_len;  // the first new key
-      if (a.k_new) append<T>(a, head.s, head.hk, max(c * CHUNK - fresh, 0), min((c + 1) * CHUNK - fresh, head.s.q_len));
-      for (int tile = 0; tile < head.tiles(); tile++) {
-        Tile t = start(head, tile);
-        run_strip(head, &t, 1, c, c + 1, x);
-        memcpy(partial(b, head.hk, c, tile), t.o, state_floats(t) * sizeof(float));
+  worker.phase(total * a.Hk, ceil_div(total * a.Hk, 4 * worker.count), [&](int64_t begin, int64_t end) {
+    for (int64_t b = 0, done = 0; b < a.B; b++) {
+      chunks(b, &first, &last);
+      const int64_t from = max<int64_t>(begin - done, 0), to = min<int64_t>(end - done, (last - first) * a.Hk);
+      for (int64_t u = from; u < to; u++) {
+        const Head<T> head(a, b, u % a.Hk);
+        const int c = first + (int)(u / a.Hk), fresh = head.s.k_len - head.s.q_len;  // the first new key
+        if (a.k_new)
+          append<T>(a, head.s, head.hk, max(c * CHUNK - fresh, 0), min((c + 1) * CHUNK - fresh, head.s.q_len));
+        for (int tile = 0; tile < head.tiles(); tile++) {
+          Tile t = start(head, tile);
+          run_strip(head, &t, 1, c, c + 1, x);
+          memcpy(partial(b, head.hk, c, tile), t.o, state_floats(t) * sizeof(float));
+        }
       }
+      done += (last - first) * a.Hk;
     }
-    done += (last - first) * a.Hk;
-  }
-  worker.sync();
-  for (int64_t task; (task = worker.next()) < a.B * a.Hk;) {
+  });
+  worker.each(a.B * a.Hk, [&](int64_t task) {
     const Head<T> head(a, task / a.Hk, task % a.Hk);
     chunks(head.s.b, &first, &last);
     for (int tile = 0; tile < head.tiles(); tile++) {
@@ -404,7 +405,7 @@ void by_chunks(const Attention& a, Worker& worker) {
       for (int c = first; c < last; c++) fold(t, partial(head.s.b, head.hk, c, tile));
       head.finish(t, x.s);
     }
-  }
+  });
 }
 
 }  // namespace

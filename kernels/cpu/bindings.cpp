@@ -6,9 +6,14 @@
 #include <sys/mman.h>
 #endif
 
+#include <functional>
+#include <map>
+#include <memory>
+#include <new>
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <vector>
 
 #include "dispatch.h"
 
@@ -56,7 +61,7 @@ struct Slot {
   PyObject* name;
 
   Slot(Field Args::* field, const char* name) : field(field), name(PyUnicode_InternFromString(name)) {}
-  bool fill(Args& args, const py::kwargs& given) const {
+  bool fill(Args& args, const py::dict& given) const {
     if (PyObject* value = PyDict_GetItem(given.ptr(), name)) {
       set(args.*field, value);
       return true;
@@ -67,24 +72,99 @@ struct Slot {
   }
 };
 
+// Arguments and the table of the instruction set that was in use when they were filled.
+template <class Args>
+struct Bound {
+  Args args;
+  const Kernels* table;
+};
+template <auto kernel, class Args>
+void call(const void* p, Worker& worker) {
+  const auto& bound = *static_cast<const Bound<Args>*>(p);
+  (bound.table->*kernel)(bound.args, worker);
+}
+
+// A kernel as a recorded launch needs it.
+struct Recordable {
+  std::size_t size;                                                               // of its Bound arguments
+  std::function<void(void* bound, const py::dict& fields, const char* op)> fill;  // the arguments come first
+  Body body;
+};
+std::map<std::string, Recordable>& recordables() {
+  static auto* all = new std::map<std::string, Recordable>;
+  return *all;
+}
+
+// The list that takes this thread's launches as (op, threads, fields), or null.
+thread_local PyObject* recording = nullptr;
+
 // A launch reads its fields from the keywords itself: pybind11's own matching takes 150 ns for each of 50.
 template <auto kernel, class Args, class... Fields, class... Names>
 void def(py::module_& m, const char* op, std::tuple<Fields Args::*...> fields, Names... names) {
   auto slots = std::apply([&](auto... field) { return std::make_tuple(Slot<Args, Fields>(field, names)...); }, fields);
+  auto fill = [slots](void* bound, const py::dict& given, const char* op) {
+    Args& args = (new (bound) Bound<Args>{{}, &kernels()})->args;
+    const std::size_t known =
+        std::apply([&](const auto&... slot) { return (std::size_t{0} + ... + slot.fill(args, given)); }, slots);
+    if (PyErr_Occurred()) throw py::error_already_set();
+    if (known != given.size()) throw py::type_error("a keyword is no field of " + std::string(op));
+  };
+  recordables()[op] = {sizeof(Bound<Args>), fill, call<kernel, Args>};
   m.def(
       op,
-      [slots](int threads, const py::kwargs& given) {
-        Args args{};
-        const std::size_t known =
-            std::apply([&](const auto&... slot) { return (std::size_t{0} + ... + slot.fill(args, given)); }, slots);
-        if (PyErr_Occurred()) throw py::error_already_set();
-        if (known != given.size()) throw py::type_error("a keyword is no field of this kernel");
+      [fill, op](int threads, const py::kwargs& given) {
+        Bound<Args> bound;
+        fill(&bound, given, op);
+        if (recording) py::handle(recording).attr("append")(py::make_tuple(op, threads, given));
         py::gil_scoped_release unlocked;
-        run([](const void* p, Worker& worker) { (kernels().*kernel)(*static_cast<const Args*>(p), worker); }, &args,
-            threads);
+        run(call<kernel, Args>, &bound, threads);
       },
       py::arg("threads"));
 }
+
+// Launches laid out to be run one after another without Python. A field may be another launch, (op, fields): the
+// pointer to its arguments.
+class Plan {
+ public:
+  explicit Plan(const py::list& launches) {
+    for (const py::handle launch : launches) {
+      const py::tuple parts = py::reinterpret_borrow<py::tuple>(launch);
+      const auto op = parts[0].cast<std::string>();
+      void* args = lay_out(op, parts[2].cast<py::dict>());
+      steps_.push_back({recordables().at(op).body, args, parts[1].cast<int>()});
+    }
+    recording_ = {steps_.data(), steps_.size()};
+  }
+  Plan(const Plan&) = delete;
+  ~Plan() { release(); }
+
+  void run(int threads) {
+    py::gil_scoped_release unlocked;
+    replay(recording_, threads);
+  }
+
+ private:
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  void* lay_out(const std::string& op, py::dict fields) {
+    const auto found = recordables().find(op);
+    if (found == recordables().end()) throw py::value_error("no kernel is called " + op);
+    py::dict flat;
+    for (const auto& [name, value] : fields)
+      flat[name] =
+          py::isinstance<py::tuple>(value) && py::len(value) == 2 && py::isinstance<py::str>(value[py::int_(0)])
+              ? py::int_(reinterpret_cast<std::uintptr_t>(
+                    lay_out(value[py::int_(0)].cast<std::string>(), value[py::int_(1)].cast<py::dict>())))
+              : py::reinterpret_borrow<py::object>(value);
+    storage_.push_back(std::make_unique<Line[]>((found->second.size + 63) / 64));
+    found->second.fill(storage_.back().get(), flat, found->first.c_str());
+    return storage_.back().get();
+  }
+  std::vector<std::unique_ptr<Line[]>> storage_;
+  std::vector<Step> steps_;
+  Recording recording_{};
+};
 
 // BIND(op, Args, field, field, ...): one line per kernel.
 #define PARENS ()
@@ -108,6 +188,12 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("use_isa", &use_isa, py::arg("name"), "Use another instruction set's kernels from now on.");
   m.def("huge_pages", &huge_pages, py::arg("data"), py::arg("bytes"),
         "Asks for 2 MiB pages under memory not yet written.");
+  m.def(
+      "record", [](const py::object& list) { recording = list.is_none() ? nullptr : list.ptr(); }, py::arg("list"),
+      "Appends this thread's launches as (op, threads, fields) to a list that the caller keeps, until record(None).");
+  py::class_<Plan>(m, "Plan", "Launches laid out to be run one after another without Python.")
+      .def(py::init<py::list>(), py::arg("launches"))
+      .def("run", &Plan::run, py::arg("threads"));
   BIND(attention, Attention, out, lse, workspace, q, k, v, k_cache, v_cache, k_new, v_new, cos, sin, mask, bias, slopes,
        sinks, cu_q, cu_k, lengths, leftpad, batch_index, block_table, B, Sq, Sk, H, Hk, D, q_longest, q_strides,
        k_strides, v_strides, k_new_strides, v_new_strides, mask_strides, bias_strides, slopes_batch, page, table_stride,

@@ -91,38 +91,43 @@ i32v stream(const char* from, char* to, int64_t share, i32v acc) {
   return acc;
 }
 
-}  // namespace
-
-// Work that meets one limit of the machine and nothing else, to be timed from outside. *work says how much of it was
-// done: operations (a multiply-add counts two) or bytes.
-void ceilings(const Ceilings& a, Worker& worker) {
-  float* sink = (float*)a.sink + worker.id * 2 * LANES;
-  const double chains = 2.0 * CHAINS * LANES * worker.count * a.turns;
+// One of `parts` equal parts of the work; returns how much that was.
+double part_of_ceiling(const Ceilings& a, int64_t part, int64_t parts) {
+  float* sink = (float*)a.sink + part * 2 * LANES;
+  const double chains = 2.0 * CHAINS * LANES * a.turns;
   if (a.what == Ceilings::FP32) {
     multiply_add(sink, a.turns);
-    if (worker.id == 0) *a.work = chains;
-    return;
+    return chains;
   }
   if (a.what == Ceilings::INT8) {
-    int products = LANE_PRODUCTS;
 #if defined(__AVX512F__)
     if (__builtin_cpu_supports("avx512vnni")) {
-      products = 4;
       dot_vnni(sink, a.turns);
-    } else
+      return chains * 4;
+    }
 #endif
-      dot_generic(sink, a.turns);
-    if (worker.id == 0) *a.work = chains * products;
-    return;
+    dot_generic(sink, a.turns);
+    return chains * LANE_PRODUCTS;
   }
   const bool copy = a.what == Ceilings::COPY;
-  const int64_t share = a.bytes / worker.count / (STREAMS * LINE) * (STREAMS * LINE), start = worker.id * share;
+  const int64_t share = a.bytes / parts / (STREAMS * LINE) * (STREAMS * LINE), start = part * share;
   i32v acc = {};
   for (int64_t turn = 0; turn < a.turns; turn++)
     acc = copy ? stream<true>((const char*)a.data + start, (char*)a.copy + start, share, acc)
                : stream<false>((const char*)a.data + start, nullptr, share, acc);
   store(sink, bitcast<f32v>(acc));
-  if (worker.id == 0) *a.work = (copy ? 2.0 : 1.0) * share * worker.count * a.turns;
+  return (copy ? 2.0 : 1.0) * share * a.turns;
+}
+
+}  // namespace
+
+// Work that meets one limit of the machine and nothing else, to be timed from outside. *work says how much of it was
+// done: operations (a multiply-add counts two) or bytes.
+void ceilings(const Ceilings& a, Worker& worker) {
+  worker.each(worker.count, [&](int64_t part) {
+    const double done = part_of_ceiling(a, part, worker.count);
+    if (part == 0) *a.work = done * worker.count;
+  });
 }
 
 }  // namespace gptfast::ISA

@@ -8,16 +8,16 @@ void embedding(const Embedding& a, Worker& worker) {
   with_storage(a.dtype, [&](auto t) {
     using T = decltype(t);
     const int64_t C = a.cols;
-    for (int64_t i = worker.begin(a.rows); i < worker.end(a.rows); i++) {
+    worker.each(a.rows, [&](int64_t i) {
       T* out = (T*)a.out + i * C;
       const T* row = (const T*)a.weight + a.ids[i] * a.weight_stride;
       if (!a.positions) {
         memcpy(out, row, C * sizeof(T));
-        continue;
+        return;
       }
       const T* position = (const T*)a.position_weight + a.positions[i] * a.position_stride;
       each_vector(C, [&](int64_t c, auto n, int) { store(out + c, load(row + c, n) + load(position + c, n), n); });
-    }
+    });
   });
 }
 

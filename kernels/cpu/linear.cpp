@@ -154,7 +154,7 @@ void store_block(const Linear& a, const Tiles& tiles, int64_t begin, int64_t end
 template <int LOW, int HIGH, int NR, class W>
 void streamed(const Linear& a, const float* x, int64_t padded, Worker& worker, float* sums) {
   const Tiles tiles(a.rows, HIGH);
-  in_runs(ceil_div(a.cols, STREAM_COLS), worker, [&](int64_t task) {
+  worker.each(ceil_div(a.cols, STREAM_COLS), [&](int64_t task) {
     const int64_t col = task * STREAM_COLS, cols = min(STREAM_COLS, a.cols - col), across = ceil_div(cols, NR);
     for (int64_t k = 0; k < a.depth; k += CHUNK)
       for (int64_t c = 0; c < across; c++)
@@ -176,7 +176,7 @@ void blocked(const Linear& a, const float* x, int64_t padded, Worker& worker, fl
   const Tiles tiles(a.rows, TILE);
   const int64_t columns = ceil_div(a.cols, BLOCK_COLS), enough = ceil_div(4 * worker.count, columns);
   const Tiles blocks(tiles.count, min(BLOCK_TILES, ceil_div(tiles.count, enough)));
-  for (int64_t task; (task = worker.next()) < blocks.count * columns;) {
+  worker.each(blocks.count * columns, [&](int64_t task) {
     const int64_t begin = blocks.begin(task % blocks.count), end = blocks.begin(task % blocks.count + 1);
     const int64_t col = task / blocks.count * BLOCK_COLS, cols = min(BLOCK_COLS, a.cols - col);
     const int64_t across = ceil_div(cols, WIDTH);
@@ -194,7 +194,7 @@ void blocked(const Linear& a, const float* x, int64_t padded, Worker& worker, fl
         });
     }
     store_block(a, tiles, begin, end, col, cols, WIDTH, sums);
-  }
+  });
 }
 
 }  // namespace
@@ -207,16 +207,15 @@ void linear(const Linear& a, Worker& worker) {
   const Tiles tiles(a.rows, a.rows <= FEW ? FEW : TILE);
   float* sums = (float*)worker.scratch((MEMORY + (a.workspace ? 0 : a.rows * padded)) * sizeof(float));
   float* x = a.workspace ? (float*)a.workspace : sums + MEMORY;
-  const int64_t begin = a.workspace ? worker.begin(tiles.count) : 0;
-  const int64_t end = a.workspace ? worker.end(tiles.count) : tiles.count;
-  with_storage(a.dtype, [&](auto t) {
-    for (int64_t i = begin; i < end; i++) {
-      const int rows = tiles.height(i);
-      pack_rows((const decltype(t)*)a.x + tiles.begin(i) * a.x_stride, a.x_stride, a.depth, rows, rows,
-                x + tiles.begin(i) * padded);
-    }
+  prepare(a.workspace, tiles.count, worker, [&](int64_t begin, int64_t end) {
+    with_storage(a.dtype, [&](auto t) {
+      for (int64_t i = begin; i < end; i++) {
+        const int rows = tiles.height(i);
+        pack_rows((const decltype(t)*)a.x + tiles.begin(i) * a.x_stride, a.x_stride, a.depth, rows, rows,
+                  x + tiles.begin(i) * padded);
+      }
+    });
   });
-  if (a.workspace) worker.sync();
   with_storage(a.format, [&](auto w) {
     using W = decltype(w);
     if (a.rows > STREAMED)

@@ -76,12 +76,13 @@ struct Tiles {
   int height(int64_t tile) const { return (int)(begin(tile + 1) - begin(tile)); }
 };
 
-// Calls f(task) for tasks in runs that get shared out as workers come free, a run short enough for eight per worker.
+// Calls f(begin, end) for runs of what every worker needs: shared out, or all of it for each worker by itself.
 template <class F>
-INLINE void in_runs(int64_t tasks, Worker& worker, F f) {
-  const int64_t run = max<int64_t>(1, tasks / (worker.count * 8));
-  for (int64_t begin; (begin = worker.next() * run) < tasks;)
-    for (int64_t task = begin; task < min(begin + run, tasks); task++) f(task);
+INLINE void prepare(bool shared, int64_t tasks, Worker& worker, F f) {
+  if (shared)
+    worker.phase(tasks, ceil_div(tasks, worker.count * 4), f);
+  else
+    f((int64_t)0, tasks);
 }
 
 // y[row, col .. col + n] = sums + bias, rounded to y's dtype.

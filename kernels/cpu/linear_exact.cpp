@@ -119,18 +119,17 @@ void linear_exact(const Linear& a, Worker& worker) {
   const Tiles tiles(a.rows, TILE), blocks(tiles.count, BLOCK_TILES);
   float* memory = (float*)worker.scratch((MEMORY + (a.workspace ? 0 : a.rows * a.depth)) * sizeof(float));
   float* x = a.workspace ? (float*)a.workspace : memory + MEMORY;
-  const int64_t begin = a.workspace ? worker.begin(tiles.count) : 0;
-  const int64_t end = a.workspace ? worker.end(tiles.count) : tiles.count;
-  with_storage(a.dtype, [&](auto t) {
-    for (int64_t i = begin; i < end; i++)
-      interleave_rows((const decltype(t)*)a.x + tiles.begin(i) * a.x_stride, a.x_stride, a.depth, tiles.height(i),
-                      x + tiles.begin(i) * a.depth);
+  prepare(a.workspace, tiles.count, worker, [&](int64_t begin, int64_t end) {
+    with_storage(a.dtype, [&](auto t) {
+      for (int64_t i = begin; i < end; i++)
+        interleave_rows((const decltype(t)*)a.x + tiles.begin(i) * a.x_stride, a.x_stride, a.depth, tiles.height(i),
+                        x + tiles.begin(i) * a.depth);
+    });
   });
-  if (a.workspace) worker.sync();
   const int64_t panels = ceil_div(a.cols, PANEL);
   with_format(a.format, [&](auto format) {
     using Block = decltype(format);
-    in_runs(ceil_div(panels, ABREAST) * blocks.count, worker, [&](int64_t task) {
+    worker.each(ceil_div(panels, ABREAST) * blocks.count, [&](int64_t task) {
       const int64_t first = task / blocks.count * ABREAST, b = blocks.begin(task % blocks.count),
                     e = blocks.begin(task % blocks.count + 1);
       if (first + ABREAST <= panels)

@@ -286,19 +286,17 @@ void linear_int8(const Linear& a, Worker& worker) {
   const int64_t panels = ceil_div(a.cols, PANEL);
   with_format(a.format, [&](auto format) {
     using Block = decltype(format);
-    with_storage(a.dtype, [&](auto t) {
-      quantize_rows<Block, decltype(t)>(a, x, a.workspace ? worker.begin(a.rows) : 0,
-                                        a.workspace ? worker.end(a.rows) : a.rows);
+    prepare(a.workspace, a.rows, worker, [&](int64_t begin, int64_t end) {
+      with_storage(a.dtype, [&](auto t) { quantize_rows<Block, decltype(t)>(a, x, begin, end); });
     });
-    if (a.workspace) worker.sync();
     if (a.rows <= FEW) {
       with_int<1, FEW>((int)a.rows, [&](auto rows) {
-        in_runs(panels, worker, [&](int64_t panel) { few_rows<Block, decltype(rows)::value>(a, x, panel); });
+        worker.each(panels, [&](int64_t panel) { few_rows<Block, decltype(rows)::value>(a, x, panel); });
       });
       return;
     }
     const Tiles tiles(a.rows, TILE), blocks(tiles.count, BLOCK_TILES);
-    in_runs(ceil_div(panels, ABREAST) * blocks.count, worker, [&](int64_t task) {
+    worker.each(ceil_div(panels, ABREAST) * blocks.count, [&](int64_t task) {
       const int64_t first = task / blocks.count * ABREAST, b = blocks.begin(task % blocks.count),
                     e = blocks.begin(task % blocks.count + 1);
       float* sums = (float*)(memory + UNPACKED);

@@ -13,15 +13,18 @@ void each_element(const Mlp& a, Worker& worker, F f) {
     const int64_t C = a.cols;
     const bool past_caches =
         a.rows * C * (int64_t)sizeof(T) > STREAM_BYTES && C * sizeof(T) % VEC_BYTES == 0 && aligned(a.y);
-    for (int64_t r = worker.begin(a.rows); r < worker.end(a.rows); r++) {
-      const T *x = (const T*)a.x + r * a.x_stride, *other = a.other ? (const T*)a.other + r * a.other_stride : nullptr;
-      T* y = (T*)a.y + r * C;
-      each_vector(C, [&](int64_t c, auto n, int) {
-        const f32v v = f(load(x + c, n), other ? load(other + c, n) : f32v{});
-        past_caches ? stream(y + c, v, n) : store(y + c, v, n);
-      });
-    }
-    if (past_caches) stream_end();
+    worker.phase(a.rows, ceil_div(a.rows, 8 * worker.count), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; r++) {
+        const T *x = (const T*)a.x + r * a.x_stride,
+                *other = a.other ? (const T*)a.other + r * a.other_stride : nullptr;
+        T* y = (T*)a.y + r * C;
+        each_vector(C, [&](int64_t c, auto n, int) {
+          const f32v v = f(load(x + c, n), other ? load(other + c, n) : f32v{});
+          past_caches ? stream(y + c, v, n) : store(y + c, v, n);
+        });
+      }
+      if (past_caches) stream_end();
+    });
   });
 }
 

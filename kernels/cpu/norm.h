@@ -49,19 +49,20 @@ template <class F>
 INLINE void norm_rows(const Norm& a, Worker& worker, F body) {
   // room for a row and for its dropout mask
   float* row = (float*)worker.scratch((a.cols * (a.drop_below ? 2 : 1) + 4 * LANES) * sizeof(float));
-  const int64_t begin = worker.begin(a.rows), end = worker.end(a.rows);
   with_storage(a.dtype, [&](auto t) {
     using T = decltype(t);
     // Outputs that no cache would keep until they are read again skip the read that an ordinary store begins with.
     const int64_t row_bytes = a.cols * sizeof(T), written = row_bytes * a.rows * (a.sum ? 2 : 1);
     const bool past_caches = written > STREAM_BYTES && row_bytes % VEC_BYTES == 0 && aligned(a.y) && aligned(a.sum);
-    for (int64_t r = begin; r < end; r++) {
-      if (a.weight_dtype == a.dtype)
-        body(r, past_caches, row, t, t);
-      else
-        body(r, past_caches, row, t, float{});
-    }
-    if (past_caches) stream_end();
+    worker.phase(a.rows, ceil_div(a.rows, 8 * worker.count), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; r++) {
+        if (a.weight_dtype == a.dtype)
+          body(r, past_caches, row, t, t);
+        else
+          body(r, past_caches, row, t, float{});
+      }
+      if (past_caches) stream_end();
+    });
   });
 }
 

@@ -51,24 +51,43 @@ int this_core() {
 
 }  // namespace
 
-struct Launch {
-  void (*body)(const void*, Worker&);
-  const void* args;
-  int count;
-  int caller_core;
-  alignas(64) std::atomic<int64_t> counters[8] = {};
-  alignas(64) std::atomic<uint32_t> arrived{0};
-  alignas(64) std::atomic<uint32_t> round{0};
+// How far the present phase is. Each counter holds the ticket of the phase it belongs to above its 16-bit count, so
+// that nothing has to be reset and a worker that is phases behind can take nothing.
+struct Board {
+  struct alignas(64) Counter {
+    std::atomic<uint64_t> value{0};
+  };
+  static constexpr int COUNT = 16;  // bits
+  static constexpr uint64_t MASK = (1 << COUNT) - 1;
+  static constexpr int LANES = Worker::LANES;
+
+  Counter lanes[LANES];                           // runs taken
+  Counter done;                                   // runs done
+  alignas(64) std::atomic<uint64_t> finished{0};  // the last phase that is complete
+  std::atomic<uint32_t> changes{0};               // of `finished`: what sleepers wait on
 };
 
 namespace {
 
+// What a worker has to know to take part.
+struct Launch {
+  Body body;
+  const void* args;
+  int count, caller_core;
+  uint64_t ticket;
+};
+
 // Kept for the life of the process and never destroyed: threads may still be parked in it at exit.
 struct Team {
-  alignas(64) std::atomic<uint32_t> epoch{0};
-  alignas(64) std::atomic<uint32_t> finished{0};  // threads done with the present launch
+  alignas(64) std::atomic<uint32_t> epoch{0};   // odd while a launch is open
+  alignas(64) std::atomic<uint32_t> inside{0};  // workers that may be looking at it
   alignas(64) std::atomic<bool> busy{false};
-  Launch* launch = nullptr;
+  std::atomic<Body> body{nullptr};  // the present launch; read anew if the epoch changes meanwhile
+  std::atomic<const void*> args{nullptr};
+  std::atomic<int> count{0}, caller_core{0};
+  std::atomic<uint64_t> ticket{1};
+  uint64_t next_ticket = 1;
+  Board board;
   int size = 1;                              // threads that exist, the caller included
   std::atomic<int> cores[MAX_THREADS] = {};  // where each worker was last, plus 1
 #if defined(__linux__)
@@ -78,46 +97,58 @@ struct Team {
   // The system may wake a worker on its caller's core, or on another worker's, and leave both there, each waiting for
   // the other in turn: a kernel then takes four times as long (LOG.md). A worker that finds itself on a taken core
   // moves.
-  void spread([[maybe_unused]] int id, [[maybe_unused]] const Launch& now) {
+  void spread([[maybe_unused]] int id, [[maybe_unused]] int caller) {
 #if defined(__linux__)
     const int core = sched_getcpu();
-    bool taken = core == now.caller_core;
+    bool taken = core == caller;
     if (core + 1 != cores[id].load(std::memory_order_relaxed))
       for (int other = 1; other < id && !taken; other++)
         taken = cores[other].load(std::memory_order_relaxed) == core + 1;
     if (taken) {
       cpu_set_t free = allowed;
-      CPU_CLR(now.caller_core, &free);
+      CPU_CLR(caller, &free);
       for (int other = 1; other < id; other++)
         if (const int at = cores[other].load(std::memory_order_relaxed)) CPU_CLR(at - 1, &free);
-      if (CPU_COUNT(&free)) sched_setaffinity(0, sizeof free, &free);
+      if (CPU_COUNT(&free) && sched_setaffinity(0, sizeof free, &free) == 0)
+        sched_setaffinity(0, sizeof allowed, &allowed);  // it stays there until the system has a reason
     }
     cores[id].store(sched_getcpu() + 1, std::memory_order_relaxed);
 #endif
   }
 
-  void serve(int id, uint32_t seen) {
-    for (;;) {
-      wait_while(epoch, seen);
-      seen++;
-      Launch& now = *launch;  // launch changes only after every worker has finished with the last one
-      if (id < now.count) {
-        spread(id, now);
-        Worker worker{id, now.count, &now};
-        now.body(now.args, worker);
+  void work(int id, uint32_t now) {
+    const Body do_it = body.load(std::memory_order_relaxed);
+    const void* on = args.load(std::memory_order_relaxed);
+    Worker worker{id, count.load(std::memory_order_relaxed), ticket.load(std::memory_order_relaxed)};
+    const int caller = caller_core.load(std::memory_order_relaxed);
+    std::atomic_thread_fence(std::memory_order_acquire);
+    if (epoch.load(std::memory_order_relaxed) != now || id >= worker.count) return;
+    spread(id, caller);
+    try {
+      do_it(on, worker);
+    } catch (const std::bad_alloc&) {  // the others do this worker's part
+    }
+  }
+
+  void serve(int id) {
+    for (uint32_t last = 0;;) {
+      const uint32_t seen = epoch.load();
+      if (seen % 2 == 0 || seen == last) {
+        wait_while(epoch, seen);
+        continue;
       }
-      // Every thread checks in, working or not, so that none can still be looking at a launch that has ended.
-      finished.fetch_add(1, std::memory_order_acq_rel);
-      finished.notify_one();
+      inside.fetch_add(1);
+      last = epoch.load();
+      if (last % 2) work(id, last);
+      if (inside.fetch_sub(1) == 1) inside.notify_one();
     }
   }
 
   void grow(int threads) {
     while (size < threads) {
       int id = size;
-      uint32_t seen = epoch.load();
       try {
-        std::thread([this, id, seen] { serve(id, seen); }).detach();
+        std::thread([this, id] { serve(id); }).detach();
       } catch (const std::system_error&) {
         return;  // the system has no more threads: work with those there are
       }
@@ -125,15 +156,37 @@ struct Team {
     }
   }
 
-  void run(Launch& work) {
-    launch = &work;
-    finished.store(0, std::memory_order_relaxed);
-    const uint32_t others = (uint32_t)size - 1;
-    epoch.fetch_add(1, std::memory_order_acq_rel);
+  // Waits for those inside a closed launch.
+  void settle() {
+    for (uint32_t n; (n = inside.load()) != 0;) wait_while(inside, n);
+  }
+
+  struct Closing {
+    Team& team;
+    int lanes;
+    bool wait;
+    ~Closing() {
+      team.epoch.fetch_add(1);
+      // What a late worker counts its tasks by may change from here on: no lane gives it any.
+      for (int i = 0; i < lanes; i++) team.board.lanes[i].value.store(team.next_ticket << Board::COUNT);
+      if (wait) team.settle();
+    }
+  };
+
+  // `phases`: how many tickets the launch may use. wait = false: args outlive it.
+  void run(Body do_it, const void* on, int threads, uint64_t phases, bool wait) {
+    Worker worker{0, threads, next_ticket};
+    next_ticket += phases;
+    std::atomic_thread_fence(std::memory_order_release);
+    body.store(do_it, std::memory_order_relaxed);
+    args.store(on, std::memory_order_relaxed);
+    count.store(threads, std::memory_order_relaxed);
+    caller_core.store(this_core(), std::memory_order_relaxed);
+    ticket.store(worker.ticket, std::memory_order_relaxed);
+    epoch.fetch_add(1);
     epoch.notify_all();
-    Worker worker{0, work.count, &work};
-    work.body(work.args, worker);
-    for (uint32_t n; (n = finished.load(std::memory_order_acquire)) != others;) wait_while(finished, n);
+    const Closing closing{*this, threads < Board::LANES ? threads : Board::LANES, wait};
+    do_it(on, worker);
   }
 };
 
@@ -177,19 +230,77 @@ struct Arena {
 };
 thread_local Arena arena;
 
+void start(Body body, const void* args, int threads, uint64_t phases, bool wait) {
+  static const int most = cores() < MAX_THREADS ? cores() : MAX_THREADS;
+  if (threads > most) threads = most;
+  Team& mine = the_team();
+  if (threads <= 1 || mine.busy.exchange(true, std::memory_order_acquire)) {
+    Worker alone{0, 1};
+    body(args, alone);
+    return;
+  }
+  struct Free {
+    Team& team;
+    ~Free() { team.busy.store(false, std::memory_order_release); }
+  } free{mine};
+  mine.grow(threads);
+  mine.run(body, args, threads < mine.size ? threads : mine.size, phases, wait);
+}
+
+// Every step begins with its own ticket, so that workers agree on the numbers whatever each of them skipped. A step for
+// one thread is one task.
+void play(const void* args, Worker& worker) {
+  const Recording& recording = *(const Recording*)args;
+  const uint64_t first = worker.ticket;
+  for (size_t i = 0; i < recording.count; i++) {
+    const Step& step = recording.steps[i];
+    worker.ticket = first + i * PHASES;
+    if (step.threads > 1)
+      step.body(step.args, worker);
+    else
+      worker.phase(1, 1, [&](int64_t, int64_t) {
+        Worker alone{0, 1};
+        step.body(step.args, alone);
+      });
+  }
+}
+
 }  // namespace
 
-int64_t Worker::next(int counter) { return launch->counters[counter].fetch_add(1, std::memory_order_relaxed); }
+int64_t Worker::claim(int lane, int64_t runs) {
+  std::atomic<uint64_t>& taken = team->board.lanes[lane].value;
+  uint64_t value = taken.load(std::memory_order_acquire);
+  for (;;) {
+    const uint64_t held = value >> Board::COUNT;
+    if (held > ticket) return -1;
+    const int64_t run = held == ticket ? (int64_t)(value & Board::MASK) : 0;
+    if (run == runs) return -1;
+    if (taken.compare_exchange_weak(value, (ticket << Board::COUNT) + run + 1, std::memory_order_acq_rel)) return run;
+  }
+}
 
-void Worker::sync() {
-  if (count == 1) return;
-  const uint32_t round = launch->round.load(std::memory_order_acquire);
-  if (launch->arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == (uint32_t)count) {
-    launch->arrived.store(0, std::memory_order_relaxed);
-    launch->round.store(round + 1, std::memory_order_release);
-    launch->round.notify_all();
-  } else {
-    wait_while(launch->round, round);
+void Worker::finish(int64_t mine, int64_t total) {
+  Board& board = team->board;
+  const uint64_t now = ticket++;
+  if (mine) {
+    uint64_t value = board.done.value.load(std::memory_order_relaxed), sum;
+    do sum = (value >> Board::COUNT == now ? value & Board::MASK : 0) + mine;
+    while (!board.done.value.compare_exchange_weak(value, (now << Board::COUNT) + sum, std::memory_order_acq_rel));
+    if (sum == (uint64_t)total) {
+      board.finished.store(now);
+      board.changes.fetch_add(1);
+      board.changes.notify_all();
+      return;
+    }
+  }
+  for (int i = 0; i < SPINS; i++) {
+    if (board.finished.load(std::memory_order_acquire) >= now) return;
+    pause();
+  }
+  for (;;) {
+    const uint32_t seen = board.changes.load();
+    if (board.finished.load() >= now) return;
+    board.changes.wait(seen);
   }
 }
 
@@ -205,21 +316,16 @@ void* Worker::scratch(size_t bytes) {
   return arena.data;
 }
 
-void run(void (*body)(const void*, Worker&), const void* args, int threads) {
-  static const int most = cores() < MAX_THREADS ? cores() : MAX_THREADS;
-  Launch work{};
-  work.body = body, work.args = args, work.count = threads < most ? threads : most;
+void run(Body body, const void* args, int threads) { start(body, args, threads, PHASES, true); }
+
+void replay(const Recording& recording, int threads) {
+  start(play, &recording, threads, recording.count * PHASES, false);
+}
+
+void release() {
   Team& mine = the_team();
-  if (work.count <= 1 || mine.busy.exchange(true, std::memory_order_acquire)) {
-    work.count = 1;
-    Worker worker{0, 1, &work};
-    body(args, worker);
-    return;
-  }
-  work.caller_core = this_core();
-  mine.grow(work.count);
-  if (work.count > mine.size) work.count = mine.size;
-  mine.run(work);
+  while (mine.busy.exchange(true, std::memory_order_acquire)) std::this_thread::yield();
+  mine.settle();
   mine.busy.store(false, std::memory_order_release);
 }
 

@@ -7,7 +7,7 @@ void dequantize(const Dequantize& a, Worker& worker) {
   const int64_t groups = a.depth / GROUP;
   with_format(a.format, [&](auto format) {
     using Block = decltype(format);
-    for (int64_t i = worker.begin(a.rows); i < worker.end(a.rows); i++) {
+    worker.each(a.rows, [&](int64_t i) {
       const int64_t id = a.ids ? a.ids[i] : i;
       const int row = (int)(id % PANEL), part = row / LANES, lane = row % LANES;
       const Block* b = (const Block*)a.packed + id / PANEL * groups;
@@ -25,7 +25,7 @@ void dequantize(const Dequantize& a, Worker& worker) {
             }
           }
       }
-    }
+    });
   });
 }
 

@@ -423,7 +423,7 @@ void sample(const Sample& a, Worker& worker) {
                (float*)(scratch + 5 * floats),
                0};
   if (a.history) memset(b.counts, 0, floats);
-  for (int64_t r; (r = worker.next()) < a.rows;) {
+  worker.each(a.rows, [&](int64_t r) {
     const Parameters p = parameters(a, r);
     with_storage(a.dtype, [&](auto t) {
       using T = decltype(t);
@@ -436,7 +436,7 @@ void sample(const Sample& a, Worker& worker) {
                       : a.processed ? (float)__builtin_log((double)chosen.weight / (double)chosen.total)
                                     : raw_logprob(l, a.cols, chosen.id);
     });
-  }
+  });
 }
 
 }  // namespace gptfast::ISA
