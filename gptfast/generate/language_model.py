@@ -18,6 +18,7 @@ from gptfast.formats.tokenizer import StreamDecoder, Tokenizer
 from gptfast.generate.cache import KVCache
 from gptfast.generate.loop import BLOCK, Limits, Loop, Row
 from gptfast.generate.prompt_cache import PromptCache
+from gptfast.generate.replay import Replays
 from gptfast.generate.results import Generation, Score, Stats
 from gptfast.generate.sampler import NEUTRAL, Processor, Sampler
 from gptfast.generate.stop import NoText, Text
@@ -77,6 +78,7 @@ class LanguageModel:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         ends = [*model.config.eos_ids, *(tokenizer.eos_ids if tokenizer is not None else ())]
         self.eos_ids = tuple(sorted(set(ends)))
+        self._replays = Replays(model)
 
     def __repr__(self) -> str:
         return f"LanguageModel({self.name}, {self.model.config.parameters():,} parameters, context {self.context})"
@@ -246,9 +248,9 @@ class LanguageModel:
             backend=self.model.backend,
         )
         sources, distinct = _distinct(contexts) if cache is None else (list(range(count)), contexts)
-        capacity = min(longest, -(-max(map(len, contexts)) // BLOCK) * BLOCK + BLOCK)
+        capacity = min(-(-min(longest, max(map(len, contexts)) + BLOCK) // BLOCK) * BLOCK, self.context)
         kv = self._kv(len(distinct), capacity) if cache is None else cache.kv
-        loop = Loop(self.model, kv, limits, kept=cache is not None)
+        loop = Loop(self.model, kv, limits, kept=cache is not None, replays=self._replays)
 
         def start() -> None:
             loop.prefill(distinct, progress)
@@ -300,6 +302,8 @@ class LanguageModel:
             for row in call.rows:
                 row.interrupt()
             yield
+        finally:
+            call.loop.close()
         if not call.loop.steps:
             call.prefill_s = perf_counter() - began
 

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from gptfast.generate.cache import KVCache
+from gptfast.generate.replay import Replay, Replays
 from gptfast.generate.sampler import Sampler
 from gptfast.generate.stop import Text
 
 CHUNK = 512  # prompt tokens of all rows in one forward pass: many for each weight read, few enough for caches
+WORTH_RECORDING = 8  # decode steps
 BLOCK = 256  # tokens by which a KV cache grows
 
 Progress = Callable[[int, int], None]
@@ -54,8 +56,11 @@ class Limits:
 class Loop:
     """The rows of one call. `kept`: the cache is the caller's, so that no row may leave it."""
 
-    def __init__(self, model: nn.Module, cache: KVCache, limits: Limits, *, kept: bool = False) -> None:
-        self.model, self.cache, self.limits, self.kept = model, cache, limits, kept
+    def __init__(
+        self, model: nn.Module, cache: KVCache, limits: Limits, *, kept: bool = False, replays: Replays | None = None
+    ) -> None:
+        self.model, self.cache, self.limits, self.kept, self.replays = model, cache, limits, kept, replays
+        self._replay: Replay | None = None
         self.rows: list[Row] = []
         self.steps = self.prefill_tokens = 0
         self.logits: Tensor | None = None
@@ -170,14 +175,31 @@ class Loop:
         """Feeds each row's last token; a finished row's goes where nothing is kept."""
         device = self.cache.lengths.device
         self._reserve(max(row.prompt_tokens + len(row.tokens) for row in self.rows))
-        ids = torch.tensor([row.tokens[-1:] for row in self.rows], dtype=torch.int64, device=device)
-        logits = self.model(ids, cache=self.cache)[:, -1]
+        tokens = torch.tensor([row.tokens[-1] for row in self.rows], dtype=torch.int64, device=device)
+        replay = self._recorded()
+        logits = self.model(tokens[:, None], cache=self.cache)[:, -1] if replay is None else replay.step(tokens)
         if all(row.finish is None for row in self.rows):
             self.cache.advance(1)
         else:
             alive = [row.finish is None for row in self.rows]
             self.cache.advance(torch.tensor(alive, dtype=torch.int32, device=device))
         return logits
+
+    def _recorded(self) -> Replay | None:
+        """The recorded step for the present cache."""
+        if self.replays is None or (self._replay is not None and self._replay.bound(self.cache)):
+            return self._replay
+        self.close()
+        # Recording takes about as long as two steps that are not replayed.
+        left = self.limits.max_new - min(len(row.tokens) for row in self.rows)
+        self._replay = self.replays.take(self.cache, record=left >= WORTH_RECORDING)
+        return self._replay
+
+    def close(self) -> None:
+        """Gives back what other calls may use."""
+        if self._replay is not None and self.replays is not None:
+            self.replays.give(self._replay)
+            self._replay = None
 
     def _reserve(self, tokens: int) -> None:
         if tokens > self.cache.capacity:

@@ -59,7 +59,14 @@ class GPT(nn.Module):
             for linear in (block.attention.out, block.mlp.down):
                 fill_normal(_parameter(linear.weight), 0.02 / math.sqrt(2 * config.n_layer))
 
-    def forward(self, ids: Tensor, cache: Cache | None = None, *, last: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        cache: Cache | None = None,
+        *,
+        last: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """Logits in fp32, (B, T, V).
 
         ids    (B, T) int64
@@ -67,6 +74,7 @@ class GPT(nn.Module):
                they are; say cache.advance(...) afterwards.
         last   (B,) int64: the one position 0 .. T-1 of each row whose logits are wanted; the result is (B, V), and the
                LM head runs on these rows only
+        positions (B, T) int64: where learned positions are looked up; None = computed from the cache's lengths
 
         Raises ValueError where the tokens don't fit the cache or the model's context.
         """
@@ -77,7 +85,7 @@ class GPT(nn.Module):
         if self.positions is None:
             x = self.embedding(ids)
         else:
-            x = self.embedding(ids, _positions(ids, cache), self.positions.weight)
+            x = self.embedding(ids, _positions(ids, cache) if positions is None else positions, self.positions.weight)
         if dropout is not None:
             x = dropout.on(0)(x)
         tables = self.rope_tables(end, x.device) if self.config.positions == "rope" else None

@@ -1,0 +1,164 @@
+"""Replay: a decode step recorded once and then run in one call, without Python, dispatcher or allocation in between.
+
+A decode step is the same kernels on the same memory each time; only the tokens, the lengths and what is computed from
+them differ, and those the kernels read through pointers. So one step is run while every launch is written down with its
+arguments, and the list becomes a native plan that a team of threads walks through by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from gptfast.generate.cache import KVCache
+from gptfast.kernels import reason_missing
+from gptfast.model import GPT
+
+log = logging.getLogger("gptfast")
+KEPT = 4  # recorded steps that wait for the next call
+Launch = tuple[str, int, dict[str, Any]]
+
+# Functions whose result is new memory and yet no part of the computation: fresh memory, and values read to be checked.
+HARMLESS = {torch.empty, Tensor.new_empty, Tensor.min, Tensor.max, Tensor.aminmax}
+IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
+
+
+class NotReplayable(RuntimeError):
+    """A step computes something outside of gptfast's own kernels, which a plan could not repeat."""
+
+
+class _Watch(TorchFunctionMode):
+    """Keeps the memory of every tensor that a step makes, and refuses what a plan would leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        written = func.__name__ in IN_PLACE or (func.__name__.endswith("_") and not func.__name__.endswith("__"))
+        if isinstance(result, Tensor):
+            written |= func not in HARMLESS and not (isinstance(args[0], Tensor) and _memory(result) == _memory(args[0]))
+            self.made.append(result)
+        if written:
+            raise NotReplayable(f"{func.__name__} ran between the kernels of a step")
+        return result
+
+
+def _memory(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
+
+
+class Replay:
+    """A recorded decode step of one model for caches of one batch and capacity.
+
+    bind(cache) lays out the plan; then step(tokens) gives the logits (B, V) fp32 that model(ids, cache) would, for the
+    token of each row. The caller advances the cache; the logits are overwritten by the next step.
+
+    Raises NotReplayable where a step isn't made of kernels alone.
+    """
+
+    def __init__(self, model: GPT, cache: KVCache) -> None:
+        from gptfast import _cpu
+
+        self.key = _key(model, cache)
+        self.ids = torch.zeros(cache.batch, 1, dtype=torch.int64)
+        self.positions = torch.zeros(cache.batch, 1, dtype=torch.int64)
+        tables = model.rope_tables(cache.capacity, model.device) if model.config.positions == "rope" else None
+        launches: list[Launch] = []
+        watch = _Watch()
+        # A step like any other: what it writes behind the lengths is overwritten by the first that is replayed.
+        _cpu.record(launches)
+        try:
+            with watch:
+                self.logits = model(self.ids, cache=cache, positions=self.positions)[:, -1]
+        finally:
+            _cpu.record(None)
+        self._launches, self._recorded = launches, _pointers(cache)
+        self._keep = (model, tables, watch.made)
+        self._cache: KVCache | None = None
+        self._plan: Any = None
+
+    def bind(self, cache: KVCache) -> None:
+        """Makes the following steps work on this cache."""
+        from gptfast import _cpu
+
+        moved = dict(zip(self._recorded, _pointers(cache)))
+        launches = [
+            (op, threads, {name: moved.get(value, value) for name, value in fields.items()})
+            for op, threads, fields in self._launches
+        ]
+        self._plan, self._cache = _cpu.Plan(launches), cache
+
+    def unbind(self) -> None:
+        """Lets go of the cache."""
+        self._plan = None  # before the memory that it points to
+        self._cache = None
+
+    def bound(self, cache: KVCache) -> bool:
+        """Whether the next step would work on this cache as it is now."""
+        return self._cache is cache and self.key[:2] == (cache.batch, cache.capacity)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """tokens: (B,) int64, each row's last one."""
+        assert self._cache is not None
+        self.ids[:, 0] = tokens
+        self.positions[:, 0] = self._cache.lengths
+        self._plan.run(torch.get_num_threads())
+        return self.logits
+
+
+class Replays:
+    """The recorded steps of one model: calls take one and give it back. Safe to use from several threads."""
+
+    def __init__(self, model: GPT) -> None:
+        self.model = model
+        self._free: list[Replay] = []  # the last one used at the end
+        self._refused: set[tuple[Any, ...]] = set()
+        self._lock = threading.Lock()
+
+    def take(self, cache: KVCache, record: bool) -> Replay | None:
+        """One bound to this cache, recorded now if there is none and `record` says so; None where there can't be."""
+        key = _key(self.model, cache)
+        with self._lock:
+            found = next((r for r in self._free if r.key == key), None)
+            if found is not None:
+                self._free.remove(found)
+            elif not record or key in self._refused or not _replayable(self.model, cache):
+                return None
+        try:
+            found = found or Replay(self.model, cache)
+        except NotReplayable as reason:
+            log.debug("decoding is not replayed: %s", reason)
+            self._refused.add(key)
+            return None
+        found.bind(cache)
+        return found
+
+    def give(self, replay: Replay) -> None:
+        """Takes one back, for the next call."""
+        replay.unbind()
+        with self._lock:
+            self._free = [*self._free, replay][-KEPT:]
+
+
+def _key(model: GPT, cache: KVCache) -> tuple[Any, ...]:
+    """What a recorded step is good for."""
+    return cache.batch, cache.capacity, model.activations, model.backend, os.environ.get("GPTFAST_BACKEND")
+
+
+def _replayable(model: GPT, cache: KVCache) -> bool:
+    scaling = model.config.rope_scaling or {}
+    if scaling.get("rope_type") == "longrope":  # its tables change where the text becomes long
+        return cache.capacity <= scaling.get("original_max_position_embeddings", model.config.context)
+    return model.device.type == "cpu" and not model.training and reason_missing("cpu") is None
+
+
+def _pointers(cache: KVCache) -> list[int]:
+    return [t.data_ptr() for t in (*cache.k, *cache.v, cache.lengths)]
