@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ KEPT = 4  # recorded steps that wait for the next call
 Launch = tuple[str, int, dict[str, Any]]
 
 # Functions whose result is new memory and yet no part of the computation: fresh memory, and values read to be checked.
-HARMLESS = {torch.empty, Tensor.new_empty, Tensor.min, Tensor.max, Tensor.aminmax}
+HARMLESS = {"empty", "new_empty", "min", "max", "aminmax", "all", *(f"__{n}__" for n in ("ge", "le", "eq", "and", "or"))}
 IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
 
 
@@ -44,7 +45,7 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         written = func.__name__ in IN_PLACE or (func.__name__.endswith("_") and not func.__name__.endswith("__"))
         if isinstance(result, Tensor):
-            written |= func not in HARMLESS and not (isinstance(args[0], Tensor) and _memory(result) == _memory(args[0]))
+            written |= func.__name__ not in HARMLESS and not (isinstance(args[0], Tensor) and _memory(result) == _memory(args[0]))
             self.made.append(result)
         if written:
             raise NotReplayable(f"{func.__name__} ran between the kernels of a step")
@@ -53,6 +54,41 @@ class _Watch(TorchFunctionMode):
 
 def _memory(t: Tensor) -> int:
     return t.untyped_storage().data_ptr()
+
+
+def record(function: Callable[[], Any]) -> tuple[Any, list[Launch], list[Tensor]]:
+    """Runs a function and writes its launches down: (its result, the launches, the memory that they work on).
+
+    Raises NotReplayable where it does more than launch kernels.
+    """
+    from gptfast import _cpu
+
+    launches: list[Launch] = []
+    watch = _Watch()
+    _cpu.record(launches)
+    try:
+        with watch:
+            return function(), launches, watch.made
+    finally:
+        _cpu.record(None)
+
+
+class Recorded:
+    """A function's launches, recorded as it ran once: run() repeats them and gives the same tensors as `result` again.
+
+    Raises NotReplayable where it does more than launch kernels.
+    """
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        from gptfast import _cpu
+
+        self.result, launches, self._made = record(function)
+        self._plan = _cpu.Plan(launches)
+
+    def run(self) -> Any:
+        """The result, computed anew from what its inputs hold now."""
+        self._plan.run(torch.get_num_threads())
+        return self.result
 
 
 class Replay:
@@ -65,23 +101,13 @@ class Replay:
     """
 
     def __init__(self, model: GPT, cache: KVCache) -> None:
-        from gptfast import _cpu
-
         self.key = _key(model, cache)
         self.ids = torch.zeros(cache.batch, 1, dtype=torch.int64)
         self.positions = torch.zeros(cache.batch, 1, dtype=torch.int64)
         tables = model.rope_tables(cache.capacity, model.device) if model.config.positions == "rope" else None
-        launches: list[Launch] = []
-        watch = _Watch()
         # A step like any other: what it writes behind the lengths is overwritten by the first that is replayed.
-        _cpu.record(launches)
-        try:
-            with watch:
-                self.logits = model(self.ids, cache=cache, positions=self.positions)[:, -1]
-        finally:
-            _cpu.record(None)
-        self._launches, self._recorded = launches, _pointers(cache)
-        self._keep = (model, tables, watch.made)
+        self.logits, self._launches, made = record(lambda: model(self.ids, cache=cache, positions=self.positions)[:, -1])
+        self._recorded, self._keep = _pointers(cache), (model, tables, made)
         self._cache: KVCache | None = None
         self._plan: Any = None
 

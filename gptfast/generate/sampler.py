@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from gptfast import ops
+from gptfast.generate.replay import NotReplayable, Recorded
+from gptfast.kernels import reason_missing
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 
@@ -52,6 +54,10 @@ class Sampler:
         backend: str | None = None,
     ) -> None:
         self.seeds = torch.tensor(list(seeds), dtype=torch.int64, device=device)
+        self.steps = torch.zeros_like(self.seeds)
+        self._replayable = device.type == "cpu" and reason_missing("cpu") is None
+        self._place: tuple[Any, ...] | None = None  # of the last logits
+        self._recorded: Recorded | None = None
         self.arguments = {name: _by_row(name, value, device) for name, value in parameters.items()}
         self.arguments = {k: v for k, v in self.arguments.items() if isinstance(v, Tensor) or v != NEUTRAL[k]}
         self.logit_bias, self.processors, self.backend = logit_bias, tuple(processors), backend
@@ -71,10 +77,42 @@ class Sampler:
             self.prompt_lengths = torch.tensor(lengths, dtype=torch.int64, device=device)
             self.longest_prompt, self.row_numbers = max(lengths), torch.arange(len(prompts), device=device)
 
+    def _sample(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
+        """ops.sample with these rows' settings; recorded where the logits lie where they lay the last time."""
+        masked = step < self.min_new
+        place = logits.data_ptr(), len(logits), masked
+        self.steps.fill_(step)
+        if self._recorded is not None and self._place == place:
+            return self._recorded.run()
+
+        def sampled() -> tuple[Tensor, Tensor | None]:
+            result = ops.sample(
+                logits,
+                **self.arguments,
+                **({"history": self.history, "prompt_lengths": self.prompt_lengths} if self.penalised else {}),
+                logit_bias=self.logit_bias,
+                mask=self.mask if masked else None,
+                seed=self.seeds,
+                step=self.steps,
+                return_logprobs=self.return_logprobs,
+                backend=self.backend,
+            )
+            return result if self.return_logprobs else (result, None)
+
+        again, self._place, self._recorded = self._place == place, place, None
+        if again and self._replayable:
+            try:
+                self._recorded = Recorded(sampled)
+                return self._recorded.result
+            except NotReplayable:
+                self._replayable = False
+        return sampled()
+
     def select(self, keep: list[int]) -> None:
         """Keeps these rows only."""
         index = torch.tensor(keep, device=self.seeds.device)
-        self.seeds = self.seeds[index]
+        self._place = self._recorded = None
+        self.seeds, self.steps = self.seeds[index], self.steps[index]
         self.arguments = {k: v[index] if isinstance(v, Tensor) else v for k, v in self.arguments.items()}
         if self.history is not None:
             self.history, self.prompt_lengths = self.history[index], self.prompt_lengths[index]
@@ -86,26 +124,16 @@ class Sampler:
         A row without a choice (NaN, or everything forbidden) gives -1.
         """
         raw = logits
-        history = None if self.history is None else self.history[:, : self.longest_prompt + step]
         if self.processors:
+            assert self.history is not None
+            history = self.history[:, : self.longest_prompt + step]
             logits = raw.clone()  # a processor may write in place
             for processor in self.processors:
-                logits = processor(history, logits)  # type: ignore[arg-type]
+                logits = processor(history, logits)
                 if not isinstance(logits, Tensor) or logits.shape != raw.shape:
                     got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
                     raise ValueError(f"a processor must return logits {tuple(raw.shape)}, got {got}")
-        sampled = ops.sample(
-            logits,
-            **self.arguments,
-            **({"history": history, "prompt_lengths": self.prompt_lengths} if self.penalised else {}),
-            logit_bias=self.logit_bias,
-            mask=self.mask if step < self.min_new else None,
-            seed=self.seeds,
-            step=step,
-            return_logprobs=self.return_logprobs,
-            backend=self.backend,
-        )
-        ids, logprobs = sampled if self.return_logprobs else (sampled, None)
+        ids, logprobs = self._sample(logits, step)
         if self.processors and self.return_logprobs in (True, "raw"):
             logprobs = raw.log_softmax(-1).gather(1, ids.clamp(min=0)[:, None])[:, 0]
         if self.history is not None:

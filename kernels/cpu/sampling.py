@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,8 +38,6 @@ def sample(
     B, V = logits.shape
     reals = (temperature, top_p, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty)
     integers = (top_k, seed, step, stream)
-    per_row = array("q", [x.data_ptr() if isinstance(x, Tensor) else 0 for x in reals + integers])
-    for_all = _numbers("f", reals), _numbers("q", integers)
     history, prompt_lengths = _contiguous(history), _contiguous(prompt_lengths)
     logit_bias, mask = _contiguous(logit_bias), _contiguous(mask)
     ids = torch.empty(B, dtype=torch.int64)
@@ -54,9 +51,9 @@ def sample(
         mask=pointer(mask),
         history=pointer(history),
         prompt_lengths=pointer(prompt_lengths),
-        reals=for_all[0].buffer_info()[0],
-        integers=for_all[1].buffer_info()[0],
-        per_row=per_row.buffer_info()[0],
+        reals=_numbers(reals),
+        integers=_numbers(integers),
+        per_row=tuple(x.data_ptr() if isinstance(x, Tensor) else 0 for x in reals + integers),
         rows=B,
         cols=V,
         logits_stride=stride,
@@ -69,9 +66,9 @@ def sample(
     return ids if logprobs is None else (ids, logprobs)
 
 
-def _numbers(code: str, parameters: Sequence[float | Tensor]) -> array:
-    """The parameters that are one number for all rows, in memory; 0 in the place of the others."""
-    return array(code, [0 if isinstance(x, Tensor) else x for x in parameters])
+def _numbers(parameters: Sequence[float | Tensor]) -> tuple[float, ...]:
+    """The parameters that are one number for all rows; 0 in the place of the others."""
+    return tuple(0 if isinstance(x, Tensor) else x for x in parameters)
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:
