@@ -1,7 +1,7 @@
 // Linear with quantised weights and activations rounded to int8 per group of 32 k. The dot product of a group is a
 // whole number, the same on every machine; groups are added in fp32 in order: f = fma(d * scale, isum, f), and for Q4_1
 // then f = fma(m, scale * sum of the group's activations, f). 16 outputs lie in the lanes of one panel.
-#include "linear.h"
+#include "prologue.h"
 
 namespace gptfast::ISA {
 
@@ -98,11 +98,11 @@ INLINE float quantize_group(const T* x, int8_t* q, int32_t& total) {
 }
 
 template <class Block, class T, int MR>
-void quantize_tile(const T* x, int64_t stride, int64_t groups, Activations<MR>* out) {
+void quantize_tile(Rows<T> rows, int64_t groups, Activations<MR>* out) {
   for (int i = 0; i < MR; i++)
     for (int64_t g = 0; g < groups; g++) {
       int32_t sum;
-      const float scale = quantize_group(x + i * stride + g * GROUP, out[g].q[i], sum);
+      const float scale = quantize_group(rows.x + i * rows.stride + g * GROUP, out[g].q[i], sum);
       out[g].scale[i] = scale;
       out[g].second[i] = Block::OFFSET ? -Block::OFFSET * sum : bitcast<int32_t>(scale * (float)sum);
     }
@@ -191,7 +191,10 @@ void linear_int8(const Linear& a, Worker& worker) {
   const int64_t height = max<int64_t>(ceil_div(tiles.count, enough), 8);
   const Tiles blocks(tiles.count, min(height, ceil_div(BLOCK, TILE * a.depth)));
   constexpr int64_t BYTES = sizeof(Activations<1>);
-  char* memory = (char*)(a.workspace ? a.workspace : worker.scratch(a.rows * groups * BYTES));
+  const bool shared = a.workspace;
+  const int64_t floats = x_floats(a, shared ? TILE : a.rows);
+  float* made = (float*)worker.scratch(floats * sizeof(float) + (shared ? 0 : a.rows * groups * BYTES));
+  char* memory = shared ? (char*)a.workspace : (char*)(made + floats);
   auto each_tile = [&](int64_t begin, int64_t end, auto f) {
     for (int64_t t = begin; t < end; t++)
       with_int<1, TILE>(tiles.height(t), [&](auto rows) {
@@ -200,14 +203,15 @@ void linear_int8(const Linear& a, Worker& worker) {
   };
   with_format(a.format, [&](auto format) {
     using Block = decltype(format);
-    prepare(a.workspace, tiles.count, worker, [&](int64_t begin, int64_t end) {
+    prepare(shared, tiles.count, worker, [&](int64_t begin, int64_t end) {
       with_storage(a.dtype, [&](auto t) {
-        each_tile(begin, end, [&](int64_t row, auto* x) {
-          quantize_tile<Block>((const decltype(t)*)a.x + row * a.x_stride, a.x_stride, groups, x);
+        each_tile(begin, end, [&]<int MR>(int64_t row, Activations<MR>* x) {
+          quantize_tile<Block>(x_rows<decltype(t)>(a, row, MR, shared, made), groups, x);
         });
       });
     });
     worker.each(across * blocks.count, [&](int64_t task) {
+      if (task == 0 && !shared) write_others(a, made);
       const int64_t first = task % across * ABREAST, last = min(first + ABREAST, panels);
       const int64_t top = blocks.begin(task / across), bottom = blocks.begin(task / across + 1);
       each_tile(top, bottom, [&]<int MR>(int64_t row, const Activations<MR>* x) {
