@@ -40,7 +40,7 @@ def launch(call: Callable[[], Any]) -> tuple[Any, tuple[str, int, dict[str, Any]
 
 
 @pytest.mark.parametrize("op", BEFORE)
-@pytest.mark.parametrize("activations", ["int8"])
+@pytest.mark.parametrize("activations", ["int8", "exact"])
 @pytest.mark.parametrize("M", [1, 3, 8, 9, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_prologue_gives_the_bits_of_its_launch(
