@@ -205,11 +205,11 @@ PYBIND11_MODULE(_cpu, m) {
   BIND(rope, Rope, q_out, k_out, q, k, cos, sin, B, S, Hq, Hk, D, R, q_b, q_s, q_h, k_b, k_s, k_h, table_b, table_s,
        interleaved, dtype);
   BIND(linear, Linear, y, x, weight, bias, workspace, rows, cols, depth, x_stride, weight_stride, dtype, format,
-       bias_dtype);
+       bias_dtype, source, before);
   BIND(linear_exact, Linear, y, x, weight, bias, workspace, rows, cols, depth, x_stride, weight_stride, dtype, format,
-       bias_dtype);
+       bias_dtype, source, before);
   BIND(linear_int8, Linear, y, x, weight, bias, workspace, rows, cols, depth, x_stride, weight_stride, dtype, format,
-       bias_dtype);
+       bias_dtype, source, before);
   BIND(sample, Sample, ids, logprobs, logits, logit_bias, mask, history, prompt_lengths, reals, integers, per_row, rows,
        cols, logits_stride, bias_stride, mask_stride, history_cols, dtype, processed);
   BIND(ceilings, Ceilings, work, sink, data, copy, bytes, turns, what);

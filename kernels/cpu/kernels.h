@@ -75,13 +75,17 @@ struct Rope {
 };
 
 struct Linear {
+  enum Before : int32_t { NONE, LAYER_NORM, RMS_NORM, BIAS_GELU, SWIGLU, GEGLU };
   void* y;             // (rows, cols)
   const void* x;       // (rows, depth) with a row stride
   const void* weight;  // (cols, depth) with a row stride; quantised: packed panels (linear.h)
   const void* bias;    // (cols), or null
   void* workspace;     // shared by the workers: rows * (depth rounded up to 64) floats; null: each has its own
+  const void* source;  // with `before`: the Norm or Mlp of that launch. Its y, never written, takes the place of x. Its
+                       // other outputs overlap none of its inputs.
   int64_t rows, cols, depth, x_stride, weight_stride;
   int32_t dtype, format, bias_dtype;  // format: the weight's dtype, or 3 Q8_0, 4 Q4_0, 5 Q4_1
+  int32_t before;
 };
 
 struct Dequantize {

@@ -51,5 +51,6 @@ def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, act
         dtype=DTYPES[x.dtype],
         format=code,
         bias_dtype=0 if bias is None else DTYPES[bias.dtype],
+        before=0,
     )
     return y

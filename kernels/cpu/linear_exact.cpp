@@ -1,7 +1,7 @@
 // Linear with quantised weights and exact activations: w = fma(d, u, c) in fp32, then y = x w^T with one output per
 // lane, each group of 32 k in order, the groups added in order: two short chains, so that errors don't grow with K.
 // Blocks of BLOCK k are dequantised into L1 and used by all rows.
-#include "linear.h"
+#include "prologue.h"
 
 namespace gptfast::ISA {
 
@@ -74,13 +74,13 @@ __attribute__((noinline)) void outer_products(const float* x, const float* w, in
   }
 }
 
-// rows x K of x in fp32 as [k][rows].
+// rows x K in fp32 as [k][rows].
 template <class T>
-void interleave_rows(const T* x, int64_t stride, int64_t K, int rows, float* out) {
+void interleave_rows(Rows<T> x, int64_t K, int rows, float* out) {
   for (int i = 0; i < rows; i++)
     for (int64_t k = 0; k < K; k += LANES) {
       float lanes[LANES];
-      store(lanes, load(x + i * stride + k));
+      store(lanes, load(x.x + i * x.stride + k));
       for (int l = 0; l < LANES; l++) out[(k + l) * rows + i] = lanes[l];
     }
 }
@@ -117,12 +117,14 @@ void block(const Linear& a, const float* x, const Tiles& tiles, int64_t begin, i
 void linear_exact(const Linear& a, Worker& worker) {
   constexpr int64_t COLS = ABREAST * PANEL, MEMORY = (BLOCK + BLOCK_TILES * TILE) * COLS;
   const Tiles tiles(a.rows, TILE), blocks(tiles.count, BLOCK_TILES);
-  float* memory = (float*)worker.scratch((MEMORY + (a.workspace ? 0 : a.rows * a.depth)) * sizeof(float));
-  float* x = a.workspace ? (float*)a.workspace : memory + MEMORY;
-  prepare(a.workspace, tiles.count, worker, [&](int64_t begin, int64_t end) {
+  const bool shared = a.workspace;
+  const int64_t floats = x_floats(a, shared ? TILE : a.rows);
+  float* memory = (float*)worker.scratch((MEMORY + floats + (shared ? 0 : a.rows * a.depth)) * sizeof(float));
+  float *made = memory + MEMORY, *x = shared ? (float*)a.workspace : made + floats;
+  prepare(shared, tiles.count, worker, [&](int64_t begin, int64_t end) {
     with_storage(a.dtype, [&](auto t) {
       for (int64_t i = begin; i < end; i++)
-        interleave_rows((const decltype(t)*)a.x + tiles.begin(i) * a.x_stride, a.x_stride, a.depth, tiles.height(i),
+        interleave_rows(x_rows<decltype(t)>(a, tiles.begin(i), tiles.height(i), shared, made), a.depth, tiles.height(i),
                         x + tiles.begin(i) * a.depth);
     });
   });
@@ -130,6 +132,7 @@ void linear_exact(const Linear& a, Worker& worker) {
   with_format(a.format, [&](auto format) {
     using Block = decltype(format);
     worker.each(ceil_div(panels, ABREAST) * blocks.count, [&](int64_t task) {
+      if (task == 0 && !shared) write_others(a, made);
       const int64_t first = task / blocks.count * ABREAST, b = blocks.begin(task % blocks.count),
                     e = blocks.begin(task % blocks.count + 1);
       if (first + ABREAST <= panels)

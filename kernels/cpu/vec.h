@@ -150,11 +150,18 @@ INLINE float sum(f32v v) {
 #endif
 }
 INLINE float max(f32v v) {
-  float m[LANES];
-  memcpy(m, &v, sizeof m);
-  for (int n = LANES / 2; n; n /= 2)
-    for (int i = 0; i < n; i++) m[i] = max(m[i], m[i + n]);
-  return m[0];
+#if defined(__AVX512F__)
+  __m256 h = _mm256_max_ps(_mm512_extractf32x8_ps(v, 1), _mm512_castps512_ps256(v));
+#elif defined(__AVX2__)
+  __m256 h = v;
+#endif
+#if defined(__AVX2__)
+  __m128 q = _mm_max_ps(_mm256_extractf128_ps(h, 1), _mm256_castps256_ps128(h));
+  q = _mm_max_ps(_mm_movehl_ps(q, q), q);
+  return _mm_cvtss_f32(_mm_max_ss(_mm_shuffle_ps(q, q, 1), q));
+#else
+  return max(max(v[0], v[2]), max(v[1], v[3]));
+#endif
 }
 
 // Widening and rounding of the storage types; stores round to nearest even and keep NaN.
