@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gptfast.generate.cache import KVCache
+from gptfast.generate.fuse import Launch, fused
 from gptfast.kernels import reason_missing
 from gptfast.model import GPT
 
 log = logging.getLogger("gptfast")
 KEPT = 4  # recorded steps that wait for the next call
-Launch = tuple[str, int, dict[str, Any]]
 
 # Functions whose result is new memory and yet no part of the computation: fresh memory, and values read to be checked.
 HARMLESS = {"empty", "new_empty", "min", "max", "aminmax", "all", *(f"__{n}__" for n in ("ge", "le", "eq", "and", "or"))}
@@ -106,7 +106,8 @@ class Replay:
         self.positions = torch.zeros(cache.batch, 1, dtype=torch.int64)
         tables = model.rope_tables(cache.capacity, model.device) if model.config.positions == "rope" else None
         # A step like any other: what it writes behind the lengths is overwritten by the first that is replayed.
-        self.logits, self._launches, made = record(lambda: model(self.ids, cache=cache, positions=self.positions)[:, -1])
+        self.logits, launches, made = record(lambda: model(self.ids, cache=cache, positions=self.positions)[:, -1])
+        self._launches = fused(launches)
         self._recorded, self._keep = _pointers(cache), (model, tables, made)
         self._cache: KVCache | None = None
         self._plan: Any = None
@@ -117,7 +118,7 @@ class Replay:
 
         moved = dict(zip(self._recorded, _pointers(cache)))
         launches = [
-            (op, threads, {name: moved.get(value, value) for name, value in fields.items()})
+            (op, threads, {n: moved.get(v, v) if isinstance(v, int) else v for n, v in fields.items()})
             for op, threads, fields in self._launches
         ]
         self._plan, self._cache = _cpu.Plan(launches), cache
