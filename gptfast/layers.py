@@ -140,10 +140,7 @@ class Embedding(Layer):
     def forward(self, ids: Tensor, positions: Tensor | None = None, table: Tensor | None = None) -> Tensor:
         """With positions (broadcast to ids, int64) and their table (P, C), the sum of both rows."""
         if isinstance(self.weight, QuantizedWeight):
-            x = self.weight.embed(ids)
-            return (
-                x if positions is None or table is None else x + ops.embedding(positions, table, backend=self.backend)
-            )
+            return self.weight.embed(ids, positions, None if table is None else table.float())
         return ops.embedding(ids, self.weight, positions=positions, position_weight=table, backend=self.backend)
 
 

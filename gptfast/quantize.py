@@ -134,30 +134,38 @@ class QuantizedWeight:
             return self._rows(None, self.shape[0])
         return blocks.dequantize(self.to_blocks().cpu(), KINDS[self.kind].format, self.shape).to(self.device)
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Rows as an embedding: int64 ids (...) to (..., K) fp32. Raises IndexError for an id that isn't a row."""
+    def embed(self, ids: Tensor, positions: Tensor | None = None, table: Tensor | None = None) -> Tensor:
+        """Rows as an embedding: int64 ids (...) to (..., K) fp32; with positions (broadcast to ids, int64) and their
+        table (P, K) fp32, the sum of both rows. Raises IndexError for an id that isn't a row."""
         N, K = self.shape
         if ids.dtype != torch.int64:
             raise ValueError(f"expected int64 ids, got {str(ids.dtype).removeprefix('torch.')}")
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= N):
             raise IndexError(f"expected ids in 0..{N - 1}, got {int(ids.min())}..{int(ids.max())}")
+        if positions is not None and positions.numel() and table is not None:
+            if int(positions.min()) < 0 or int(positions.max()) >= table.shape[0]:
+                raise IndexError(f"expected positions in 0..{table.shape[0] - 1}, got up to {int(positions.max())}")
         if self._kernel() and ids.device.type == "cpu":
-            return self._rows(ids.contiguous(), ids.numel()).view(*ids.shape, K)
+            places = None if positions is None else positions.expand(ids.shape).contiguous()
+            return self._rows(ids.contiguous(), ids.numel(), places, table).view(*ids.shape, K)
         flat = ids.reshape(-1)
         panels = _to_rows(self.packed[flat // PANEL], self.kind).view(
             len(flat), PANEL, K // GROUP * KINDS[self.kind].block
         )
         chosen = panels[torch.arange(len(flat), device=ids.device), flat % PANEL].reshape(-1)
         values = blocks.dequantize(chosen.cpu(), KINDS[self.kind].format, (len(flat), K))
-        return values.to(self.device).view(*ids.shape, K)
+        x = values.to(self.device).view(*ids.shape, K)
+        return x if table is None else x + table[positions]
 
     def _kernel(self) -> bool:
         return self.device.type == "cpu" and reason_missing("cpu") is None
 
-    def _rows(self, ids: Tensor | None, count: int) -> Tensor:
+    def _rows(
+        self, ids: Tensor | None, count: int, positions: Tensor | None = None, table: Tensor | None = None
+    ) -> Tensor:
         from gptfast.kernels.cpu.quantize import dequantize
 
-        return dequantize(self.packed, self.code, self.shape[1], ids, count)
+        return dequantize(self.packed, self.code, self.shape[1], ids, count, positions, table)
 
 
 def _check(kind: str, shape: Sequence[int]) -> tuple[int, int]:

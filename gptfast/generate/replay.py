@@ -106,7 +106,7 @@ class Replay:
         self.positions = torch.zeros(cache.batch, 1, dtype=torch.int64)
         tables = model.rope_tables(cache.capacity, model.device) if model.config.positions == "rope" else None
         # A step like any other: what it writes behind the lengths is overwritten by the first that is replayed.
-        self.logits, launches, made = record(lambda: model(self.ids, cache=cache, positions=self.positions)[:, -1])
+        self.logits, launches, made = record(lambda: model.logits(self.ids, cache, positions=self.positions)[:, -1])
         self._launches = fused(launches)
         self._recorded, self._keep = _pointers(cache), (model, tables, made)
         self._cache: KVCache | None = None
@@ -138,7 +138,7 @@ class Replay:
         self.ids[:, 0] = tokens
         self.positions[:, 0] = self._cache.lengths
         self._plan.run(torch.get_num_threads())
-        return self.logits
+        return self.logits.float()
 
 
 class Replays:
@@ -181,6 +181,8 @@ def _key(model: GPT, cache: KVCache) -> tuple[Any, ...]:
 
 
 def _replayable(model: GPT, cache: KVCache) -> bool:
+    if not isinstance(model, GPT):
+        return False
     scaling = model.config.rope_scaling or {}
     if scaling.get("rope_type") == "longrope":  # its tables change where the text becomes long
         return cache.capacity <= scaling.get("original_max_position_embeddings", model.config.context)

@@ -59,14 +59,7 @@ class GPT(nn.Module):
             for linear in (block.attention.out, block.mlp.down):
                 fill_normal(_parameter(linear.weight), 0.02 / math.sqrt(2 * config.n_layer))
 
-    def forward(
-        self,
-        ids: Tensor,
-        cache: Cache | None = None,
-        *,
-        last: Tensor | None = None,
-        positions: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, ids: Tensor, cache: Cache | None = None, *, last: Tensor | None = None) -> Tensor:
         """Logits in fp32, (B, T, V).
 
         ids    (B, T) int64
@@ -74,9 +67,22 @@ class GPT(nn.Module):
                they are; say cache.advance(...) afterwards.
         last   (B,) int64: the one position 0 .. T-1 of each row whose logits are wanted; the result is (B, V), and the
                LM head runs on these rows only
-        positions (B, T) int64: where learned positions are looked up; None = computed from the cache's lengths
 
         Raises ValueError where the tokens don't fit the cache or the model's context.
+        """
+        return self.logits(ids, cache, last=last).float()
+
+    def logits(
+        self,
+        ids: Tensor,
+        cache: Cache | None = None,
+        *,
+        last: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """The logits as `forward` has them, in the dtype of the residual stream.
+
+        positions (B, T) int64: where learned positions are looked up; None = computed from the cache's lengths
         """
         if ids.dim() != 2 or ids.dtype != torch.int64:
             raise ValueError(f"GPT: expected ids (B, T) int64, got {tuple(ids.shape)} {ids.dtype}")
@@ -97,12 +103,9 @@ class GPT(nn.Module):
             rows = torch.arange(ids.shape[0], device=ids.device)
             x, stream = x[rows, last], stream[rows, last]
         x, _ = self.norm(x, stream, dropout and dropout.on(3 * len(self.blocks)))
-        return self._logits(x)
-
-    def _logits(self, x: Tensor) -> Tensor:
         if self.head is not None:
-            return self.head(x).float()
-        return project(x, self.embedding.weight, None, self._activations, self._backend).float()
+            return self.head(x)
+        return project(x, self.embedding.weight, None, self._activations, self._backend)
 
     def _end(self, ids: Tensor, cache: Cache | None) -> int:
         """The number of positions that the longest row will have had."""

@@ -8,6 +8,7 @@ passes pointers. Arguments come checked from the op page.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -42,8 +43,9 @@ def rows(x: Tensor) -> tuple[Tensor, int]:
         return x, x.shape[-1]
     if x.stride(-1) == 1 and x.dim() == 2:
         return x, x.stride(0)
-    if x.stride(-1) == 1 and all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in range(x.dim() - 2)):
-        return x, x.stride(-2)
+    outer = [(n, stride) for n, stride in zip(x.shape[:-1], x.stride()) if n > 1]
+    if x.stride(-1) == 1 and all(s == t * n for (_, s), (n, t) in pairwise(outer)):
+        return x, outer[-1][1]
     return x.contiguous(), x.shape[-1]
 
 

@@ -213,7 +213,7 @@ PYBIND11_MODULE(_cpu, m) {
   BIND(sample, Sample, ids, logprobs, logits, logit_bias, mask, history, prompt_lengths, reals, integers, per_row, rows,
        cols, logits_stride, bias_stride, mask_stride, history_cols, dtype, processed);
   BIND(ceilings, Ceilings, work, sink, data, copy, bytes, turns, what);
-  BIND(dequantize, Dequantize, y, packed, ids, rows, depth, format);
+  BIND(dequantize, Dequantize, y, packed, ids, positions, table, rows, depth, table_stride, format);
   BIND(bias_gelu, Mlp, y, x, other, rows, cols, x_stride, other_stride, tanh, dtype);
   BIND(swiglu, Mlp, y, x, other, rows, cols, x_stride, other_stride, dtype);
   BIND(geglu, Mlp, y, x, other, rows, cols, x_stride, other_stride, tanh, dtype);

@@ -91,8 +91,9 @@ struct Linear {
 struct Dequantize {
   float* y;            // (rows, depth)
   const void* packed;  // panels of a quantised weight
-  const int64_t* ids;  // (rows): which of its rows; null: 0, 1, 2, ...
-  int64_t rows, depth;
+  const int64_t *ids, *positions;  // (rows): which of its rows; null: 0, 1, 2, ...; which of the table's
+  const float* table;              // rows of depth to add, or null
+  int64_t rows, depth, table_stride;
   int32_t format;
 };
 

@@ -2,7 +2,7 @@
 
 namespace gptfast::ISA {
 
-// Chosen rows of a packed weight in fp32: y[i] = fma(d, u, c) of row ids[i].
+// Chosen rows of a packed weight in fp32: y[i] = fma(d, u, c) of row ids[i] (+ table[positions[i]]).
 void dequantize(const Dequantize& a, Worker& worker) {
   const int64_t groups = a.depth / GROUP;
   with_format(a.format, [&](auto format) {
@@ -25,6 +25,9 @@ void dequantize(const Dequantize& a, Worker& worker) {
             }
           }
       }
+      if (!a.table) return;
+      const float* add = a.table + a.positions[i] * a.table_stride;
+      for (int64_t k = 0; k < a.depth; k++) a.y[i * a.depth + k] += add[k];
     });
   });
 }

@@ -1,0 +1,148 @@
+"""Replay: a recorded step gives the bits of the step that it was recorded from, whatever changes between two of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptfast import ops
+from gptfast.generate import LanguageModel
+from gptfast.generate.cache import KVCache
+from gptfast.generate.fuse import fused
+from gptfast.generate.replay import NotReplayable, Recorded, Replay, Replays, record
+from gptfast.kernels import reason_missing
+from gptfast.model import GPT, GPTConfig
+from gptfast.quantize import QuantizedWeight
+
+if reason_missing("cpu") is not None:
+    pytest.skip("the C++ extension is not built", allow_module_level=True)
+
+LLAMA: dict[str, Any] = dict(
+    n_kv_head=2, ffn_dim=96, norm="rms_norm", positions="rope", activation="swiglu", qkv_bias=False, out_bias=False,
+    mlp_bias=False,
+)  # fmt: skip
+CONFIGS = {
+    "gpt2": GPTConfig("gpt2", 97, 3, 4, 64, 512),
+    "llama": GPTConfig("llama", 97, 3, 4, 64, 512, **LLAMA),
+    "qk_norm": GPTConfig("llama", 97, 2, 4, 64, 512, **LLAMA, window=5, window_layers=(True, False), qk_norm=True),
+}
+
+
+def model_of(name: str, kind: str = "float32") -> GPT:
+    torch.manual_seed(0)
+    quantised = kind.startswith("q")
+    model = GPT(CONFIGS[name], dtype=torch.float32 if quantised else getattr(torch, kind)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn(p.shape).to(p.dtype)
+    if quantised:
+        for module in model.modules():
+            if hasattr(module, "set_weight") and module is not model.positions:
+                module.set_weight(QuantizedWeight.quantize(module.weight.detach(), kind))  # type: ignore[operator]
+    return model
+
+
+def prefilled(model: GPT, lengths: list[int], capacity: int) -> KVCache:
+    """A cache of random tokens, rows of these lengths."""
+    cache = KVCache(model.config, len(lengths), capacity, model.dtype)
+    ids = torch.randint(97, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(1))
+    model(ids, cache)
+    cache.advance(torch.tensor(lengths, dtype=torch.int32))
+    return cache
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("lengths", [[3], [126], [130, 1, 60], [9, 250, 3, 127, 128, 129, 1, 40]], ids=str)
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "q8_0", "q4_1"])
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_steps_are_bitwise_equal(name: str, kind: str, lengths: list[int], threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model = model_of(name, kind)
+        cache = prefilled(model, lengths, 300)
+        other = cache.select(range(len(lengths)))
+        replay = Replay(model, cache)
+        replay.bind(cache)
+        for step in range(6):
+            tokens = torch.randint(97, (len(lengths),), generator=torch.Generator().manual_seed(step))
+            expected = model(tokens[:, None], other)[:, -1]
+            assert torch.equal(replay.step(tokens), expected), step
+            cache.advance(1)
+            other.advance(1)
+        assert all(torch.equal(a, b) for a, b in zip((*cache.k, *cache.v), (*other.k, *other.v)))
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def test_a_step_serves_other_caches_and_grown_ones_not() -> None:
+    model = model_of("llama", "q4_1")
+    first, second = prefilled(model, [5, 9], 128), prefilled(model, [40, 2], 128)
+    replays = Replays(model)
+    a = replays.take(first, record=True)
+    assert a is not None and a.bound(first) and not a.bound(second)
+    assert replays.take(second, record=False) is None  # it is out
+    replays.give(a)
+    b = replays.take(second, record=False)
+    assert b is a
+    tokens = torch.tensor([1, 2])
+    assert torch.equal(b.step(tokens), model(tokens[:, None], second.select([0, 1]))[:, -1])
+    second.grow(256)
+    assert not b.bound(second)
+    replays.give(b)
+    assert replays.take(second, record=False) is None
+
+
+@torch.no_grad()
+def test_norms_and_activations_join_the_linear_behind_them() -> None:
+    model = model_of("llama", "q4_1")
+    cache = prefilled(model, [5], 128)
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    _, launches, made = record(lambda: model.logits(ids, cache))
+    ops = [op for op, _, _ in fused(launches)]
+    layer = ["linear_int8", "attention", "linear_int8", "linear_int8", "linear_int8"]
+    assert ops == ["dequantize", *layer * 3, "linear_int8"]
+    assert made
+
+
+@torch.no_grad()
+def test_a_norm_that_others_read_stays() -> None:
+    x, weight = torch.randn(2, 64), QuantizedWeight.quantize(torch.randn(8, 64), "q8_0")
+    def twice() -> tuple[Tensor, Tensor]:
+        y = ops.rms_norm(x, torch.ones(64))
+        return ops.linear(y, weight, activations="int8"), ops.linear(y, weight, activations="int8")
+
+    _, launches, _ = record(twice)
+    assert fused(launches) == launches
+
+
+@torch.no_grad()
+def test_what_a_plan_would_leave_out_is_refused() -> None:
+    x = torch.randn(4, 64)
+    weight = torch.ones(64)
+    for outside in (lambda y: y + 1, lambda y: y.mul_(2), lambda y: torch.cat((y, y)), lambda y: y.t().contiguous()):
+        with pytest.raises(NotReplayable):
+            record(lambda outside=outside: outside(ops.rms_norm(x, weight)))
+    assert len(record(lambda: ops.rms_norm(x.view(2, 2, 64)[0], weight))[1]) == 1
+
+
+def test_a_recorded_call_reads_its_inputs_anew() -> None:
+    x, weight = torch.randn(4, 64), torch.randn(64)
+    recorded = Recorded(lambda: ops.rms_norm(x, weight))
+    for _ in range(3):
+        x.normal_()
+        assert torch.equal(recorded.run(), ops.rms_norm(x, weight))
+
+
+def test_a_model_that_isnt_made_of_kernels_decodes_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama")
+    expected = LanguageModel(model).generate([1, 2, 3], max_new_tokens=20, temperature=0)
+    monkeypatch.setenv("GPTFAST_BACKEND", "reference")
+    lm = LanguageModel(model)
+    assert lm.generate([1, 2, 3], max_new_tokens=20, temperature=0).token_ids == expected.token_ids
+    assert not lm._replays._free
