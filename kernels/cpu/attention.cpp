@@ -120,10 +120,10 @@ struct Head {
     t.rows = min(rows() - first, ROWS);
     t.dim = D;
     t.width = round_up(t.rows, LANES);
-    const int W = t.width, values = padded * (few ? t.rows : W);
+    const int W = t.width;
     t.q = memory;
-    t.o = t.q + values;
-    t.m = t.o + values;
+    t.o = t.q + (few ? t.rows * DIM : padded * W);
+    t.m = t.o + padded * (few ? t.rows : W);
     t.l = t.m + W;
     t.slope = t.l + W;
     t.sink = t.slope + W;
@@ -139,7 +139,7 @@ struct Head {
       t.sink[r] = a.sinks ? a.sinks[head(row)] : NONE;
     }
     if (few) {
-      for (int r = 0; r < t.rows; r++) load_query(first + r, t.q + r * padded);
+      for (int r = 0; r < t.rows; r++) load_query(first + r, t.q + r * DIM);
       return t;
     }
     for (int r = 0; r < W; r += LANES) {
@@ -160,14 +160,24 @@ struct Head {
     for (int r = 0; r < t.width; r++) t.m[r] = NONE, t.l[r] = 0;
   }
 
-  // Where each key of a chunk lies; keys outside [begin, end) repeat one inside, so that no others are read.
-  void locate(int start, int begin, int end, int64_t* k_at, int64_t* v_at) const {
-    const int first = begin / (GROUPS * LANES) * (GROUPS * LANES), last = round_up(end, GROUPS * LANES);
-    for (int j = first; j < last; j++) {
-      const int64_t slot = s.leftpad + start + max(begin, min(j, end - 1));
-      k_at[j] = slot_at(a, s, s.k, a.k_strides, slot);
-      v_at[j] = slot_at(a, s, s.v, a.v_strides, slot);
+  // Group g of a chunk's keys or values, of which [begin, end) of the chunk are needed. Where they don't lie evenly, or
+  // not all of them may be read, they are copied to `spare` (LANES, D), another one standing for those not needed.
+  Rows<T> group(const T* x, int64_t first, const int64_t* strides, int chunk, int g, int begin, int end,
+                T* spare) const {
+    const int64_t from = s.leftpad + chunk * CHUNK, slot = from + g * LANES;
+    if (begin <= g * LANES && end >= (g + 1) * LANES && (!s.pages || slot % a.page + LANES <= a.page))
+      return {x + slot_at(a, s, first, strides, slot), strides[1]};
+    for (int i = 0; i < LANES; i++) {
+      const int j = max(begin, min(g * LANES + i, end - 1));
+      memcpy(spare + i * D, x + slot_at(a, s, first, strides, from + j), D * sizeof(T));
     }
+    return {spare, D};
+  }
+  Rows<T> keys_of(int chunk, int g, int begin, int end, void* spare) const {
+    return group(k, s.k, a.k_strides, chunk, g, begin, end, (T*)spare);
+  }
+  Rows<T> values_of(int chunk, int g, int begin, int end, void* spare) const {
+    return group(v, s.v, a.v_strides, chunk, g, begin, end, (T*)spare);
   }
 
   // The tile's part of a chunk; empty where begin >= end.
@@ -260,32 +270,19 @@ struct Head {
 // A worker's memory, reused from strip to strip.
 struct Scratch {
   float *kt, *vt, *s, *bias, *tiles;
-  int64_t *k_at, *v_at;
 
-  static int64_t tile_floats(int64_t D) { return ROWS * (2 * round_up((int)D, LANES) + 7); }
+  static int64_t tile_floats(int64_t D) { return ROWS * (2 * round_up((int)D, LANES) + 7) + FEW * DIM; }
   Scratch(const Attention& a, Worker& worker, int tiles_of_strip) {
     const int64_t D = round_up((int)a.D, LANES), block = D * CHUNK;
     const int64_t scores = max<int64_t>(ROWS * CHUNK, LANES * D);
     const int64_t floats = 2 * block + scores + ROWS * CHUNK + tiles_of_strip * tile_floats(a.D);
-    k_at = (int64_t*)worker.scratch(2 * CHUNK * sizeof(int64_t) + floats * sizeof(float));
-    v_at = k_at + CHUNK;
-    kt = (float*)(v_at + CHUNK);
+    kt = (float*)worker.scratch(floats * sizeof(float));
     vt = kt + block;
     s = vt + block;
     bias = s + scores;
     tiles = bias + ROWS * CHUNK;
   }
 };
-
-template <class T>
-void run_chunk(const Head<T>& head, Tile& t, int chunk, Scratch& x) {
-  const Keys keys = head.keys(t, chunk, x.bias);
-  if (keys.begin >= keys.end) return;
-  if (t.few)
-    chunk_few(t, keys, head.k, x.k_at, head.v, x.v_at, x.kt, x.s);
-  else
-    (t.width == LANES ? chunk_rows<1> : t.width == 2 * LANES ? chunk_rows<2> : chunk_rows<3>)(t, keys, x.kt, x.vt, x.s);
-}
 
 // Chunks first .. last of the tiles of a strip, in order.
 template <class T>
@@ -297,13 +294,29 @@ void run_strip(const Head<T>& head, Tile* tiles, int count, int first, int last,
   for (int c = first; c < last; c++) {
     const int from = max(low - c * CHUNK, 0), to = min(high - c * CHUNK, CHUNK);
     if (from >= to) continue;
-    head.locate(c * CHUNK, from, to, x.k_at, x.v_at);
-    if (!tiles[0].few) {
-      const int group = from / LANES;
-      pack_k(head.k, x.k_at, group, (int)ceil_div(to, LANES), head.D, x.kt + group * head.D * LANES);
-      pack_v(head.v, x.v_at, from, to, head.D, x.vt);
+    const int begin = from / LANES, end = (int)ceil_div(to, LANES);
+    if (tiles[0].few) {
+      Rows<T> k[CHUNK / LANES], v[CHUNK / LANES];
+      for (int g = begin; g < end; g++) {
+        k[g] = head.keys_of(c, g, from, to, x.kt + g * LANES * head.D);
+        v[g] = head.values_of(c, g, from, to, x.vt + g * LANES * head.D);
+      }
+      chunk_few_rows(tiles[0], head.keys(tiles[0], c, x.bias), k, v, x.s);
+      continue;
     }
-    for (int i = 0; i < count; i++) run_chunk(head, tiles[i], c, x);
+    for (int g = begin; g < end; g++) {
+      pack_k(head.keys_of(c, g, from, to, x.s), head.D, x.kt + g * head.D * LANES);
+      pack_v(head.values_of(c, g, from, to, x.s), max(from - g * LANES, 0), min(to - g * LANES, LANES), head.D,
+             x.vt + g * LANES * LANES);
+    }
+    for (int i = 0; i < count; i++) {
+      const Tile& t = tiles[i];
+      const Keys keys = head.keys(t, c, x.bias);
+      if (keys.begin >= keys.end) continue;
+      (t.width == LANES       ? chunk_rows<1>
+       : t.width == 2 * LANES ? chunk_rows<2>
+                              : chunk_rows<3>)(t, keys, x.kt, x.vt, x.s);
+    }
   }
 }
 
