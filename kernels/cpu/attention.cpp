@@ -370,18 +370,25 @@ void fold(Tile& t, const float* partial) {
   }
 }
 
-// Single chunks, dealt out evenly and always alike (a decoding worker finds its keys in its own cache), then the merge.
+// The chunks first .. last that a sequence's queries see.
+struct Span {
+  int first, last;
+  int size() const { return last - first; }
+};
+Span span(const Attention& a, int64_t b) {
+  const Sequence s = sequence(a, b);
+  if (!s.q_len) return {0, 0};
+  int low, high, unused;
+  visible(a, s, 0, &low, &unused);
+  visible(a, s, s.q_len - 1, &unused, &high);
+  return {low / CHUNK, max(low / CHUNK, (int)ceil_div(high, CHUNK))};
+}
+
+// Single chunks, each worker beginning with the part that it had the last time (decoding, it finds the keys in its own
+// cache), then the merge.
 template <class T>
-void by_chunks(const Attention& a, Worker& worker) {
+void by_chunks(const Attention& a, Worker& worker, int64_t total) {
   Scratch x(a, worker, 1);
-  auto chunks = [&](int64_t b, int* first, int* last) {
-    const Sequence s = sequence(a, b);
-    int low, high, unused;
-    visible(a, s, 0, &low, &unused);
-    visible(a, s, s.q_len - 1, &unused, &high);
-    *first = low / CHUNK;
-    *last = s.q_len ? max(*first, (int)ceil_div(high, CHUNK)) : *first;
-  };
   auto partial = [&](int64_t b, int64_t hk, int chunk, int tile) {
     return a.workspace + ((b * a.Hk + hk) * a.chunks + chunk) * a.partial +
            tile * ROWS * (round_up((int)a.D, LANES) + 2);
@@ -389,16 +396,13 @@ void by_chunks(const Attention& a, Worker& worker) {
   auto start = [&](const Head<T>& head, int tile) {
     return head.start(tile * ROWS, head.rows() - tile * ROWS <= FEW, x.tiles, x.s);
   };
-  int64_t total = 0;
-  int first, last;
-  for (int64_t b = 0; b < a.B; b++) chunks(b, &first, &last), total += last - first;
   worker.phase(total * a.Hk, ceil_div(total * a.Hk, 4 * worker.count), [&](int64_t begin, int64_t end) {
     for (int64_t b = 0, done = 0; b < a.B; b++) {
-      chunks(b, &first, &last);
-      const int64_t from = max<int64_t>(begin - done, 0), to = min<int64_t>(end - done, (last - first) * a.Hk);
+      const Span chunks = span(a, b);
+      const int64_t from = max<int64_t>(begin - done, 0), to = min<int64_t>(end - done, chunks.size() * a.Hk);
       for (int64_t u = from; u < to; u++) {
         const Head<T> head(a, b, u % a.Hk);
-        const int c = first + (int)(u / a.Hk), fresh = head.s.k_len - head.s.q_len;  // the first new key
+        const int c = chunks.first + (int)(u / a.Hk), fresh = head.s.k_len - head.s.q_len;  // the first new key
         if (a.k_new)
           append<T>(a, head.s, head.hk, max(c * CHUNK - fresh, 0), min((c + 1) * CHUNK - fresh, head.s.q_len));
         for (int tile = 0; tile < head.tiles(); tile++) {
@@ -407,15 +411,15 @@ void by_chunks(const Attention& a, Worker& worker) {
           memcpy(partial(b, head.hk, c, tile), t.o, state_floats(t) * sizeof(float));
         }
       }
-      done += (last - first) * a.Hk;
+      done += chunks.size() * a.Hk;
     }
   });
   worker.each(a.B * a.Hk, [&](int64_t task) {
     const Head<T> head(a, task / a.Hk, task % a.Hk);
-    chunks(head.s.b, &first, &last);
+    const Span chunks = span(a, head.s.b);
     for (int tile = 0; tile < head.tiles(); tile++) {
       Tile t = start(head, tile);
-      for (int c = first; c < last; c++) fold(t, partial(head.s.b, head.hk, c, tile));
+      for (int c = chunks.first; c < chunks.last; c++) fold(t, partial(head.s.b, head.hk, c, tile));
       head.finish(t, x.s);
     }
   });
@@ -426,8 +430,11 @@ void by_chunks(const Attention& a, Worker& worker) {
 void attention(const Attention& a, Worker& worker) {
   with_storage(a.dtype, [&](auto t) {
     using T = decltype(t);
+    int64_t chunks = 0;
     if (a.workspace && worker.count > 1)
-      by_chunks<T>(a, worker);
+      for (int64_t b = 0; b < a.B; b++) chunks += span(a, b).size();
+    if (chunks > a.B)  // some sequence has more than one
+      by_chunks<T>(a, worker, chunks);
     else
       by_strips<T>(a, worker);
   });

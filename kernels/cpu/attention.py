@@ -76,11 +76,10 @@ def attention_kvcache(
     return_lse: bool,
     **terms: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    q, longest = _rows(q), max(lengths.tolist(), default=0)
+    q, room = _rows(q), k_cache.shape[1]  # what is allocated is for all that the cache holds: lengths may grow in place
     extra: dict[str, Any] = {}
     tensors: dict[str, Tensor | None] = {"lengths": lengths.contiguous()}
     if k is not None and v is not None:
-        longest += q.shape[1]
         tensors |= {"k_cache": k_cache, "v_cache": v_cache, "k_new": (k := _rows(k)), "v_new": (v := _rows(v))}
         extra |= {"k_new_strides": _strides(k), "v_new_strides": _strides(v)}
     if cos is not None and sin is not None:
@@ -88,12 +87,13 @@ def attention_kvcache(
         extra |= {"rotary": 2 * cos.shape[1], "interleaved": interleaved}
     if block_table is not None:
         tensors["block_table"] = block_table = block_table.contiguous()
-        extra |= {"page": k_cache.shape[1], "table_stride": block_table.shape[1]}
+        extra |= {"page": room, "table_stride": block_table.shape[1]}
+        room *= block_table.shape[1]
     if cache_batch_idx is not None:
         tensors["batch_index"] = cache_batch_idx.contiguous()
     if cache_leftpad is not None:
         tensors["leftpad"] = cache_leftpad.contiguous()
-    return _launch(q, k_cache, v_cache, q.shape[0], q.shape[1], longest, return_lse, tensors, extra, **terms)
+    return _launch(q, k_cache, v_cache, q.shape[0], q.shape[1], room, return_lse, tensors, extra, **terms)
 
 
 def _launch(
@@ -115,7 +115,7 @@ def _launch(
     sinks: Tensor | None,
     **_: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Runs the kernel on B sequences of at most `longest` queries and Sk keys, with what else applies: tensors and
+    """Runs the kernel on B sequences of at most `longest` queries and at most Sk keys, with what else applies: tensors and
     numbers by their names in kernels.h."""
     Sq, H, D = q.shape[-3:]
     Hk, out, lse = k.shape[-2], torch.empty(q.shape, dtype=q.dtype), None
