@@ -381,9 +381,8 @@ def attention_kvcache(
         "sinks": sinks, "cos": cos, "sin": sin, "interleaved": interleaved, "cache_batch_idx": cache_batch_idx,
         "cache_leftpad": cache_leftpad, "return_lse": return_lse,
     }  # fmt: skip
-    function = dispatch.prepared(
-        "attention.attention_kvcache", backend, reference_kvcache, q, arguments, _check_kvcache
-    )
+    page = "attention.attention_kvcache"
+    function = dispatch.prepared(page, backend, reference_kvcache, q, arguments, _check_kvcache)
     _check_lengths(q, k_cache, lengths, k, block_table, cos, cache_batch_idx, cache_leftpad)
     return function(**arguments)
 
@@ -449,15 +448,9 @@ def _check_kvcache(
 
 
 def _check_lengths(
-    q: Tensor,
-    cache: Tensor,
-    lengths: Tensor,
-    k: Tensor | None,
-    table: Tensor | None,
-    cos: Tensor | None,
-    rows: Tensor | None,
-    pads: Tensor | None,
-) -> None:
+    q: Tensor, cache: Tensor, lengths: Tensor, k: Tensor | None, table: Tensor | None, cos: Tensor | None,
+    rows: Tensor | None, pads: Tensor | None
+) -> None:  # fmt: skip
     """Raises where a sequence doesn't fit its cache, or its pages, row or positions are not there."""
     op, Sq, before = "attention_kvcache", q.shape[1], lengths.tolist()
     new = 0 if k is None else Sq

@@ -102,13 +102,13 @@ def prepare_attention_kvcache(
     for: the kernel alone reads the lengths, and a recorded launch may be run again with longer ones."""
     B, Sq, H, _ = sizes = tuple(q.shape)
     room, extra = k_cache.shape[1], {}
-    inputs: list[tuple[str, str, Callable[[Tensor], Tensor]]] = [  # field, argument, how it is made to fit
-        *(("q", "q", _rows), ("k", "k_cache", _same), ("v", "v_cache", _same), ("lengths", "lengths", _contiguous))
+    inputs: list[tuple[str, str, Callable[[Tensor], Tensor] | None]] = [  # field, argument, how it is made to fit
+        *(("q", "q", _rows), ("k", "k_cache", None), ("v", "v_cache", None), ("lengths", "lengths", _contiguous))
     ]
     if k is not None and v is not None:
         inputs += [
-            ("k_cache", "k_cache", _same),
-            ("v_cache", "v_cache", _same),
+            ("k_cache", "k_cache", None),
+            ("v_cache", "v_cache", None),
             ("k_new", "k", _rows),
             ("v_new", "v", _rows),
         ]
@@ -138,11 +138,15 @@ def prepare_attention_kvcache(
         names.append("lse")
         fp32.append((B, H, Sq))
     names += [field for field, _, _ in inputs]
+    given: dict[str, Any] = dict(q=q, k=k, v=v, lengths=lengths, block_table=block_table, cos=cos, sin=sin, sinks=sinks)
+    given |= dict(alibi_slopes=alibi_slopes, cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad)
+    # What fits as it is always will: dtypes and strides stay.
+    fits = [(name, None if fit is None or fit(given[name]) is given[name] else fit) for _, name, fit in inputs]
     launch, dtype = _cpu.Prepared("attention", tuple(names), numbers | extra), q.dtype
 
     def run(**arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
         made = [torch.empty(sizes, dtype=dtype), *[torch.empty(size) for size in fp32]]
-        tensors = [*made, *[fit(arguments[name]) for _, name, fit in inputs]]
+        tensors = [*made, *[arguments[name] if fit is None else fit(arguments[name]) for name, fit in fits]]
         launch(threads, *[t.data_ptr() for t in tensors])
         return (made[0], made[-1]) if return_lse else made[0]
 
@@ -185,10 +189,6 @@ def _numbers(
 
 def _up(n: int) -> int:
     return -(-n // 16) * 16
-
-
-def _same(t: Tensor) -> Tensor:
-    return t
 
 
 def _contiguous(t: Tensor) -> Tensor:

@@ -66,8 +66,8 @@ struct Slot {
   void locate(std::map<std::string, std::size_t>& pointers) const {
     static const Args args{};
     if constexpr (std::is_pointer_v<Field>)
-      pointers[py::str(name)] =
-          static_cast<std::size_t>(reinterpret_cast<const char*>(&(args.*field)) - reinterpret_cast<const char*>(&args));
+      pointers[py::str(name)] = static_cast<std::size_t>(reinterpret_cast<const char*>(&(args.*field)) -
+                                                         reinterpret_cast<const char*>(&args));
   }
   bool fill(Args& args, const py::dict& given) const {
     if (PyObject* value = PyDict_GetItem(given.ptr(), name)) {
