@@ -40,6 +40,7 @@ class Kernel:
 
     function: Callable[..., Any]
     supports: Callable[..., str | None]  # None, or the reason why it can't serve such a call
+    prepare: Callable[..., Callable[..., Any]] | None = None  # the function for all calls with such arguments
 
 
 @cache
@@ -47,6 +48,7 @@ def find(backend: str, page: str, function: str) -> Kernel | str:
     """`function` of the module gptfast.kernels.<backend>.<page>, or the reason why there is none.
 
     A module that serves several ops has supports_<function> for each; one that serves a single op, just supports.
+    prepare_<function>, where there is one, is for dispatch.prepared.
     """
     if (reason := reason_missing(backend)) is not None:
         return reason
@@ -60,4 +62,4 @@ def find(backend: str, page: str, function: str) -> Kernel | str:
     if not hasattr(module, function):
         return f"the {backend} backend has no kernel for {page}.{function}"
     supports = getattr(module, f"supports_{function}", None) or module.supports
-    return Kernel(getattr(module, function), supports)
+    return Kernel(getattr(module, function), supports, getattr(module, f"prepare_{function}", None))

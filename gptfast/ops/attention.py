@@ -375,9 +375,41 @@ def attention_kvcache(
     Shapes and dtypes: the top of this page. Raises ValueError for what doesn't fit, before anything is written;
     BackendError where `backend` can't serve the call.
     """
+    arguments: dict[str, Any] = {
+        "q": q, "k_cache": k_cache, "v_cache": v_cache, "lengths": lengths, "k": k, "v": v, "block_table": block_table,
+        "causal": causal, "scale": scale, "window": tuple(window), "softcap": softcap, "alibi_slopes": alibi_slopes,
+        "sinks": sinks, "cos": cos, "sin": sin, "interleaved": interleaved, "cache_batch_idx": cache_batch_idx,
+        "cache_leftpad": cache_leftpad, "return_lse": return_lse,
+    }  # fmt: skip
+    page = "attention.attention_kvcache"
+    function = dispatch.prepared(page, backend, reference_kvcache, q, arguments, _check_kvcache)
+    _check_lengths(q, k_cache, lengths, k, block_table, cos, cache_batch_idx, cache_leftpad)
+    return function(**arguments)
+
+
+def _check_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    k: Tensor | None,
+    v: Tensor | None,
+    block_table: Tensor | None,
+    window: tuple[int, int],
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    **_: Any,
+) -> None:
+    """Raises where shapes or dtypes don't fit together."""
     op, dtype = "attention_kvcache", q.dtype
     require(q.dim() == 4 and q.is_floating_point(), lambda: f"{op}: expected q (B, Sq, H, D) of floats, got {shape(q)}")
-    B, Sq, _, D = q.shape
+    B, Sq, _H, D = q.shape
     require(
         k_cache.dim() == 4 and k_cache.shape[-1] == D and k_cache.dtype == dtype,
         lambda: f"{op}: expected k_cache (B, Smax, Hk, {D}) with q's dtype {dtype}, got {shape(k_cache)}",
@@ -398,66 +430,55 @@ def attention_kvcache(
     for name, t in (("lengths", lengths), ("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
         if t is not None and (t.shape != (B,) or t.dtype != torch.int32):
             raise ValueError(f"{op}: expected {name} ({B},) int32, got {shape(t)}")
-    before = lengths.tolist()
-    longest = max(before, default=0) + (0 if k is None else Sq)
-    _check_room(q, k_cache, before, longest, lengths, block_table, cache_batch_idx, cache_leftpad)
+    if (table := block_table) is not None:
+        if table.dim() != 2 or table.shape[0] != B or table.dtype != torch.int32:
+            raise ValueError(f"{op}: expected block_table ({B}, n) int32, got {shape(table)}")
+        require(cache_batch_idx is None, f"{op}: expected block_table or cache_batch_idx, got both")
+    elif cache_batch_idx is None and k_cache.shape[0] != B:
+        raise ValueError(f"{op}: expected a cache of {B} rows, like q, got {shape(k_cache)}")
     require((cos is None) == (sin is None), f"{op}: expected cos and sin, or neither, got one of them")
     if cos is not None and sin is not None:
-        fits = cos.dim() == 2 and cos.shape == sin.shape and 2 * cos.shape[1] <= D and cos.shape[0] >= longest
+        fits = cos.dim() == 2 and cos.shape == sin.shape and 2 * cos.shape[1] <= D
         require(
             fits and cos.dtype == sin.dtype and cos.dtype in (torch.float32, torch.float64),
             lambda: (
-                f"{op}: expected cos and sin (at least {longest}, at most {D // 2}) float32, "
-                f"got {shape(cos)} and {shape(sin)}"
+                f"{op}: expected cos and sin (positions, at most {D // 2}) float32, got {shape(cos)} and {shape(sin)}"
             ),
         )
-        require(
-            k is not None or min(before, default=Sq) >= Sq,
-            lambda: f"{op}: expected lengths of at least Sq = {Sq} to rotate q without k, got {min(before)}",
-        )
-    return dispatch.run(
-        *("attention.attention_kvcache", backend, reference_kvcache, q),
-        **dict(q=q, k_cache=k_cache, v_cache=v_cache, lengths=lengths, k=k, v=v, block_table=block_table),
-        **dict(causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks),
-        **dict(cos=cos, sin=sin, interleaved=interleaved, cache_batch_idx=cache_batch_idx),
-        **dict(cache_leftpad=cache_leftpad, return_lse=return_lse),
-    )
 
 
-def _check_room(
-    q: Tensor,
-    cache: Tensor,
-    before: list[int],
-    longest: int,
-    lengths: Tensor,
-    table: Tensor | None,
-    rows: Tensor | None,
-    pads: Tensor | None,
-) -> None:
-    """Raises where a sequence doesn't fit its cache, or its pages or row are not there."""
-    op, B = "attention_kvcache", q.shape[0]
-    if table is not None and (table.dim() != 2 or table.shape[0] != B or table.dtype != torch.int32):
-        raise ValueError(f"{op}: expected block_table ({B}, n) int32, got {shape(table)}")
+def _check_lengths(
+    q: Tensor, cache: Tensor, lengths: Tensor, k: Tensor | None, table: Tensor | None, cos: Tensor | None,
+    rows: Tensor | None, pads: Tensor | None
+) -> None:  # fmt: skip
+    """Raises where a sequence doesn't fit its cache, or its pages, row or positions are not there."""
+    op, Sq, before = "attention_kvcache", q.shape[1], lengths.tolist()
+    new = 0 if k is None else Sq
+    longest = max(before, default=0) + new
     room = cache.shape[1] * (1 if table is None else table.shape[1])
-    new = longest - max(before, default=0)
     if min(before, default=0) < 0 or longest > room:
         raise ValueError(f"{op}: expected lengths 0 to {room - new} ({room} slots, {new} new tokens), got {before[:8]}")
     if table is not None:
-        require(rows is None, f"{op}: expected block_table or cache_batch_idx, got both")
         used = torch.arange(table.shape[1], device=table.device) * cache.shape[1] < (lengths + new)[:, None]
         bad = table[used & ((table < 0) | (table >= cache.shape[0]))]
         require(
             bad.numel() == 0,
             lambda: f"{op}: expected pages 0 to {cache.shape[0] - 1} in block_table, got {bad[0].item()}",
         )
-    elif rows is not None:
+    if rows is not None:
         index = rows.tolist()
-        if not all(0 <= i < cache.shape[0] for i in index) or (new and len(set(index)) < B):
+        if not all(0 <= i < cache.shape[0] for i in index) or (new and len(set(index)) < len(index)):
             raise ValueError(f"{op}: expected cache_batch_idx 0 to {cache.shape[0] - 1}, each once, got {index[:8]}")
-    elif cache.shape[0] != B:
-        raise ValueError(f"{op}: expected a cache of {B} rows, like q, got {shape(cache)}")
     if pads is not None and not all(0 <= p <= n for p, n in zip(pads.tolist(), before)):
         raise ValueError(f"{op}: expected cache_leftpad 0 to lengths {before[:8]}, got {pads.tolist()[:8]}")
+    if cos is not None:
+        if cos.shape[0] < longest:
+            wanted = f"(at least {longest}, at most {q.shape[3] // 2}) float32"
+            raise ValueError(f"{op}: expected cos and sin {wanted}, got {shape(cos)}")
+        require(
+            k is not None or min(before, default=Sq) >= Sq,
+            lambda: f"{op}: expected lengths of at least Sq = {Sq} to rotate q without k, got {min(before)}",
+        )
 
 
 def cost_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, **terms: Any) -> Cost:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gptfast import kernels
@@ -56,6 +57,53 @@ def run(op: str, backend: str | Explain | None, reference: Callable[..., Any], d
         return choose(op, backend.backend, device, arguments)[0]
     function = choose(op, backend, device, arguments)[1]
     return reference(**arguments) if function is None else function(**arguments)
+
+
+def prepared(
+    op: str,
+    backend: str | Explain | None,
+    reference: Callable[..., Any],
+    device: Tensor,
+    arguments: dict[str, Any],
+    check: Callable[..., None],
+) -> Callable[..., Any]:
+    """run() for ops whose calls are so short that checking and choosing would take longer: the function to call with
+    the same arguments.
+
+    A call is checked by check(**arguments), its backend chosen and its launch prepared (by the backend's
+    prepare_<function>, where it has one) once for each signature; what depends on the contents of tensors is the
+    caller's to check each time.
+    """
+    if isinstance(backend, Explain):
+        check(**arguments)
+        choice = choose(op, backend.backend, device, arguments)[0]
+        return lambda **_: choice
+    here = (os.environ.get("GPTFAST_BACKEND"), device.device.type, torch.is_grad_enabled(), torch.get_num_threads())
+    key = (op, backend, here, signature(arguments))
+    function = _prepared.get(key)
+    if function is None:
+        check(**arguments)
+        choice, function = choose(op, backend, device, arguments)
+        kernel = None if function is None else _find(choice.backend, op)
+        if isinstance(kernel, kernels.Kernel) and kernel.prepare is not None:
+            function = kernel.prepare(**arguments)
+        if len(_prepared) >= 1024:  # shapes that change from call to call
+            _prepared.clear()
+        function = _prepared[key] = function or reference
+    return function
+
+
+_prepared: dict[Any, Callable[..., Any]] = {}
+
+
+def signature(arguments: dict[str, Any]) -> tuple[Any, ...]:
+    """All of the arguments but what the tensors hold and where."""
+    return tuple(
+        [
+            (x.shape, x.stride(), x.dtype, x.is_cpu, x.requires_grad) if isinstance(x, Tensor) else x
+            for x in arguments.values()
+        ]
+    )
 
 
 def choose(

@@ -120,10 +120,10 @@ struct Head {
     t.rows = min(rows() - first, ROWS);
     t.dim = D;
     t.width = round_up(t.rows, LANES);
-    const int W = t.width, values = padded * (few ? t.rows : W);
+    const int W = t.width;
     t.q = memory;
-    t.o = t.q + values;
-    t.m = t.o + values;
+    t.o = t.q + (few ? t.rows * DIM : padded * W);
+    t.m = t.o + padded * (few ? t.rows : W);
     t.l = t.m + W;
     t.slope = t.l + W;
     t.sink = t.slope + W;
@@ -139,7 +139,7 @@ struct Head {
       t.sink[r] = a.sinks ? a.sinks[head(row)] : NONE;
     }
     if (few) {
-      for (int r = 0; r < t.rows; r++) load_query(first + r, t.q + r * padded);
+      for (int r = 0; r < t.rows; r++) load_query(first + r, t.q + r * DIM);
       return t;
     }
     for (int r = 0; r < W; r += LANES) {
@@ -160,14 +160,31 @@ struct Head {
     for (int r = 0; r < t.width; r++) t.m[r] = NONE, t.l[r] = 0;
   }
 
-  // Where each key of a chunk lies; keys outside [begin, end) repeat one inside, so that no others are read.
-  void locate(int start, int begin, int end, int64_t* k_at, int64_t* v_at) const {
-    const int first = begin / (GROUPS * LANES) * (GROUPS * LANES), last = round_up(end, GROUPS * LANES);
-    for (int j = first; j < last; j++) {
-      const int64_t slot = s.leftpad + start + max(begin, min(j, end - 1));
-      k_at[j] = slot_at(a, s, s.k, a.k_strides, slot);
-      v_at[j] = slot_at(a, s, s.v, a.v_strides, slot);
+  static constexpr int64_t copy_stride(int64_t D) { return D + 64 / (int64_t)sizeof(T); }  // spread over L1's sets
+  // Group g of a chunk's keys or values, of which [begin, end) of the chunk are needed. Where they don't lie evenly, or
+  // not all of them may be read, they are copied to `spare`, another one standing for those not needed; as are those
+  // `far` apart.
+  Rows<T> group(const T* x, int64_t first, const int64_t* strides, int chunk, int g, int begin, int end, bool far,
+                void* spare) const {
+    const int64_t from = s.leftpad + chunk * CHUNK, slot = from + g * LANES;
+    const bool whole = begin <= g * LANES && end >= (g + 1) * LANES;
+    if (whole && !far && (!s.pages || slot % a.page + LANES <= a.page))
+      return {x + slot_at(a, s, first, strides, slot), strides[1]};
+    const Rows<T> copy{(T*)spare, copy_stride(D)};
+    for (int i = 0; i < LANES; i++) {
+      const int j = max(begin, min(g * LANES + i, end - 1));
+      memcpy((T*)spare + i * copy.stride, x + slot_at(a, s, first, strides, from + j), D * sizeof(T));
     }
+    return copy;
+  }
+  // Keys are read across: at multiples of 2 KiB, 2 LANES of them would share 16 lines of L1 and each be fetched anew
+  // for every 16 bytes (0.7x at 8 heads of 64).
+  Rows<T> keys_of(int chunk, int g, int begin, int end, void* spare) const {
+    const bool far = a.k_strides[1] * sizeof(T) % 2048 == 0;
+    return group(k, s.k, a.k_strides, chunk, g, begin, end, far, spare);
+  }
+  Rows<T> values_of(int chunk, int g, int begin, int end, void* spare) const {
+    return group(v, s.v, a.v_strides, chunk, g, begin, end, false, spare);
   }
 
   // The tile's part of a chunk; empty where begin >= end.
@@ -260,32 +277,19 @@ struct Head {
 // A worker's memory, reused from strip to strip.
 struct Scratch {
   float *kt, *vt, *s, *bias, *tiles;
-  int64_t *k_at, *v_at;
 
-  static int64_t tile_floats(int64_t D) { return ROWS * (2 * round_up((int)D, LANES) + 7); }
+  static int64_t tile_floats(int64_t D) { return ROWS * (2 * round_up((int)D, LANES) + 7) + FEW * DIM; }
   Scratch(const Attention& a, Worker& worker, int tiles_of_strip) {
-    const int64_t D = round_up((int)a.D, LANES), block = D * CHUNK;
-    const int64_t scores = max<int64_t>(ROWS * CHUNK, LANES * D);
+    const int64_t D = round_up((int)a.D, LANES), copied = D + 16, block = copied * CHUNK;
+    const int64_t scores = max<int64_t>(ROWS * CHUNK, LANES * copied);
     const int64_t floats = 2 * block + scores + ROWS * CHUNK + tiles_of_strip * tile_floats(a.D);
-    k_at = (int64_t*)worker.scratch(2 * CHUNK * sizeof(int64_t) + floats * sizeof(float));
-    v_at = k_at + CHUNK;
-    kt = (float*)(v_at + CHUNK);
+    kt = (float*)worker.scratch(floats * sizeof(float));
     vt = kt + block;
     s = vt + block;
     bias = s + scores;
     tiles = bias + ROWS * CHUNK;
   }
 };
-
-template <class T>
-void run_chunk(const Head<T>& head, Tile& t, int chunk, Scratch& x) {
-  const Keys keys = head.keys(t, chunk, x.bias);
-  if (keys.begin >= keys.end) return;
-  if (t.few)
-    chunk_few(t, keys, head.k, x.k_at, head.v, x.v_at, x.kt, x.s);
-  else
-    (t.width == LANES ? chunk_rows<1> : t.width == 2 * LANES ? chunk_rows<2> : chunk_rows<3>)(t, keys, x.kt, x.vt, x.s);
-}
 
 // Chunks first .. last of the tiles of a strip, in order.
 template <class T>
@@ -297,13 +301,29 @@ void run_strip(const Head<T>& head, Tile* tiles, int count, int first, int last,
   for (int c = first; c < last; c++) {
     const int from = max(low - c * CHUNK, 0), to = min(high - c * CHUNK, CHUNK);
     if (from >= to) continue;
-    head.locate(c * CHUNK, from, to, x.k_at, x.v_at);
-    if (!tiles[0].few) {
-      const int group = from / LANES;
-      pack_k(head.k, x.k_at, group, (int)ceil_div(to, LANES), head.D, x.kt + group * head.D * LANES);
-      pack_v(head.v, x.v_at, from, to, head.D, x.vt);
+    const int begin = from / LANES, end = (int)ceil_div(to, LANES);
+    if (tiles[0].few) {
+      Rows<T> k[CHUNK / LANES], v[CHUNK / LANES];
+      for (int g = begin; g < end; g++) {
+        k[g] = head.keys_of(c, g, from, to, x.kt + g * LANES * (head.D + 16));
+        v[g] = head.values_of(c, g, from, to, x.vt + g * LANES * (head.D + 16));
+      }
+      chunk_few_rows(tiles[0], head.keys(tiles[0], c, x.bias), k, v, x.s);
+      continue;
     }
-    for (int i = 0; i < count; i++) run_chunk(head, tiles[i], c, x);
+    for (int g = begin; g < end; g++) {
+      pack_k(head.keys_of(c, g, from, to, x.s), head.D, x.kt + g * head.D * LANES);
+      pack_v(head.values_of(c, g, from, to, x.s), max(from - g * LANES, 0), min(to - g * LANES, LANES), head.D,
+             x.vt + g * LANES * LANES);
+    }
+    for (int i = 0; i < count; i++) {
+      const Tile& t = tiles[i];
+      const Keys keys = head.keys(t, c, x.bias);
+      if (keys.begin >= keys.end) continue;
+      (t.width == LANES       ? chunk_rows<1>
+       : t.width == 2 * LANES ? chunk_rows<2>
+                              : chunk_rows<3>)(t, keys, x.kt, x.vt, x.s);
+    }
   }
 }
 
@@ -357,18 +377,25 @@ void fold(Tile& t, const float* partial) {
   }
 }
 
-// Single chunks, dealt out evenly and always alike (a decoding worker finds its keys in its own cache), then the merge.
+// The chunks first .. last that a sequence's queries see.
+struct Span {
+  int first, last;
+  int size() const { return last - first; }
+};
+Span span(const Attention& a, int64_t b) {
+  const Sequence s = sequence(a, b);
+  if (!s.q_len) return {0, 0};
+  int low, high, unused;
+  visible(a, s, 0, &low, &unused);
+  visible(a, s, s.q_len - 1, &unused, &high);
+  return {low / CHUNK, max(low / CHUNK, (int)ceil_div(high, CHUNK))};
+}
+
+// Single chunks, each worker beginning with the part that it had the last time (decoding, it finds the keys in its own
+// cache), then the merge.
 template <class T>
-void by_chunks(const Attention& a, Worker& worker) {
+void by_chunks(const Attention& a, Worker& worker, int64_t total) {
   Scratch x(a, worker, 1);
-  auto chunks = [&](int64_t b, int* first, int* last) {
-    const Sequence s = sequence(a, b);
-    int low, high, unused;
-    visible(a, s, 0, &low, &unused);
-    visible(a, s, s.q_len - 1, &unused, &high);
-    *first = low / CHUNK;
-    *last = s.q_len ? max(*first, (int)ceil_div(high, CHUNK)) : *first;
-  };
   auto partial = [&](int64_t b, int64_t hk, int chunk, int tile) {
     return a.workspace + ((b * a.Hk + hk) * a.chunks + chunk) * a.partial +
            tile * ROWS * (round_up((int)a.D, LANES) + 2);
@@ -376,16 +403,13 @@ void by_chunks(const Attention& a, Worker& worker) {
   auto start = [&](const Head<T>& head, int tile) {
     return head.start(tile * ROWS, head.rows() - tile * ROWS <= FEW, x.tiles, x.s);
   };
-  int64_t total = 0;
-  int first, last;
-  for (int64_t b = 0; b < a.B; b++) chunks(b, &first, &last), total += last - first;
   worker.phase(total * a.Hk, ceil_div(total * a.Hk, 4 * worker.count), [&](int64_t begin, int64_t end) {
     for (int64_t b = 0, done = 0; b < a.B; b++) {
-      chunks(b, &first, &last);
-      const int64_t from = max<int64_t>(begin - done, 0), to = min<int64_t>(end - done, (last - first) * a.Hk);
+      const Span chunks = span(a, b);
+      const int64_t from = max<int64_t>(begin - done, 0), to = min<int64_t>(end - done, chunks.size() * a.Hk);
       for (int64_t u = from; u < to; u++) {
         const Head<T> head(a, b, u % a.Hk);
-        const int c = first + (int)(u / a.Hk), fresh = head.s.k_len - head.s.q_len;  // the first new key
+        const int c = chunks.first + (int)(u / a.Hk), fresh = head.s.k_len - head.s.q_len;  // the first new key
         if (a.k_new)
           append<T>(a, head.s, head.hk, max(c * CHUNK - fresh, 0), min((c + 1) * CHUNK - fresh, head.s.q_len));
         for (int tile = 0; tile < head.tiles(); tile++) {
@@ -394,15 +418,15 @@ void by_chunks(const Attention& a, Worker& worker) {
           memcpy(partial(b, head.hk, c, tile), t.o, state_floats(t) * sizeof(float));
         }
       }
-      done += (last - first) * a.Hk;
+      done += chunks.size() * a.Hk;
     }
   });
   worker.each(a.B * a.Hk, [&](int64_t task) {
     const Head<T> head(a, task / a.Hk, task % a.Hk);
-    chunks(head.s.b, &first, &last);
+    const Span chunks = span(a, head.s.b);
     for (int tile = 0; tile < head.tiles(); tile++) {
       Tile t = start(head, tile);
-      for (int c = first; c < last; c++) fold(t, partial(head.s.b, head.hk, c, tile));
+      for (int c = chunks.first; c < chunks.last; c++) fold(t, partial(head.s.b, head.hk, c, tile));
       head.finish(t, x.s);
     }
   });
@@ -413,8 +437,11 @@ void by_chunks(const Attention& a, Worker& worker) {
 void attention(const Attention& a, Worker& worker) {
   with_storage(a.dtype, [&](auto t) {
     using T = decltype(t);
+    int64_t chunks = 0;
     if (a.workspace && worker.count > 1)
-      by_chunks<T>(a, worker);
+      for (int64_t b = 0; b < a.B; b++) chunks += span(a, b).size();
+    if (chunks > a.B)  // some sequence has more than one
+      by_chunks<T>(a, worker, chunks);
     else
       by_strips<T>(a, worker);
   });

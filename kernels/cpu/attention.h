@@ -10,16 +10,27 @@
 
 namespace gptfast::ISA::attn {
 
-constexpr int CHUNK = 128;                   // keys; gptfast/ops/attention.py says so too
-constexpr int ROWS = 3 * LANES;              // query rows of a full tile
-constexpr int BLOCK = LANES == 16 ? 8 : 4;   // x 3 accumulators + 3 + 1 fill 32 or 16 vector registers
-constexpr int FEW = LANES / 2;               // tiles of so many rows or fewer take the `few` shape
-constexpr int GROUPS = LANES == 16 ? 4 : 2;  // vectors of keys or dims side by side in the `few` shape
-constexpr int DIM = 256;                     // the largest head
+constexpr int CHUNK = 128;                        // keys; gptfast/ops/attention.py says so too
+constexpr int ROWS = 3 * LANES;                   // query rows of a full tile
+constexpr int BLOCK = LANES == 16 ? 8 : 4;        // x 3 accumulators + 3 + 1 fill 32 or 16 vector registers
+constexpr int FEW = LANES / 2;                    // tiles of so many rows or fewer take the `few` shape
+constexpr int GROUPS = LANES == 16 ? 2 : 1;       // vectors of keys side by side in the `few` shape
+constexpr int DIM_VECTORS = LANES == 16 ? 4 : 2;  // and of dims
+constexpr int AHEAD = 8;                          // values are prefetched so many keys ahead
+constexpr int DIM = 256;                          // the largest head
 constexpr float NONE = -__builtin_inff();
 #define NOINLINE __attribute__((noinline))
 #define UNROLL _Pragma("GCC unroll 16")
 #define NO_UNROLL _Pragma("GCC unroll 1")
+
+// Keeps the compiler from loading v again for each use: a load takes as long as the fma that it would be folded into.
+INLINE void in_register(f32v& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#else
+  (void)v;
+#endif
+}
 
 INLINE int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
@@ -57,7 +68,7 @@ INLINE f32v finite(f32v m) { return select(m == NONE, f32v{}, m); }
 // The rows of a tile and what is known of them so far. In the `rows` shape q and o are transposed, [d][width].
 struct Tile {
   int first, rows, width, dim;     // the first row; width: rows rounded up to lanes
-  bool few;                        // which shape; in `few`, q and o are [row][dim rounded up to lanes]
+  bool few;                        // which shape; in `few`, q is [row][DIM] and o [row][dim rounded up to lanes]
   float *q, *o, *m, *l;            // q comes scaled
   float *slope, *sink;             // per row
   int32_t *low, *high, *position;  // keys [low, high) are seen by a row; both grow with the row
@@ -87,63 +98,94 @@ INLINE void transpose(f32v* r, int from = LANES / 2) {
   }
 }
 
-// to[d][LANES] = LANES rows of the storage type, LANES dims of each from d0 on.
-INLINE void turn(const float* x, const int64_t* at, int d0, float* to) {
-  f32v r[LANES];
-#if defined(__AVX512F__)
-  // Loads that place quarters of rows do the first half of the transpose: 32 shuffles instead of 64.
-  UNROLL for (int i = 0; i < LANES; i++) {
-    const int row = i % 4, d = d0 + i / 4 * 4;
-    __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(x + at[row] + d));
-    v = _mm512_mask_broadcast_f32x4(v, 0x00f0, _mm_loadu_ps(x + at[row + 4] + d));
-    v = _mm512_mask_broadcast_f32x4(v, 0x0f00, _mm_loadu_ps(x + at[row + 8] + d));
-    r[i] = _mm512_mask_broadcast_f32x4(v, 0xf000, _mm_loadu_ps(x + at[row + 12] + d));
+// LANES keys or values of a head that lie evenly: row i is at + i * stride.
+template <class T>
+struct Rows {
+  const T* at;
+  int64_t stride;
+};
+
+// A word is one value of fp32, or two of a 16-bit type. Keys are turned four words at a time.
+template <class T>
+constexpr int PER_WORD = (int)(sizeof(float) / sizeof(T));
+template <class T>
+constexpr int DIMS = 4 * PER_WORD<T>;
+
+// Four words of LANES rows: at[n] is row 4 n, the rows stand `stride` bytes apart.
+struct Quads {
+  const char* at[LANES / 4];
+  int64_t stride;
+
+  template <class T>
+  explicit Quads(const Rows<T>& rows) : stride(rows.stride * (int64_t)sizeof(T)) {
+    for (int n = 0; n < LANES / 4; n++) at[n] = (const char*)(rows.at + 4 * n * rows.stride);
   }
-  transpose(r, 2);
-#else
-  UNROLL for (int i = 0; i < LANES; i++) r[i] = load(x + at[i] + d0);
-  transpose(r);
+  // Lanes 4 n ..: the words of row 4 n + i. Halves are loaded, for a load of 64 bytes takes as long as two of 16.
+  INLINE f32v part(int i) const {
+    auto quad = [&](int n) { return (const float*)(at[n] + i * stride); };
+#if defined(__AVX2__)
+    auto half = [&](int n) {
+      return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(quad(n))), _mm_loadu_ps(quad(n + 1)), 1);
+    };
 #endif
-  UNROLL for (int i = 0; i < LANES; i++) store(to + i * LANES, r[i]);
-}
-// The same for 16-bit storage and 2 LANES dims: pairs of values are turned as one, then taken apart.
-INLINE f32v even(i32v pairs, bf16) { return bitcast<f32v>(pairs << 16); }
-INLINE f32v odd(i32v pairs, bf16) { return bitcast<f32v>(pairs & (int32_t)0xffff0000); }
-INLINE f32v even(i32v pairs, f16) { return widen(__builtin_convertvector(pairs, u16v), f16{}); }
-INLINE f32v odd(i32v pairs, f16) { return widen(__builtin_convertvector(bitcast<u32v>(pairs) >> 16, u16v), f16{}); }
-template <class T>
-INLINE void turn(const T* x, const int64_t* at, int d0, float* to) {
-  f32v r[LANES];
-  UNROLL for (int i = 0; i < LANES; i++) memcpy(r + i, x + at[i] + d0, sizeof r[i]);
-  transpose(r);
-  UNROLL for (int i = 0; i < LANES; i++) {
-    const i32v pairs = bitcast<i32v>(r[i]);
-    store(to + 2 * i * LANES, even(pairs, T{}));
-    store(to + (2 * i + 1) * LANES, odd(pairs, T{}));
+#if defined(__AVX512F__)
+    return _mm512_insertf32x8(_mm512_castps256_ps512(half(0)), half(2), 1);
+#elif defined(__AVX2__)
+    return half(0);
+#else
+    return load(quad(0));
+#endif
   }
+  // words[w] = word w of all rows; then on to the next four. A transpose of four lanes by four.
+  INLINE void turn(f32v* words) {
+    const i32v lane = iota(), quad = lane & ~3, odd = lane & 1, upper = (lane & 2) / 2;
+    const i32v by_one = quad + upper + odd * LANES, by_two = quad + odd + upper * LANES;
+    const f32v x0 = part(0), x1 = part(1), x2 = part(2), x3 = part(3);
+    const f32v a = __builtin_shuffle(x0, x1, by_one), b = __builtin_shuffle(x0, x1, by_one + 2);
+    const f32v c = __builtin_shuffle(x2, x3, by_one), d = __builtin_shuffle(x2, x3, by_one + 2);
+    words[0] = __builtin_shuffle(a, c, by_two);
+    words[1] = __builtin_shuffle(a, c, by_two + 2);
+    words[2] = __builtin_shuffle(b, d, by_two);
+    words[3] = __builtin_shuffle(b, d, by_two + 2);
+    // Opaque, lest the compiler keep a pointer to each row and run out of registers.
+    UNROLL for (int n = 0; n < LANES / 4; n++) asm("" : "+r"(at[n] += 16));
+  }
+};
+// Value i of a word.
+INLINE f32v value(f32v word, int, float) { return word; }
+INLINE f32v value(f32v pair, int i, bf16) {
+  return bitcast<f32v>(i ? bitcast<i32v>(pair) & (int32_t)0xffff0000 : bitcast<i32v>(pair) << 16);
+}
+INLINE f32v value(f32v pair, int i, f16) {
+  return widen(__builtin_convertvector(bitcast<u32v>(pair) >> 16 * i, u16v), f16{});
+}
+// One dim of all rows.
+template <class T>
+INLINE f32v column(const Rows<T>& rows, int d) {
+  float x[LANES];
+  for (int i = 0; i < LANES; i++) x[i] = load1(rows.at + i * rows.stride + d);
+  return load(x);
 }
 
-// kt[group - first][d][LANES] = the keys of groups first .. last.
+// kt[d][LANES] = LANES keys.
 template <class T>
-NOINLINE void pack_k(const T* k, const int64_t* at, int first, int last, int dim, float* kt) {
-  constexpr int STEP = LANES * (int)(sizeof(float) / sizeof(T));
-  for (int g = first; g < last; g++, at += LANES, kt += dim * LANES) {
-    int d = 0;
-    for (; d + STEP <= dim; d += STEP) turn(k, at + first * LANES, d, kt + d * LANES);
-    for (; d < dim; d += LANES) {
-      const int n = min(LANES, dim - d);
-      f32v r[LANES];
-      for (int i = 0; i < LANES; i++) r[i] = load(k + at[first * LANES + i] + d, n);
-      transpose(r);
-      for (int i = 0; i < n; i++) store(kt + (d + i) * LANES, r[i]);
-    }
+NOINLINE void pack_k(const Rows<T>& k, int dim, float* kt) {
+  Quads quads(k);
+  int d = 0;
+  for (; d + DIMS<T> <= dim; d += DIMS<T>) {
+    f32v words[4];
+    quads.turn(words);
+    UNROLL for (int i = 0; i < DIMS<T>; i++)
+        store(kt + (d + i) * LANES, value(words[i / PER_WORD<T>], i % PER_WORD<T>, T{}));
   }
+  for (; d < dim; d++) store(kt + d * LANES, column(k, d));
 }
 
+// vt[d / LANES][key][LANES] = values begin .. end.
 template <class T>
-NOINLINE void pack_v(const T* v, const int64_t* at, int begin, int end, int dim, float* vt) {
+NOINLINE void pack_v(const Rows<T>& v, int begin, int end, int dim, float* vt) {
   for (int j = begin; j < end; j++) {
-    const T* from = v + at[j];
+    const T* from = v.at + j * v.stride;
     float* to = vt + j * LANES;
     int d = 0;
     for (; d + LANES <= dim; d += LANES) store(to + d * CHUNK, load(from + d));
@@ -278,19 +320,34 @@ void chunk_rows(const Tile& t, const Keys& keys, const float* kt, const float* v
 
 // ---- keys, then dims, in the lanes ----
 
-template <int R>
-NOINLINE void qk_few(const float* q, int stride, const float* kt, float* s, int dim) {
-  f32v acc[R][GROUPS] = {};
-  NO_UNROLL for (int d = 0; d < dim; d++) {
-    f32v key[GROUPS];
-    UNROLL for (int g = 0; g < GROUPS; g++) key[g] = load(kt + (g * dim + d) * LANES);
-    UNROLL for (int r = 0; r < R; r++) {
-      const f32v x = splat(q[r * stride + d]);
-      UNROLL for (int g = 0; g < GROUPS; g++) acc[r][g] = fma(x, key[g], acc[r][g]);
+// Keys are turned in registers and used there, for all rows and GROUPS x LANES keys at a time.
+template <class T, int R>
+NOINLINE void qk_few(const float* q, const Rows<T>* k, int first, int last, int dim, float* s) {
+  for (int g = first / GROUPS * GROUPS; g < last; g += GROUPS) {
+    auto rows = [&](int u) { return k[max(first, min(g + u, last - 1))]; };
+    Quads quads[2] = {Quads(rows(0)), Quads(rows(GROUPS - 1))};
+    f32v acc[R][GROUPS] = {};
+    int d = 0;
+    NO_UNROLL for (; d + DIMS<T> <= dim; d += DIMS<T>) {
+      f32v words[GROUPS][4];
+      UNROLL for (int u = 0; u < GROUPS; u++) quads[u].turn(words[u]);
+      UNROLL for (int i = 0; i < DIMS<T>; i++) {
+        UNROLL for (int r = 0; r < R; r++) {
+          const f32v x = splat(q[r * DIM + d + i]);
+          UNROLL for (int u = 0; u < GROUPS; u++) acc[r][u] =
+              fma(x, value(words[u][i / PER_WORD<T>], i % PER_WORD<T>, T{}), acc[r][u]);
+        }
+      }
     }
-  }
-  UNROLL for (int r = 0; r < R; r++) {
-    UNROLL for (int g = 0; g < GROUPS; g++) store(s + r * CHUNK + g * LANES, acc[r][g]);
+    for (; d < dim; d++) {
+      UNROLL for (int u = 0; u < GROUPS; u++) {
+        const f32v key = column(rows(u), d);
+        UNROLL for (int r = 0; r < R; r++) acc[r][u] = fma(splat(q[r * DIM + d]), key, acc[r][u]);
+      }
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+      UNROLL for (int u = 0; u < GROUPS; u++) store(s + r * CHUNK + (g + u) * LANES, acc[r][u]);
+    }
   }
 }
 
@@ -317,63 +374,56 @@ INLINE void softmax_few(const Tile& t, const Keys& keys, int r, float* s, float*
 }
 
 template <class T, int R, int ND>
-NOINLINE void pv_few(const T* v, const int64_t* at, const float* p, float* o, int stride, const float* a,
-                     const float* b, int begin, int end, int n) {
+NOINLINE void pv_few(const Rows<T>* v, int d, int n, const float* p, float* o, int stride, const float* a,
+                     const float* b, int begin, int end) {
   f32v acc[R][ND] = {};
-  NO_UNROLL for (int j = begin; j < end; j++) {
-    const T* from = v + at[j];
-    f32v x[ND];
-    UNROLL for (int u = 0; u < ND; u++) x[u] = ND == 1 ? load(from, n) : load(from + u * LANES);
-    UNROLL for (int r = 0; r < R; r++) {
-      const f32v weight = splat(p[r * CHUNK + j]);
-      UNROLL for (int u = 0; u < ND; u++) acc[r][u] = fma(weight, x[u], acc[r][u]);
+  for (int g = begin / LANES; g * LANES < end; g++) {
+    const int last = min(end - g * LANES, LANES);
+    int j = max(begin - g * LANES, 0);
+    const T* from = v[g].at + j * v[g].stride + d;
+    NO_UNROLL for (; j < last; j++, from += v[g].stride) {
+      f32v x[ND];
+      UNROLL for (int u = 0; u < ND; u++) {
+        x[u] = ND == 1 ? load(from, n) : load(from + u * LANES);
+        in_register(x[u]);
+        __builtin_prefetch(from + AHEAD * v[g].stride + u * LANES);
+      }
+      UNROLL for (int r = 0; r < R; r++) {
+        const f32v weight = splat(p[r * CHUNK + g * LANES + j]);
+        UNROLL for (int u = 0; u < ND; u++) acc[r][u] = fma(weight, x[u], acc[r][u]);
+      }
     }
   }
   UNROLL for (int r = 0; r < R; r++) {
     UNROLL for (int u = 0; u < ND; u++) {
-      float* to = o + r * stride + u * LANES;
+      float* to = o + r * stride + d + u * LANES;
       store(to, fma(load(to), splat(a[r]), acc[r][u] * b[r]));
     }
   }
 }
 
+// One chunk: R rows, k and v by groups.
 template <class T, int R>
-void pv_few_dims(const T* v, const int64_t* at, const float* p, float* o, int stride, const float* a, const float* b,
-                 int begin, int end, int dim) {
-  int d = 0;
-  for (; d + GROUPS * LANES <= dim; d += GROUPS * LANES)
-    pv_few<T, R, GROUPS>(v + d, at, p, o + d, stride, a, b, begin, end, LANES);
-  for (; d < dim; d += LANES) pv_few<T, R, 1>(v + d, at, p, o + d, stride, a, b, begin, end, min(LANES, dim - d));
-}
-
-// k_at and v_at: where each key of the chunk lies; those outside [begin, end) repeat one inside.
-template <class T>
-void chunk_few(const Tile& t, const Keys& keys, const T* k, const int64_t* k_at, const T* v, const int64_t* v_at,
-               float* kt, float* s) {
-  constexpr int STEP = GROUPS * LANES;
+void chunk_few(const Tile& t, const Keys& keys, const Rows<T>* k, const Rows<T>* v, float* s) {
+  constexpr int ND = R <= FEW / 2 ? DIM_VECTORS : DIM_VECTORS / 2;
   const int stride = round_up(t.dim, LANES);
   float mc[LANES], lc[LANES] = {}, a[LANES], b[LANES];
   store(mc, splat(NONE));
-  for (int j = keys.begin / STEP * STEP; j < keys.end; j += STEP) {
-    pack_k(k, k_at, j / LANES, j / LANES + GROUPS, t.dim, kt);
-    for (int r = 0; r < t.rows; r += 4) {
-      const float* q = t.q + r * stride;
-      float* to = s + r * CHUNK + j;
-      const int n = t.rows - r;
-      (n >= 4 ? qk_few<4> : n == 3 ? qk_few<3> : n == 2 ? qk_few<2> : qk_few<1>)(q, stride, kt, to, t.dim);
-    }
-  }
-  for (int r = 0; r < t.rows; r++) softmax_few(t, keys, r, s + r * CHUNK, mc + r, lc + r);
+  qk_few<T, R>(t.q, k, keys.first_group(), keys.last_group(), t.dim, s);
+  for (int r = 0; r < R; r++) softmax_few(t, keys, r, s + r * CHUNK, mc + r, lc + r);
   merge(t.m, t.l, load(mc), load(lc), a, b);
-  for (int r = 0; r < t.rows; r += 4) {
-    const float* p = s + r * CHUNK;
-    float* o = t.o + r * stride;
-    const int n = t.rows - r;
-    (n >= 4   ? pv_few_dims<T, 4>
-     : n == 3 ? pv_few_dims<T, 3>
-     : n == 2 ? pv_few_dims<T, 2>
-              : pv_few_dims<T, 1>)(v, v_at, p, o, stride, a + r, b + r, keys.begin, keys.end, t.dim);
+  int d = 0;
+  for (; d + ND * LANES <= t.dim; d += ND * LANES)
+    pv_few<T, R, ND>(v, d, LANES, s, t.o, stride, a, b, keys.begin, keys.end);
+  for (; d < t.dim; d += LANES)
+    pv_few<T, R, 1>(v, d, min(LANES, t.dim - d), s, t.o, stride, a, b, keys.begin, keys.end);
+}
+template <class T, int R = 1>
+void chunk_few_rows(const Tile& t, const Keys& keys, const Rows<T>* k, const Rows<T>* v, float* s) {
+  if constexpr (R < FEW) {
+    if (t.rows > R) return chunk_few_rows<T, R + 1>(t, keys, k, v, s);
   }
+  chunk_few<T, R>(t, keys, k, v, s);
 }
 
 }  // namespace gptfast::ISA::attn

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -8,10 +9,9 @@ import torch
 from torch import Tensor
 
 from gptfast import _cpu
-from gptfast.kernels.cpu import DTYPES, unsupported
+from gptfast.kernels.cpu import DTYPES, empty, unsupported
 
 CHUNK = 128  # keys
-NONE = {"slopes_batch": 0, "page": 0, "table_stride": 0, "rotary": 0, "interleaved": 0}  # where they don't apply
 
 
 def supports_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, **terms: Any) -> str | None:
@@ -40,26 +40,46 @@ def attention(
     *,
     mask: Tensor | None,
     bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     return_lse: bool,
     **terms: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     q, k, v = _rows(q), _rows(k), _rows(v)
-    B, longest, Sk = q.shape[0], q.shape[-3], k.shape[-3]
+    B, longest, Sk, H = q.shape[0], q.shape[-3], k.shape[-3], q.shape[-2]
+    tensors: dict[str, Tensor | None] = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias}
     extra: dict[str, Any] = {}
-    tensors: dict[str, Tensor | None] = {"mask": mask, "bias": bias}
-    for name, t in tensors.items():
+    for name, t in (("mask", mask), ("bias", bias)):
         if t is not None:
-            extra[f"{name}_strides"] = t.expand(B, q.shape[2], longest, Sk).stride()
+            extra[f"{name}_strides"] = t.expand(B, H, longest, Sk).stride()
+    if bias is not None:
+        extra["bias_dtype"] = DTYPES[bias.dtype]
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         edges = cu_seqlens_q.tolist()
         B, longest = len(edges) - 1, max((b - a for a, b in pairwise(edges)), default=0)
         tensors |= {"cu_q": cu_seqlens_q.contiguous(), "cu_k": cu_seqlens_k.contiguous()}
-    return _launch(q, k, v, B, longest, Sk, return_lse, tensors, extra, **terms)
+    if alibi_slopes is not None:
+        tensors["slopes"] = _floats(alibi_slopes)
+        extra["slopes_batch"] = H if alibi_slopes.dim() == 2 else 0
+    if sinks is not None:
+        tensors["sinks"] = _floats(sinks)
+    threads, room, numbers = _numbers(q, k, v, B, longest, Sk, **terms)
+    tensors["out"] = out = empty(tuple(q.shape), q.dtype)
+    tensors["workspace"] = torch.empty(room) if room else None
+    lse = torch.empty((H, q.shape[0]) if q.dim() == 3 else (B, H, longest)) if return_lse else None
+    tensors["lse"] = lse
+    pointers = {name: t.data_ptr() for name, t in tensors.items() if t is not None}
+    _cpu.attention(threads, **numbers | extra | pointers)
+    return out if lse is None else (out, lse)
 
 
-def attention_kvcache(
+def attention_kvcache(**arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
+    return prepare_attention_kvcache(**arguments)(**arguments)
+
+
+def prepare_attention_kvcache(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -71,115 +91,113 @@ def attention_kvcache(
     cos: Tensor | None,
     sin: Tensor | None,
     interleaved: bool,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
     cache_batch_idx: Tensor | None,
     cache_leftpad: Tensor | None,
     return_lse: bool,
     **terms: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
-    q, longest = _rows(q), max(lengths.tolist(), default=0)
-    extra: dict[str, Any] = {}
-    tensors: dict[str, Tensor | None] = {"lengths": lengths.contiguous()}
+) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
+    """The op for arguments of these shapes, strides and dtypes. What it allocates is for all that the cache has room
+    for: the kernel alone reads the lengths, and a recorded launch may be run again with longer ones."""
+    B, Sq, H, _ = sizes = tuple(q.shape)
+    room, extra = k_cache.shape[1], {}
+    inputs: list[tuple[str, str, Callable[[Tensor], Tensor] | None]] = [  # field, argument, how it is made to fit
+        *(("q", "q", _rows), ("k", "k_cache", None), ("v", "v_cache", None), ("lengths", "lengths", _contiguous))
+    ]
     if k is not None and v is not None:
-        longest += q.shape[1]
-        tensors |= {"k_cache": k_cache, "v_cache": v_cache, "k_new": (k := _rows(k)), "v_new": (v := _rows(v))}
-        extra |= {"k_new_strides": _strides(k), "v_new_strides": _strides(v)}
-    if cos is not None and sin is not None:
-        tensors |= {"cos": _floats(cos), "sin": _floats(sin)}
+        inputs += [
+            ("k_cache", "k_cache", None),
+            ("v_cache", "v_cache", None),
+            ("k_new", "k", _rows),
+            ("v_new", "v", _rows),
+        ]
+        extra |= {"k_new_strides": _strides(_rows(k)), "v_new_strides": _strides(_rows(v))}
+    if cos is not None:
+        inputs += [("cos", "cos", _floats), ("sin", "sin", _floats)]
         extra |= {"rotary": 2 * cos.shape[1], "interleaved": interleaved}
     if block_table is not None:
-        tensors["block_table"] = block_table = block_table.contiguous()
-        extra |= {"page": k_cache.shape[1], "table_stride": block_table.shape[1]}
+        inputs.append(("block_table", "block_table", _contiguous))
+        extra |= {"page": room, "table_stride": block_table.shape[1]}
+        room *= block_table.shape[1]
     if cache_batch_idx is not None:
-        tensors["batch_index"] = cache_batch_idx.contiguous()
+        inputs.append(("batch_index", "cache_batch_idx", _contiguous))
     if cache_leftpad is not None:
-        tensors["leftpad"] = cache_leftpad.contiguous()
-    return _launch(q, k_cache, v_cache, q.shape[0], q.shape[1], longest, return_lse, tensors, extra, **terms)
+        inputs.append(("leftpad", "cache_leftpad", _contiguous))
+    if alibi_slopes is not None:
+        inputs.append(("slopes", "alibi_slopes", _floats))
+        extra["slopes_batch"] = H if alibi_slopes.dim() == 2 else 0
+    if sinks is not None:
+        inputs.append(("sinks", "sinks", _floats))
+    threads, floats, numbers = _numbers(_rows(q), k_cache, v_cache, B, Sq, room, **terms)
+    names, fp32 = ["out"], []
+    if floats:
+        names.append("workspace")
+        fp32.append((floats,))
+    if return_lse:
+        names.append("lse")
+        fp32.append((B, H, Sq))
+    names += [field for field, _, _ in inputs]
+    given: dict[str, Any] = dict(q=q, k=k, v=v, lengths=lengths, block_table=block_table, cos=cos, sin=sin, sinks=sinks)
+    given |= dict(alibi_slopes=alibi_slopes, cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad)
+    # What fits as it is always will: dtypes and strides stay.
+    fits = [(name, None if fit is None or fit(given[name]) is given[name] else fit) for _, name, fit in inputs]
+    launch, dtype = _cpu.Prepared("attention", tuple(names), numbers | extra), q.dtype
+
+    def run(**arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
+        made = [torch.empty(sizes, dtype=dtype), *[torch.empty(size) for size in fp32]]
+        tensors = [*made, *[arguments[name] if fit is None else fit(arguments[name]) for name, fit in fits]]
+        launch(threads, *[t.data_ptr() for t in tensors])
+        return (made[0], made[-1]) if return_lse else made[0]
+
+    return run
 
 
-def _launch(
+def _numbers(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     B: int,
     longest: int,
     Sk: int,
-    return_lse: bool,
-    tensors: dict[str, Tensor | None],
-    extra: dict[str, Any],
     *,
     causal: bool,
     scale: float | None,
     window: tuple[int, int],
     softcap: float,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
     **_: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Runs the kernel on B sequences of at most `longest` queries and Sk keys, with what else applies: tensors and
-    numbers by their names in kernels.h."""
+) -> tuple[int, int, dict[str, Any]]:
+    """For B sequences of at most `longest` queries and at most Sk keys: the threads, the floats of workspace, and the
+    fields that are no pointers."""
     Sq, H, D = q.shape[-3:]
-    Hk, out, lse = k.shape[-2], torch.empty(q.shape, dtype=q.dtype), None
-    if return_lse:
-        tensors["lse"] = lse = torch.empty((H, Sq) if q.dim() == 3 else (B, H, Sq), dtype=torch.float32)
-    if alibi_slopes is not None:
-        tensors["slopes"] = _floats(alibi_slopes)
-        extra["slopes_batch"] = H if alibi_slopes.dim() == 2 else 0
-    if sinks is not None:
-        tensors["sinks"] = _floats(sinks)
+    Hk, rows = k.shape[-2], H // k.shape[-2] * longest
     threads = 1 if B * H * longest * Sk * D < 1 << 17 else torch.get_num_threads()
-    chunks, partial, tensors["workspace"] = _split(B, Hk, H // Hk * longest, D, Sk, threads)
-    bias = tensors.get("bias")
-    fields = NONE | extra
-    for name, t in tensors.items():
-        if t is not None:
-            fields[name] = t.data_ptr()
-    _cpu.attention(
-        threads,
-        out=out.data_ptr(),
-        q=q.data_ptr(),
-        k=k.data_ptr(),
-        v=v.data_ptr(),
-        B=B,
-        Sq=Sq,
-        Sk=Sk,
-        H=H,
-        Hk=Hk,
-        D=D,
-        q_longest=longest,
-        q_strides=_strides(q),
-        k_strides=_strides(k),
-        v_strides=_strides(v),
-        chunks=chunks,
-        partial=partial,
-        scale=1 / math.sqrt(D) if scale is None else scale,
-        softcap=softcap,
-        dtype=DTYPES[q.dtype],
-        bias_dtype=0 if bias is None else DTYPES[bias.dtype],
-        causal=causal,
-        left=window[0],
-        right=window[1],
-        **fields,
-    )
-    return out if lse is None else (out, lse)
-
-
-def _split(B: int, Hk: int, rows: int, D: int, Sk: int, threads: int) -> tuple[int, int, Tensor | None]:
-    """Whether the keys are split among the threads: (chunks a sequence, floats a partial result, workspace or None)."""
     chunks = -(-Sk // CHUNK)
     if threads == 1 or chunks < 2 or B * Hk * -(-rows // 48) >= 16 * threads:
-        return 0, 0, None
+        chunks = 0  # enough to share out without splitting the keys
     wide = 4 if rows <= 4 else 8 if rows <= 8 else _up(rows)  # rows rounded up to the lanes of any instruction set
     partial = wide * _up(D) + 2 * _up(rows)
-    return chunks, partial, torch.empty(B * Hk * chunks * partial)
+    numbers = {
+        **{"B": B, "Sq": Sq, "Sk": Sk, "H": H, "Hk": Hk, "D": D, "q_longest": longest},
+        **{"q_strides": _strides(q), "k_strides": _strides(k), "v_strides": _strides(v)},
+        **{"chunks": chunks, "partial": partial, "scale": 1 / math.sqrt(D) if scale is None else scale},
+        **{"softcap": softcap, "dtype": DTYPES[q.dtype], "causal": causal, "left": window[0], "right": window[1]},
+        **{"bias_dtype": 0, "slopes_batch": 0, "page": 0, "table_stride": 0, "rotary": 0, "interleaved": 0},
+    }
+    return threads, B * Hk * chunks * partial, numbers
 
 
 def _up(n: int) -> int:
     return -(-n // 16) * 16
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x with a contiguous last dimension, copied only where it hasn't one."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def _contiguous(t: Tensor) -> Tensor:
+    return t.contiguous()
+
+
+def _rows(t: Tensor) -> Tensor:
+    """t with a contiguous last dimension, copied only where it hasn't one."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def _floats(t: Tensor) -> Tensor:

@@ -6,6 +6,8 @@
 #include <sys/mman.h>
 #endif
 
+#include <cstddef>
+#include <cstring>
 #include <functional>
 #include <map>
 #include <memory>
@@ -61,6 +63,12 @@ struct Slot {
   PyObject* name;
 
   Slot(Field Args::* field, const char* name) : field(field), name(PyUnicode_InternFromString(name)) {}
+  void locate(std::map<std::string, std::size_t>& pointers) const {
+    static const Args args{};
+    if constexpr (std::is_pointer_v<Field>)
+      pointers[py::str(name)] = static_cast<std::size_t>(reinterpret_cast<const char*>(&(args.*field)) -
+                                                         reinterpret_cast<const char*>(&args));
+  }
   bool fill(Args& args, const py::dict& given) const {
     if (PyObject* value = PyDict_GetItem(given.ptr(), name)) {
       set(args.*field, value);
@@ -89,6 +97,8 @@ struct Recordable {
   std::size_t size;                                                               // of its Bound arguments
   std::function<void(void* bound, const py::dict& fields, const char* op)> fill;  // the arguments come first
   Body body;
+  std::size_t table;                            // where in it the table is
+  std::map<std::string, std::size_t> pointers;  // and each of the arguments that are pointers
 };
 std::map<std::string, Recordable>& recordables() {
   static auto* all = new std::map<std::string, Recordable>;
@@ -109,7 +119,8 @@ void def(py::module_& m, const char* op, std::tuple<Fields Args::*...> fields, N
     if (PyErr_Occurred()) throw py::error_already_set();
     if (known != given.size()) throw py::type_error("a keyword is no field of " + std::string(op));
   };
-  recordables()[op] = {sizeof(Bound<Args>), fill, call<kernel, Args>};
+  auto& known = recordables()[op] = {sizeof(Bound<Args>), fill, call<kernel, Args>, offsetof(Bound<Args>, table), {}};
+  std::apply([&](const auto&... slot) { (slot.locate(known.pointers), ...); }, slots);
   m.def(
       op,
       [fill, op](int threads, const py::kwargs& given) {
@@ -166,6 +177,44 @@ class Plan {
   Recording recording_{};
 };
 
+// A launch whose arguments are set but for some pointers, which each call gives: a call by name takes longer than a
+// short kernel.
+class Prepared {
+ public:
+  Prepared(const std::string& op, const py::tuple& pointers, py::dict fields)
+      : op_(op), names_(pointers), fields_(std::move(fields)), kernel_(recordables().at(op)), bound_(kernel_.size) {
+    kernel_.fill(bound_.data(), fields_, op_.c_str());
+    for (const py::handle name : pointers) at_.push_back(kernel_.pointers.at(name.cast<std::string>()));
+  }
+
+  void operator()(int threads, const py::args& pointers) const {
+    if (pointers.size() != at_.size()) throw py::type_error(op_ + ": expected as many pointers as were named");
+    if (recording) {
+      const py::dict given = fields_.attr("copy")();
+      for (std::size_t i = 0; i < at_.size(); i++) given[names_[i]] = pointers[i];
+      py::handle(recording).attr("append")(py::make_tuple(op_, threads, given));
+    }
+    std::vector<char> bound = bound_;  // its own, for other threads may call too
+    const Kernels* table = &kernels();
+    std::memcpy(bound.data() + kernel_.table, &table, sizeof table);
+    for (std::size_t i = 0; i < at_.size(); i++) {
+      void* pointer = PyLong_AsVoidPtr(PyTuple_GET_ITEM(pointers.ptr(), i));
+      std::memcpy(bound.data() + at_[i], &pointer, sizeof pointer);
+    }
+    if (PyErr_Occurred()) throw py::error_already_set();
+    py::gil_scoped_release unlocked;
+    gptfast::run(kernel_.body, bound.data(), threads);
+  }
+
+ private:
+  std::string op_;
+  py::tuple names_;
+  py::dict fields_;
+  const Recordable& kernel_;
+  std::vector<char> bound_;
+  std::vector<std::size_t> at_;
+};
+
 // BIND(op, Args, field, field, ...): one line per kernel.
 #define PARENS ()
 #define EXPAND(...) EXPAND1(EXPAND1(EXPAND1(EXPAND1(__VA_ARGS__))))
@@ -194,6 +243,9 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<Plan>(m, "Plan", "Launches laid out to be run one after another without Python.")
       .def(py::init<py::list>(), py::arg("launches"))
       .def("run", &Plan::run, py::arg("threads"));
+  py::class_<Prepared>(m, "Prepared", "A launch with all its fields set but some pointers, which each call gives.")
+      .def(py::init<std::string, py::tuple, py::dict>(), py::arg("op"), py::arg("pointers"), py::arg("fields"))
+      .def("__call__", &Prepared::operator());
   BIND(attention, Attention, out, lse, workspace, q, k, v, k_cache, v_cache, k_new, v_new, cos, sin, mask, bias, slopes,
        sinks, cu_q, cu_k, lengths, leftpad, batch_index, block_table, B, Sq, Sk, H, Hk, D, q_longest, q_strides,
        k_strides, v_strides, k_new_strides, v_new_strides, mask_strides, bias_strides, slopes_batch, page, table_stride,

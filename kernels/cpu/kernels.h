@@ -49,7 +49,7 @@ struct Attention {
   int64_t k_new_strides[3], v_new_strides[3];      // batch, position, head
   int64_t mask_strides[4], bias_strides[4];        // batch, head, query, key
   int64_t slopes_batch, page, table_stride, rotary;
-  int64_t chunks, partial;  // of workspace: chunks a sequence, floats a chunk
+  int64_t chunks, partial;  // of workspace: chunks a sequence may have, floats a chunk
   float scale, softcap;
   int32_t dtype, bias_dtype, causal, left, right, interleaved;
 };

@@ -245,6 +245,32 @@ def test_nothing_beyond_a_sequence_is_read(isa: None, two_threads: None) -> None
     assert k_cache[0, 133:].isnan().all() and k_cache[1, 20:].isnan().all()
 
 
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_recorded_call_follows_lengths_up_to_the_capacity(
+    isa: None, two_threads: None, monkeypatch: pytest.MonkeyPatch, paged: bool
+) -> None:
+    from gptfast import _cpu
+
+    kept, empty = [], torch.empty  # a plan owns no memory
+    monkeypatch.setattr(torch, "empty", lambda *size, **kwargs: kept.append(t := empty(*size, **kwargs)) or t)
+    page, n = 16, 40
+    table = torch.randperm(2 * n, generator=torch.Generator().manual_seed(1)).view(2, n).to(torch.int32)
+    caches = [torch.full((2 * n, page, HK, D) if paged else (2, n * page, HK, D), torch.nan) for _ in "kv"]
+    q, k, v = qkv(2, 1, 1)
+    lengths, launches = ints(0, 0), []
+    terms: dict[str, Any] = {"k": k, "v": v, "block_table": table if paged else None}
+    _cpu.record(launches)
+    out = cached(q, caches, lengths, **terms)
+    _cpu.record(None)
+    plan = _cpu.Plan(launches)
+    for step, (first, second) in enumerate([(1, 1), (2, 127), (3, 128), (4, 129), (130, 400), (400, 639)]):
+        for c, seed in zip(caches, (5, 6)):
+            c.copy_(randn(*c.shape, seed=seed + step))
+        lengths.copy_(ints(first, second))
+        plan.run(2)
+        assert torch.equal(out, cached(q, [c.clone() for c in caches], lengths.clone(), **terms)), (first, second)
+
+
 def test_dropout_keeps_what_the_counter_says() -> None:
     q, k, v = qkv(1, 20, 30)
     arguments: dict[str, Any] = dict(causal=True, dropout_p=0.4, seed=3)
