@@ -17,7 +17,7 @@ activations="int8", quantised weights only: x is first rounded to int8 in each g
     m * (scale * sum(q_x)).
     Error: |y - y_exact| <= sum over groups of scale / 2 * sum |w|; for normal x the root mean square is 0.6% of y's.
 
-Orders of summation, constants of this page. Float weights: K in chunks of 576, added in order; in a chunk as many
+Orders of summation, constants of this page. Float weights: K in chunks of 768, added in order; in a chunk as many
 partial sums as the machine has lanes (k mod lanes), added by halves. Quantised weights: groups of 32 k, added in order;
 inside a group in order too (exact). Neither the number of rows or of threads nor a row's place in x changes a bit.
 """
