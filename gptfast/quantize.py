@@ -9,6 +9,8 @@ A weight (N, K) is kept as panels of 16 rows: packed (ceil(N / 16), K / 32, byte
 
 so that one 64-byte load feeds 16 integer dot products. No bit is lost or added: `to_blocks` gives the file's blocks
 back. The values are d * q, d * (q - 8) and d * q + m (gptfast.formats.blocks).
+
+Float weights have a layout of their own, PackedWeight.
 """
 
 from __future__ import annotations
@@ -166,6 +168,67 @@ class QuantizedWeight:
         from gptfast.kernels.cpu.quantize import dequantize
 
         return dequantize(self.packed, self.code, self.shape[1], ids, count, positions, table)
+
+
+class PackedWeight:
+    """A float matrix (N, K) in the layout that streams fastest through the linear kernels. Immutable; no bit is lost.
+
+    Panels of 16 rows with those of one k side by side, so that a vector register holds outputs: packed
+    (ceil(N / 16), K, 16) of the matrix's dtype, zeros in the rows beyond N.
+    """
+
+    def __init__(self, packed: Tensor, shape: Sequence[int]) -> None:
+        N, K = shape
+        expected = (-(-N // PANEL), K, PANEL)
+        if tuple(packed.shape) != expected or not packed.is_floating_point() or not packed.is_contiguous():
+            raise ValueError(f"expected packed {expected} of floats, contiguous, got {_shape(packed)}")
+        self.packed, self.shape = packed, torch.Size((N, K))
+
+    @staticmethod
+    def pack(weight: Tensor) -> PackedWeight:
+        """Packs a matrix (N, K) of float32, bfloat16 or float16."""
+        if weight.dim() != 2 or 0 in weight.shape or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"expected a matrix (N, K) of float32, bfloat16 or float16, got {_shape(weight)}")
+        (N, K), whole = weight.shape, weight.shape[0] // PANEL
+        packed = _empty((-(-N // PANEL), K, PANEL), weight)
+        packed[:whole] = weight[: whole * PANEL].reshape(whole, PANEL, K).transpose(1, 2)
+        if N % PANEL:
+            packed[whole] = 0
+            packed[whole, :, : N % PANEL] = weight[whole * PANEL :].T
+        return PackedWeight(packed, (N, K))
+
+    def unpack(self) -> Tensor:
+        """The matrix (N, K): the inverse of pack."""
+        return self.packed.transpose(1, 2).reshape(-1, self.shape[1])[: self.shape[0]]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.packed.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory, which is what one product with the matrix reads."""
+        return self.packed.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    def __repr__(self) -> str:
+        return f"PackedWeight({str(self.dtype).removeprefix('torch.')}, {tuple(self.shape)}, on {self.device})"
+
+
+def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    """torch.empty, on large pages where the CPU's kernels will read it."""
+    if like.device.type != "cpu" or reason_missing("cpu") is not None:
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    from gptfast.kernels.cpu import empty
+
+    return empty(shape, like.dtype)
+
+
+def _shape(t: Tensor) -> str:
+    return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}"
 
 
 def _check(kind: str, shape: Sequence[int]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Packed quantised weights: no bit lost, and the values are the file's."""
+"""Packed weights: no bit lost, and the values of quantised ones are the file's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gptfast.formats import blocks
-from gptfast.quantize import KINDS, QuantizedWeight
+from gptfast.quantize import KINDS, PackedWeight, QuantizedWeight
 
 
 def random_blocks(N: int, K: int, kind: str) -> torch.Tensor:
@@ -98,3 +98,23 @@ def test_wrong_sizes_are_told_what_was_expected() -> None:
         QuantizedWeight.cat([QuantizedWeight.quantize(torch.randn(4, 32), k) for k in ("q4_0", "q4_1")])
     with pytest.raises(ValueError, match="expected 0 <= begin"):
         QuantizedWeight.quantize(torch.randn(4, 32), "q4_0").rows(3, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (16, 33), (40, 577)])
+def test_packed_floats_come_back_bit_for_bit(dtype: torch.dtype, N: int, K: int) -> None:
+    weight = torch.randn(N, K).to(dtype)
+    packed = PackedWeight.pack(weight)
+    assert torch.equal(packed.unpack(), weight)
+    assert packed.packed[(N - 1) // 16, K - 1, (N - 1) % 16] == weight[N - 1, K - 1]
+    assert packed.nbytes == -(-N // 16) * 16 * K * weight.element_size()
+    assert torch.equal(PackedWeight.pack(torch.cat((weight, weight), 1)[:, :K]).unpack(), weight)
+
+
+def test_what_cannot_be_packed_is_told() -> None:
+    with pytest.raises(ValueError, match=r"expected a matrix \(N, K\) .*got \(3,\) float32"):
+        PackedWeight.pack(torch.randn(3))
+    with pytest.raises(ValueError, match=r"got .* float64"):
+        PackedWeight.pack(torch.randn(3, 4).double())
+    with pytest.raises(ValueError, match=r"expected packed \(2, 4, 16\).*got \(1, 4, 16\)"):
+        PackedWeight(torch.zeros(1, 4, 16), (17, 4))

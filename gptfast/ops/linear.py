@@ -3,8 +3,9 @@
     y[m, n] = sum over k of x[m, k] * W[n, k]  +  bias[n]
 
 x       (..., K)  float32, bfloat16 or float16 (float64 on the reference); any strides, the last 1
-weight  (N, K)    a tensor of float32, bfloat16 or float16, whatever x's dtype, or a gptfast.quantize.QuantizedWeight
-                  (Q8_0, Q4_0, Q4_1; K a multiple of 32), whose values are d * q, d * (q - 8), d * q + m
+weight  (N, K)    a tensor of float32, bfloat16 or float16, whatever x's dtype, the same packed once for the kernels, a
+                  gptfast.quantize.PackedWeight, or a gptfast.quantize.QuantizedWeight (Q8_0, Q4_0, Q4_1; K a multiple
+                  of 32), whose values are d * q, d * (q - 8), d * q + m
 bias    (N)       any of the float dtypes, or None
 y       (..., N)  x's dtype: sums and bias in fp32 (fp64 for fp64), rounded once
 
@@ -17,16 +18,18 @@ activations="int8", quantised weights only: x is first rounded to int8 in each g
     m * (scale * sum(q_x)).
     Error: |y - y_exact| <= sum over groups of scale / 2 * sum |w|; for normal x the root mean square is 0.6% of y's.
 
-Orders of summation, constants of this page. Float weights: K in chunks of 576, added in order; in a chunk as many
-partial sums as the machine has lanes (k mod lanes), added by halves. Quantised weights: groups of 32 k, added in order;
-inside a group in order too (exact). Neither the number of rows or of threads nor a row's place in x changes a bit.
+Orders of summation, constants of this page. Float weights: K in chunks of 768, added in order; in a chunk as many
+partial sums as the machine has lanes (k mod lanes), added by halves. Packed float weights: chunks of 192 k, added in
+order; inside a chunk in order too, so that the last bits differ from those of the same weights unpacked. Quantised
+weights: groups of 32 k, added in order; inside a group in order too (exact). Neither the number of rows or of threads
+nor a row's place in x changes a bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -36,9 +39,10 @@ from torch import Tensor
 from gptfast.ops import dispatch
 from gptfast.ops.dispatch import shape
 from gptfast.ops.spec import Case, Cost, Inputs, Op, nbytes
-from gptfast.quantize import GROUP, QuantizedWeight
+from gptfast.quantize import GROUP, PackedWeight, QuantizedWeight
 
 ACTIVATIONS = ("exact", "int8")
+Weight: TypeAlias = Tensor | QuantizedWeight | PackedWeight
 
 
 def round_activations(x: Tensor) -> Tensor:
@@ -52,34 +56,35 @@ def round_activations(x: Tensor) -> Tensor:
     return (q.to(wide) * scale.to(wide)).flatten(-2)
 
 
-def reference(
-    x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None, *, activations: str = "exact"
-) -> Tensor:
+def reference(x: Tensor, weight: Weight, bias: Tensor | None = None, *, activations: str = "exact") -> Tensor:
     """The meaning of linear, in plain PyTorch."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    values = weight if isinstance(weight, Tensor) else weight.dequantize()
+    values = _values(weight)
     x_values = round_activations(x) if activations == "int8" else x
     y = F.linear(x_values.to(wide), values.to(wide), None if bias is None else bias.to(wide))
     return y.to(x.dtype)
 
 
-_dense: WeakKeyDictionary[QuantizedWeight, Tensor] = WeakKeyDictionary()  # so that a baseline's time is the product's
+def _values(weight: Weight) -> Tensor:
+    if isinstance(weight, PackedWeight):
+        return weight.unpack()
+    return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
 
 
-def baseline(
-    x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None, *, activations: str = "exact"
-) -> Tensor:
-    """What one writes with PyTorch: F.linear, a quantised weight dequantised beforehand."""
-    if isinstance(weight, QuantizedWeight):
+# Made once, so that a baseline's time is the product's.
+_dense: WeakKeyDictionary[QuantizedWeight | PackedWeight, Tensor] = WeakKeyDictionary()
+
+
+def baseline(x: Tensor, weight: Weight, bias: Tensor | None = None, *, activations: str = "exact") -> Tensor:
+    """What one writes with PyTorch: F.linear, a quantised weight dequantised beforehand, a packed one never packed."""
+    if not isinstance(weight, Tensor):
         if weight not in _dense or _dense[weight].dtype != x.dtype:
-            _dense[weight] = weight.dequantize().to(x.dtype)
+            _dense[weight] = _values(weight).to(x.dtype)
         weight = _dense[weight]
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def cost(
-    x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None, *, activations: str = "exact"
-) -> Cost:
+def cost(x: Tensor, weight: Weight, bias: Tensor | None = None, *, activations: str = "exact") -> Cost:
     (N, K), rows = weight.shape, x.numel() // weight.shape[1]
     stored = nbytes(weight) if isinstance(weight, Tensor) else weight.nbytes
     moved = stored + nbytes(x, bias) + rows * N * x.element_size()
@@ -97,14 +102,17 @@ def cases() -> list[Case]:
     def case(
         M: int, N: int, K: int, weight: str = "", activations: str = "exact", bias: bool = False, tags: str = ""
     ) -> Case:
-        """weight: "" for x's dtype, the name of another one, or a quantised kind."""
+        """weight: "" for x's dtype, the name of another one, "packed" or "packed-" with that name, a quantised kind."""
 
         def make(i: Inputs) -> dict[str, Any]:
             scale = K**-0.5
             if weight.startswith("q"):
                 w = _quantised(N, K, weight)
             else:
-                w = i.randn(N, K, scale=scale, dtype=getattr(torch, weight) if weight else None)
+                dtype = weight.removeprefix("packed").removeprefix("-")
+                w = i.randn(N, K, scale=scale, dtype=getattr(torch, dtype) if dtype else None)
+                if weight.startswith("packed"):
+                    w = PackedWeight.pack(w)
             b = i.randn(N, scale=0.1) if bias else None
             return {"x": i.randn(M, K), "weight": w, "bias": b, "activations": activations}
 
@@ -125,6 +133,16 @@ def cases() -> list[Case]:
         case(64, 48, 96, "float16"),
         case(8, 33, 100, "float32"),
     ]
+    packed = [
+        case(1, 1, 1, "packed"),
+        case(2, 5, 31, "packed", bias=True),
+        case(7, 50, 577, "packed"),
+        case(8, 1000, 100, "packed"),
+        case(17, 48, 3072, "packed", bias=True),
+        case(129, 100, 1600, "packed"),
+        case(3, 70, 100, "packed-bfloat16", bias=True),
+        case(64, 49, 200, "packed-float16"),
+    ]
     quantised = [
         case(M, N, K, kind, activations, bias)
         for activations in ACTIVATIONS
@@ -137,17 +155,24 @@ def cases() -> list[Case]:
     timed = [
         case(M, N, K, kind, activations, tags="bench")
         for M, N, K in ((1, 1536, 576), (8, 1536, 576), (512, 1536, 576), (1, 3072, 768), (8, 3072, 768))
-        for kind, activations in (("", "exact"), ("q4_1", "exact"), ("q4_1", "int8"), ("q8_0", "int8"))
+        for kind, activations in (
+            ("", "exact"),
+            ("packed", "exact"),
+            ("q4_1", "exact"),
+            ("q4_1", "int8"),
+            ("q8_0", "int8"),
+        )
     ] + [
-        case(512, 3072, 768, kind, activations, tags="bench") for kind, activations in (("", "exact"), ("q4_1", "int8"))
+        case(512, 3072, 768, kind, activations, tags="bench")
+        for kind, activations in (("", "exact"), ("packed", "exact"), ("q4_1", "int8"))
     ]
-    head = case(8, 49152, 576, tags="bench big")  # more than caches hold
-    return [*floats, *quantised, *timed, head]
+    heads = [case(M, 49152, 576, kind, tags="bench big") for M in (1, 8) for kind in ("", "packed")]  # beyond caches
+    return [*floats, *packed, *quantised, *timed, *heads]
 
 
 def linear(
     x: Tensor,
-    weight: Tensor | QuantizedWeight,
+    weight: Weight,
     bias: Tensor | None = None,
     *,
     activations: str = "exact",
@@ -159,9 +184,13 @@ def linear(
     where `backend` can't serve the call.
     """
     quantised = isinstance(weight, QuantizedWeight)
-    if not quantised and not (isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()):
+    if isinstance(weight, Tensor):
+        fits = weight.dim() == 2 and weight.is_floating_point()
+    else:
+        fits = quantised or isinstance(weight, PackedWeight)
+    if not fits:
         got = shape(weight) if isinstance(weight, Tensor) else type(weight).__name__
-        raise ValueError(f"linear: expected weight (N, K) of floats or a QuantizedWeight, got {got}")
+        raise ValueError(f"linear: expected weight (N, K) of floats, packed or a QuantizedWeight, got {got}")
     N, K = weight.shape
     if x.dim() == 0 or x.shape[-1] != K or not x.is_floating_point():
         raise ValueError(f"linear: expected x (..., {K}) of floats for weight ({N}, {K}), got {shape(x)}")

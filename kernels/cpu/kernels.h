@@ -19,6 +19,7 @@ enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
   KERNEL(linear, Linear)         \
   KERNEL(linear_exact, Linear)   \
   KERNEL(linear_int8, Linear)    \
+  KERNEL(linear_packed, Linear)  \
   KERNEL(dequantize, Dequantize) \
   KERNEL(bias_gelu, Mlp)         \
   KERNEL(swiglu, Mlp)            \

@@ -7,7 +7,7 @@ namespace gptfast::ISA {
 
 namespace {
 
-constexpr int64_t CHUNK = 576;  // the op page's constant: eight rows of x and three of W fit 32 KiB of L1
+constexpr int64_t CHUNK = 768;  // the op page's constant: eight rows of x take 24 of L1's 32 KiB
 #if defined(__AVX512F__)
 constexpr int FEW = 8, TILE = 6, WIDTH = 4;  // 24 sums and the tile of W fit 32 registers
 constexpr int few_width(int rows) { return rows <= 3 ? 8 : 24 / rows; }
@@ -76,7 +76,7 @@ INLINE void dot_rows(const float* x, const W* const* w, int64_t length, int64_t 
     for (int j = 0; j < NR; j++) b[j] = load_w(w[j] + k);
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++) {
-      const f32v a = load(x + k * MR + i * LANES);
+      const f32v a = in_register(load(x + k * MR + i * LANES));
 #pragma GCC unroll 8
       for (int j = 0; j < NR; j++) acc[i][j] = fma(a, b[j], acc[i][j]);
     }
@@ -99,7 +99,7 @@ INLINE void dot_packed(const float* x, const float* w, int64_t steps, f32v (&acc
     for (int j = 0; j < NR; j++) b[j] = load(w + j * LANES);
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++) {
-      const f32v a = load(x + i * LANES);
+      const f32v a = in_register(load(x + i * LANES));
 #pragma GCC unroll 8
       for (int j = 0; j < NR; j++) acc[i][j] = fma(a, b[j], acc[i][j]);
     }

@@ -1,4 +1,4 @@
-// What the linear kernels share: the packed quantised blocks, tiles of rows, and the final store.
+// What the linear kernels share: panels of weights, tiles of rows, and the final store.
 #pragma once
 #include "kernels.h"
 #include "vec.h"
@@ -83,6 +83,18 @@ INLINE void prepare(bool shared, int64_t tasks, Worker& worker, F f) {
     worker.phase(tasks, ceil_div(tasks, worker.count * 4), f);
   else
     f((int64_t)0, tasks);
+}
+
+// rows x K of x in fp32 as [k][rows].
+template <class T>
+INLINE void interleave_rows(const T* x, int64_t stride, int64_t K, int rows, float* out) {
+  for (int i = 0; i < rows; i++)
+    for (int64_t k = 0; k < K; k += LANES) {
+      const int n = (int)min<int64_t>(LANES, K - k);
+      float lanes[LANES];
+      store(lanes, load(x + i * stride + k, n));
+      for (int l = 0; l < n; l++) out[(k + l) * rows + i] = lanes[l];
+    }
 }
 
 // y[row, col .. col + n] = sums + bias, rounded to y's dtype.

@@ -5,12 +5,12 @@ from torch import Tensor
 
 from gptfast import _cpu
 from gptfast.kernels.cpu import DTYPES, pointer, rows, threads, unsupported
-from gptfast.quantize import QuantizedWeight
+from gptfast.quantize import PackedWeight, QuantizedWeight
 
 OWN = 8192  # so few elements of x, in up to 8 rows, every worker lays out for itself: sharing them would cost more
 
 
-def supports(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, **_) -> str | None:
+def supports(x: Tensor, weight: Tensor | QuantizedWeight | PackedWeight, bias: Tensor | None, **_) -> str | None:
     if x.numel() == 0 or weight.shape[0] == 0:
         return "there is nothing to compute"
     if isinstance(weight, Tensor):
@@ -20,7 +20,7 @@ def supports(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, *
     return unsupported(x, bias)
 
 
-def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, activations: str) -> Tensor:
+def linear(x: Tensor, weight: Tensor | QuantizedWeight | PackedWeight, bias: Tensor | None, activations: str) -> Tensor:
     x, x_stride = rows(x)
     cols, depth = weight.shape
     count = x.numel() // depth
@@ -29,6 +29,8 @@ def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, act
         kernel = _cpu.linear
         weight = weight if weight.stride(1) == 1 else weight.contiguous()
         storage, stride, code = weight, weight.stride(0), DTYPES[weight.dtype]
+    elif isinstance(weight, PackedWeight):
+        kernel, storage, stride, code = _cpu.linear_packed, weight.packed, 0, DTYPES[weight.dtype]
     else:
         kernel = _cpu.linear_int8 if activations == "int8" else _cpu.linear_exact
         storage, stride, code = weight.packed, 0, weight.code

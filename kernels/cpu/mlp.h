@@ -9,10 +9,16 @@ namespace gptfast::ISA {
 template <class T, class F>
 INLINE void mlp_row(const Mlp& a, int64_t r, bool past_caches, T* y, F f) {
   const T *x = (const T*)a.x + r * a.x_stride, *other = a.other ? (const T*)a.other + r * a.other_stride : nullptr;
-  each_vector(a.cols, [&](int64_t c, auto n, int) {
-    const f32v v = f(load(x + c, n), other ? load(other + c, n) : f32v{});
-    past_caches ? stream(y + c, v, n) : store(y + c, v, n);
-  });
+  int64_t c = 0;
+  for (; c + 2 * LANES <= a.cols; c += 2 * LANES) {
+    const Pair p = load_pair(x + c), q = other ? load_pair(other + c) : Pair{};
+    const Pair v = {f(p.a, q.a), f(p.b, q.b)};
+    past_caches ? stream_pair(y + c, v) : store_pair(y + c, v);
+  }
+  for (; c < a.cols; c += LANES) {
+    const int n = (int)min<int64_t>(a.cols - c, LANES);
+    store(y + c, f(load(x + c, n), other ? load(other + c, n) : f32v{}), n);
+  }
 }
 
 // Calls use(f) with the op's f.

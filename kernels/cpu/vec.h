@@ -187,16 +187,23 @@ INLINE f32v widen(u16v h, f16) {
   return bitcast<f32v>((mag < 0x400 ? bitcast<u32v>(small) : normal) | sign);
 #endif
 }
+// v with its upper half rounded to bf16; the lower half is what is left over.
+INLINE u32v round_to_bf16(f32v v) {
+#if defined(__AVX512F__)
+  const __m512i u = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i r = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return bitcast<u32v>(_mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x400000)));
+#else
+  const u32v u = bitcast<u32v>(v);
+  return (u & 0x7fffffff) > 0x7f800000 ? u | 0x400000 : u + 0x7fff + ((u >> 16) & 1);
+#endif
+}
 INLINE u16v narrow(f32v v, bf16) {
 #if defined(__AVX512F__)
-  const __m512i u = _mm512_castps_si512(v), high = _mm512_srli_epi32(u, 16);
-  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-  __m512i r = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
-  r = _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), high, _mm512_set1_epi32(0x40));
-  return bitcast<u16v>(_mm512_cvtepi32_epi16(r));
+  return bitcast<u16v>(_mm512_cvtepi32_epi16(bitcast<__m512i>(round_to_bf16(v) >> 16)));
 #else
-  u32v u = bitcast<u32v>(v), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  return __builtin_convertvector((u & 0x7fffffff) > 0x7f800000 ? (u >> 16) | 0x40 : rounded, u16v);
+  return __builtin_convertvector(round_to_bf16(v) >> 16, u16v);
 #endif
 }
 INLINE u16v narrow(f32v v, f16) {
@@ -264,6 +271,14 @@ INLINE void store(T* p, f32v v, int n) {
   for (int i = 0; i < n; i++) p[i] = tail[i];
 #endif
 }
+// v, loaded once: GCC would otherwise make the load part of each instruction that uses v, and a machine that loads one
+// vector a cycle then does nothing but load.
+INLINE f32v in_register(f32v v) {
+#if defined(__SSE2__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
 // All lanes: what a count of lanes is where the vector is whole.
 struct All {};
 template <class T>
@@ -316,6 +331,36 @@ template <class T>
 INLINE void stream(T* p, f32v v, int n) {  // the last elements of a row
   store(p, v, n);
 }
+// 2 * LANES neighbours as two vectors, in an order that costs least to make: for what treats each element alone. bf16
+// is split into even and odd elements, one instruction each where widening takes two and narrowing three.
+struct Pair {
+  f32v a, b;
+};
+template <class T>
+INLINE Pair load_pair(const T* p) {
+  return {load(p), load(p + LANES)};
+}
+INLINE Pair load_pair(const bf16* p) {
+  u32v u;
+  memcpy(&u, p, sizeof u);
+  return {bitcast<f32v>(u << 16), bitcast<f32v>(u & 0xffff0000u)};
+}
+INLINE u32v narrow(Pair v, bf16) { return round_to_bf16(v.a) >> 16 | (round_to_bf16(v.b) & 0xffff0000u); }
+template <class T>
+INLINE void store_pair(T* p, Pair v) {
+  store(p, v.a);
+  store(p + LANES, v.b);
+}
+INLINE void store_pair(bf16* p, Pair v) {
+  const u32v u = narrow(v, bf16{});
+  memcpy(p, &u, sizeof u);
+}
+template <class T>
+INLINE void stream_pair(T* p, Pair v) {
+  stream(p, v.a);
+  stream(p + LANES, v.b);
+}
+INLINE void stream_pair(bf16* p, Pair v) { stream((float*)p, bitcast<f32v>(narrow(v, bf16{}))); }
 INLINE void stream_end() {
 #if defined(__SSE2__)
   _mm_sfence();
@@ -408,14 +453,27 @@ INLINE f32v exp2(f32v x) {
   i32v e = __builtin_convertvector(n, i32v) << 23;
   return x < -126.0f ? f32v{} : bitcast<f32v>(bitcast<i32v>(p) + e);
 }
-// e^x to 2 units in the last place: x - n ln(2) in two parts, so that large x keeps its fraction. Above 88.72 the
-// result is infinity, below -87.33 it is 0, NaN stays NaN.
+// p * 2^n, n a whole number of -252 .. 254.
+INLINE f32v scale_by_exp2(f32v p, f32v n) {
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, n);
+#else
+  const i32v i = __builtin_convertvector(n, i32v), half = i >> 1;
+  return p * bitcast<f32v>((half + 127) << 23) * bitcast<f32v>((i - half + 127) << 23);
+#endif
+}
+// e^x to 2 units in the last place; NaN stays NaN. x - n ln(2) in two parts, so that large x keeps its fraction.
 INLINE f32v exp(f32v x) {
-  f32v w = x * 1.44269504f, n = round(max(splat(-127.0f), w));
-  f32v p = exp2_fraction(((x - n * 0.693359375f) + n * 2.12194440e-4f) * 1.44269504f);
-  i32v e = __builtin_convertvector(n, i32v) << 23;
-  f32v y = w < -126.0f ? f32v{} : bitcast<f32v>(bitcast<i32v>(p) + e);
-  return w >= 128.0f ? splat(__builtin_inff()) : y;
+  x = min(splat(89.0f), max(splat(-104.0f), x));  // infinity, zero
+  const f32v n = round(x * 1.44269504f);
+  const f32v f = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));
+  f32v p = splat(1.3843654e-3f);
+  p = fma(p, f, splat(8.3741553e-3f));
+  p = fma(p, f, splat(4.1668002e-2f));
+  p = fma(p, f, splat(1.6666431e-1f));
+  p = fma(p, f, splat(4.9999994e-1f));
+  p = fma(p, f, splat(1.0f));
+  return scale_by_exp2(fma(p, f, splat(1.0f)), n);
 }
 
 // Calls f with a value of the storage type that `dtype` names (kernels.h).

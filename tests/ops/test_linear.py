@@ -11,7 +11,7 @@ from gptfast import ops
 from gptfast.kernels import reason_missing
 from gptfast.ops.linear import reference, round_activations
 from gptfast.ops.spec import tolerance
-from gptfast.quantize import QuantizedWeight
+from gptfast.quantize import PackedWeight, QuantizedWeight
 
 KINDS = ("q8_0", "q4_0", "q4_1")
 needs_cpu = pytest.mark.skipif(reason_missing("cpu") is not None, reason="the CPU extension is not built")
@@ -95,7 +95,8 @@ def test_zero_tiny_and_unusable_values(isa: str, activations: str) -> None:
     assert got[3].isnan().all()
 
 
-WEIGHTS = ("float32", "bfloat16", "float16", *KINDS)
+FLOATS = ("float32", "bfloat16", "float16")
+WEIGHTS = (*FLOATS, *(f"packed-{dtype}" for dtype in FLOATS), *KINDS)
 
 
 @needs_cpu
@@ -108,7 +109,8 @@ def test_bits_do_not_depend_on_the_number_of_rows(isa: str, kind: str, activatio
     if kind in KINDS:
         x, weight = problem(70, 77, K, kind)
     else:
-        x, weight = torch.randn(70, K), torch.randn(77, K).to(getattr(torch, kind))
+        x, weight = torch.randn(70, K), torch.randn(77, K).to(getattr(torch, kind.removeprefix("packed-")))
+        weight = PackedWeight.pack(weight) if kind.startswith("packed") else weight
     whole = ops.linear(x, weight, activations=activations, backend="cpu")
     for M in (1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 20, 48, 49, 61):
         assert torch.equal(ops.linear(x[-M:], weight, activations=activations, backend="cpu"), whole[-M:]), M
@@ -117,7 +119,12 @@ def test_bits_do_not_depend_on_the_number_of_rows(isa: str, kind: str, activatio
 @needs_cpu
 def test_many_rows_span_several_blocks() -> None:
     x, weight = torch.randn(1300, 100), torch.randn(50, 100)
-    for w, activations in ((weight, "exact"), *((problem(1, 50, 96, "q4_1")[1], a) for a in ("exact", "int8"))):
+    packed = PackedWeight.pack(weight)
+    for w, activations in (
+        (weight, "exact"),
+        (packed, "exact"),
+        *((problem(1, 50, 96, "q4_1")[1], a) for a in ("exact", "int8")),
+    ):
         rows = x[:, : w.shape[1]]
         whole = ops.linear(rows, w, activations=activations, backend="cpu")
         for b in (0, 255, 256, 599, 1299):
@@ -149,6 +156,8 @@ def test_wrong_arguments_are_told_what_was_expected() -> None:
         ops.linear(x, weight, torch.zeros(2))
     with pytest.raises(ValueError, match="expected activations 'exact' for a float weight, got 'int8'"):
         ops.linear(x, weight, activations="int8")
+    with pytest.raises(ValueError, match="expected activations 'exact' for a float weight, got 'int8'"):
+        ops.linear(x, PackedWeight.pack(weight), activations="int8")
     with pytest.raises(ValueError, match="expected weight"):
         ops.linear(x, weight.int())
     with pytest.raises(ValueError, match="K a multiple of 32"):

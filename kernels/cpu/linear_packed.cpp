@@ -1,0 +1,94 @@
+// Linear with packed float weights, panels of 16 columns as [k][16]: one output per lane, so that nothing is summed
+// across lanes. Chunks of CHUNK k in order, the chunks added in order.
+#include "linear.h"
+
+namespace gptfast::ISA {
+
+namespace {
+
+constexpr int64_t CHUNK = 192;  // the op page's constant: what three panels of it take, L2 delivers while rows pass
+#if defined(__AVX512F__)
+constexpr int TILE = 8, ABREAST = 3;  // rows, panels: 24 sums of 32 registers
+#elif defined(__AVX2__)
+constexpr int TILE = 6, ABREAST = 1;  // 12 of 16
+#else
+constexpr int TILE = 3, ABREAST = 1;
+#endif
+constexpr int64_t BLOCK_TILES = 256 / TILE;  // rows whose sums stay in L2 while panels pass
+constexpr int64_t AHEAD = 1536;              // bytes of each panel: DRAM latency at a thread's share of the bandwidth
+
+// sums[MR][NP * PANEL] = (add ? sums : 0) + x[k][MR] * w[panel][k][PANEL], k in order. Panels lie `stride` apart.
+template <int MR, int NP, class W>
+__attribute__((noinline)) void tile(const float* x, const W* w, int64_t stride, int64_t length, float* sums, bool add) {
+  constexpr int NV = NP * PARTS;
+  f32v acc[MR][NV] = {};
+#pragma GCC unroll 1
+  for (; length > 0; length--, x += MR, w += PANEL) {
+    f32v b[NV];
+#pragma GCC unroll 4
+    for (int p = 0; p < NP; p++) {
+      __builtin_prefetch((const char*)(w + p * stride) + AHEAD);
+#pragma GCC unroll 4
+      for (int part = 0; part < PARTS; part++) b[p * PARTS + part] = load(w + p * stride + part * LANES);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; v++) acc[i][v] = fma(splat(x[i]), b[v], acc[i][v]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; i++)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++, sums += LANES) store(sums, add ? load(sums) + acc[i][v] : acc[i][v]);
+}
+
+// Columns of NP panels from panel `first` on, for the tiles [begin, end) of rows.
+template <class W, int NP>
+void block(const Linear& a, const float* x, const Tiles& tiles, int64_t begin, int64_t end, int64_t first,
+           float* sums) {
+  constexpr int COLS = NP * PANEL;
+  const W* weight = (const W*)a.weight + first * PANEL * a.depth;
+  const int64_t row = tiles.begin(begin);
+  for (int64_t k = 0; k < a.depth; k += CHUNK)
+    for (int64_t t = begin; t < end; t++)
+      with_int<1, TILE>(tiles.height(t), [&](auto rows) {
+        constexpr int MR = decltype(rows)::value;
+        const int64_t r = tiles.begin(t);
+        tile<MR, NP>(x + r * a.depth + k * MR, weight + k * PANEL, PANEL * a.depth, min(CHUNK, a.depth - k),
+                     sums + (r - row) * COLS, k > 0);
+      });
+  const int n = (int)min<int64_t>(COLS, a.cols - first * PANEL);
+  for (int64_t r = row; r < tiles.begin(end); r++) store_outputs(a, r, first * PANEL, sums + (r - row) * COLS, n);
+}
+
+}  // namespace
+
+// y = x W^T + bias. x is first laid out in fp32 tiles: together in the workspace, or, without one, by every worker for
+// itself.
+void linear_packed(const Linear& a, Worker& worker) {
+  constexpr int64_t SUMS = BLOCK_TILES * TILE * ABREAST * PANEL;
+  const Tiles tiles(a.rows, TILE), blocks(tiles.count, BLOCK_TILES);
+  float* sums = (float*)worker.scratch((SUMS + (a.workspace ? 0 : a.rows * a.depth)) * sizeof(float));
+  float* x = a.workspace ? (float*)a.workspace : sums + SUMS;
+  prepare(a.workspace, tiles.count, worker, [&](int64_t begin, int64_t end) {
+    with_storage(a.dtype, [&](auto t) {
+      for (int64_t i = begin; i < end; i++)
+        interleave_rows((const decltype(t)*)a.x + tiles.begin(i) * a.x_stride, a.x_stride, a.depth, tiles.height(i),
+                        x + tiles.begin(i) * a.depth);
+    });
+  });
+  const int64_t panels = ceil_div(a.cols, PANEL);
+  with_storage(a.format, [&](auto w) {
+    using W = decltype(w);
+    worker.each(ceil_div(panels, ABREAST) * blocks.count, [&](int64_t task) {
+      const int64_t first = task / blocks.count * ABREAST, b = blocks.begin(task % blocks.count),
+                    e = blocks.begin(task % blocks.count + 1);
+      if (first + ABREAST <= panels)
+        block<W, ABREAST>(a, x, tiles, b, e, first, sums);
+      else
+        for (int64_t p = first; p < panels; p++) block<W, 1>(a, x, tiles, b, e, p, sums);
+    });
+  });
+}
+
+}  // namespace gptfast::ISA
