@@ -97,6 +97,13 @@ INLINE void interleave_rows(const T* x, int64_t stride, int64_t K, int rows, flo
     }
 }
 
+// Brings y[row, col .. col + n] to L1 while its sums are made: stores that miss would be served one after another.
+INLINE void prefetch_outputs(const Linear& a, int64_t row, int64_t col, int n) {
+  const int64_t size = a.dtype == FLOAT32 ? 4 : 2;
+  const char* y = (const char*)a.y + (row * a.cols + col) * size;
+  for (int64_t offset = 0; offset < n * size; offset += 64) __builtin_prefetch(y + offset, 1);
+}
+
 // y[row, col .. col + n] = sums + bias, rounded to y's dtype.
 INLINE void store_outputs(const Linear& a, int64_t row, int64_t col, const float* sums, int n) {
   with_storage(a.dtype, [&](auto t) {

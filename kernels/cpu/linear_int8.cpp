@@ -124,6 +124,7 @@ __attribute__((noinline)) void tile(const Linear& a, const Activations<MR>* x, i
   constexpr int PLANES = planes(Block::BITS), VECTORS = NP * PARTS, STORED = sizeof(Block::q) / 64;
   const int64_t groups = a.depth / GROUP;
   const Block* b = (const Block*)a.weight + panel * groups;
+  for (int i = 0; i < MR; i++) prefetch_outputs(a, row + i, panel * PANEL, NP * PANEL);
   f32v f[MR][VECTORS] = {};
 #pragma GCC unroll 1
   for (int64_t g = 0; g < groups; g++, b++, x++) {
