@@ -21,12 +21,21 @@ typedef uint8_t u8v __attribute__((vector_size(VEC_BYTES)));
 typedef uint16_t u16w __attribute__((vector_size(VEC_BYTES)));
 typedef int16_t i16w __attribute__((vector_size(VEC_BYTES)));
 typedef int8_t i8v __attribute__((vector_size(LANES)));
+INLINE i32v splat_quad(const int8_t* a) {
+  int32_t quad;
+  memcpy(&quad, a, sizeof quad);
+  return splat(quad);
+}
 #if defined(__AVX512VNNI__)
 typedef i32v Dot;
 constexpr int planes(int) { return 1; }
 INLINE Dot start(int32_t correction) { return splat(correction); }
 INLINE Dot dot(Dot acc, u8v w, i32v quad) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(quad));  // around the intrinsic GCC 12 copies and spills sums
+  return acc;
+}
+INLINE Dot dot(Dot acc, u8v w, const int8_t* quad) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*(const int32_t*)quad));
   return acc;
 }
 INLINE i32v finish(Dot acc, int32_t) { return acc; }
@@ -44,6 +53,7 @@ INLINE Dot dot(Dot acc, u8v w, i32v quad) {
   return acc + (pairs & 255) * ((both << 8) >> 8) + (pairs >> 8) * (both >> 8);
 #endif
 }
+INLINE Dot dot(Dot acc, u8v w, const int8_t* quad) { return dot(acc, w, splat_quad(quad)); }
 INLINE i32v finish(Dot acc, int32_t correction) {
   const i32v pairs = bitcast<i32v>(acc);
   return ((pairs << 16) >> 16) + (pairs >> 16) + correction;
@@ -51,11 +61,6 @@ INLINE i32v finish(Dot acc, int32_t correction) {
 #endif
 INLINE u8v low(u8v w) { return w & 15; }
 INLINE u8v high(u8v w) { return bitcast<u8v>(bitcast<u16w>(w) >> 4) & 15; }
-INLINE i32v splat_quad(const int8_t* a) {
-  int32_t quad;
-  memcpy(&quad, a, sizeof quad);
-  return splat(quad);
-}
 INLINE u8v load_bytes(const uint8_t* p) {
   u8v v;
   memcpy(&v, p, sizeof v);
@@ -156,11 +161,13 @@ __attribute__((noinline)) void tile(const Linear& a, const Activations<MR>* x, i
       }
 #pragma GCC unroll 8
       for (int i = 0; i < MR; i++) {
-        const i32v quad = splat_quad(x->q[i] + 4 * j);
+        const int8_t* quad = x->q[i] + 4 * j;
+        const i32v quads = splat_quad(quad);  // for one panel from memory: fewer instructions see more weights ahead
 #pragma GCC unroll 2
         for (int p = 0; p < PLANES; p++)
 #pragma GCC unroll 8
-          for (int v = 0; v < VECTORS; v++) s[p][i][v] = dot(s[p][i][v], w[p][v], quad);
+          for (int v = 0; v < VECTORS; v++)
+            s[p][i][v] = NP == 1 ? dot(s[p][i][v], w[p][v], quad) : dot(s[p][i][v], w[p][v], quads);
       }
     }
 #pragma GCC unroll 8
