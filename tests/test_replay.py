@@ -112,9 +112,10 @@ def test_norms_and_activations_join_the_linear_behind_them() -> None:
 
 @torch.no_grad()
 def test_a_norm_that_others_read_stays() -> None:
-    x, weight = torch.randn(2, 64), QuantizedWeight.quantize(torch.randn(8, 64), "q8_0")
+    x, norm, weight = torch.randn(2, 64), torch.ones(64), QuantizedWeight.quantize(torch.randn(8, 64), "q8_0")
+
     def twice() -> tuple[Tensor, Tensor]:
-        y = ops.rms_norm(x, torch.ones(64))
+        y = ops.rms_norm(x, norm)
         return ops.linear(y, weight, activations="int8"), ops.linear(y, weight, activations="int8")
 
     _, launches, _ = record(twice)

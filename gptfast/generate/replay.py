@@ -26,7 +26,15 @@ log = logging.getLogger("gptfast")
 KEPT = 4  # recorded steps that wait for the next call
 
 # Functions whose result is new memory and yet no part of the computation: fresh memory, and values read to be checked.
-HARMLESS = {"empty", "new_empty", "min", "max", "aminmax", "all", *(f"__{n}__" for n in ("ge", "le", "eq", "and", "or"))}
+HARMLESS = {
+    "empty",
+    "new_empty",
+    "min",
+    "max",
+    "aminmax",
+    "all",
+    *(f"__{n}__" for n in ("ge", "le", "eq", "and", "or")),
+}
 IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
 
 
@@ -45,7 +53,8 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         written = func.__name__ in IN_PLACE or (func.__name__.endswith("_") and not func.__name__.endswith("__"))
         if isinstance(result, Tensor):
-            written |= func.__name__ not in HARMLESS and not (isinstance(args[0], Tensor) and _memory(result) == _memory(args[0]))
+            fresh = not isinstance(args[0], Tensor) or _memory(result) != _memory(args[0])
+            written |= fresh and func.__name__ not in HARMLESS
             self.made.append(result)
         if written:
             raise NotReplayable(f"{func.__name__} ran between the kernels of a step")
@@ -61,16 +70,10 @@ def record(function: Callable[[], Any]) -> tuple[Any, list[Launch], list[Tensor]
 
     Raises NotReplayable where it does more than launch kernels.
     """
-    from gptfast import _cpu
+    from gptfast.kernels.cpu import recording
 
-    launches: list[Launch] = []
-    watch = _Watch()
-    _cpu.record(launches)
-    try:
-        with watch:
-            return function(), launches, watch.made
-    finally:
-        _cpu.record(None)
+    with recording() as launches, _Watch() as watch:
+        return function(), launches, watch.made
 
 
 class Recorded:
@@ -80,10 +83,10 @@ class Recorded:
     """
 
     def __init__(self, function: Callable[[], Any]) -> None:
-        from gptfast import _cpu
+        from gptfast.kernels.cpu import Plan
 
         self.result, launches, self._made = record(function)
-        self._plan = _cpu.Plan(launches)
+        self._plan = Plan(launches)
 
     def run(self) -> Any:
         """The result, computed anew from what its inputs hold now."""
@@ -114,14 +117,14 @@ class Replay:
 
     def bind(self, cache: KVCache) -> None:
         """Makes the following steps work on this cache."""
-        from gptfast import _cpu
+        from gptfast.kernels.cpu import Plan
 
         moved = dict(zip(self._recorded, _pointers(cache)))
         launches = [
             (op, threads, {n: moved.get(v, v) if isinstance(v, int) else v for n, v in fields.items()})
             for op, threads, fields in self._launches
         ]
-        self._plan, self._cache = _cpu.Plan(launches), cache
+        self._plan, self._cache = Plan(launches), cache
 
     def unbind(self) -> None:
         """Lets go of the cache."""

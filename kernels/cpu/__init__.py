@@ -7,15 +7,29 @@ passes pointers. Arguments come checked from the op page.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gptfast import _cpu
 
+Plan = _cpu.Plan  # of recorded launches
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@contextmanager
+def recording() -> Iterator[list[tuple[str, int, dict[str, Any]]]]:
+    """Within it, this thread's launches are written to the list as they run: (kernel, threads, fields)."""
+    launches: list[tuple[str, int, dict[str, Any]]] = []
+    _cpu.record(launches)
+    try:
+        yield launches
+    finally:
+        _cpu.record(None)
 
 
 def unsupported(*tensors: Tensor | None) -> str | None:
@@ -41,12 +55,26 @@ def rows(x: Tensor) -> tuple[Tensor, int]:
     """`x` (..., C) as rows with one stride: (x, row stride in elements), copied only if its strides don't allow it."""
     if x.is_contiguous():
         return x, x.shape[-1]
-    if x.stride(-1) == 1 and x.dim() == 2:
-        return x, x.stride(0)
+    stride = _row_stride(x)
+    return (x.contiguous(), x.shape[-1]) if stride is None else (x, stride)
+
+
+def blocks(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """`x` (..., C) as blocks of rows: (x, rows of a block, stride from block to block, from row to row), copied only if
+    its strides don't allow it: the heads of one projection's output lie so."""
+    stride = x.shape[-1] if x.is_contiguous() else _row_stride(x)
+    if stride is None and x.dim() > 2 and (outer := _row_stride(x[..., 0, :])) is not None:
+        return x, x.shape[-2], outer, x.stride(-2)
+    x, stride = (x, stride) if stride is not None else (x.contiguous(), x.shape[-1])
+    return x, max(x.numel() // max(x.shape[-1], 1), 1), 0, stride
+
+
+def _row_stride(x: Tensor) -> int | None:
+    """The one stride that leads from each row of (..., C) to the next, None where there isn't one."""
     outer = [(n, stride) for n, stride in zip(x.shape[:-1], x.stride()) if n > 1]
-    if x.stride(-1) == 1 and all(s == t * n for (_, s), (n, t) in pairwise(outer)):
-        return x, outer[-1][1]
-    return x.contiguous(), x.shape[-1]
+    if x.stride(-1) != 1 or any(s != t * n for (_, s), (n, t) in pairwise(outer)):
+        return None
+    return outer[-1][1] if outer else x.shape[-1]
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -250,10 +250,10 @@ PYBIND11_MODULE(_cpu, m) {
        sinks, cu_q, cu_k, lengths, leftpad, batch_index, block_table, B, Sq, Sk, H, Hk, D, q_longest, q_strides,
        k_strides, v_strides, k_new_strides, v_new_strides, mask_strides, bias_strides, slopes_batch, page, table_stride,
        rotary, chunks, partial, scale, softcap, dtype, bias_dtype, causal, left, right, interleaved);
-  BIND(layer_norm, Norm, y, sum, mean, rstd, x, residual, weight, bias, rows, cols, x_stride, residual_stride, seed,
-       eps, keep_scale, stream, drop_below, dtype, weight_dtype);
-  BIND(rms_norm, Norm, y, sum, rstd, x, residual, weight, rows, cols, x_stride, residual_stride, seed, eps, keep_scale,
-       stream, drop_below, dtype, weight_dtype);
+  BIND(layer_norm, Norm, y, sum, mean, rstd, x, residual, weight, bias, rows, cols, block, block_stride, x_stride,
+       residual_stride, seed, eps, keep_scale, stream, drop_below, dtype, weight_dtype);
+  BIND(rms_norm, Norm, y, sum, rstd, x, residual, weight, rows, cols, block, block_stride, x_stride, residual_stride,
+       seed, eps, keep_scale, stream, drop_below, dtype, weight_dtype);
   BIND(rope, Rope, q_out, k_out, q, k, cos, sin, B, S, Hq, Hk, D, R, q_b, q_s, q_h, k_b, k_s, k_h, table_b, table_s,
        interleaved, dtype);
   BIND(linear, Linear, y, x, weight, bias, workspace, rows, cols, depth, x_stride, weight_stride, dtype, format,

@@ -58,9 +58,9 @@ struct Attention {
 struct Norm {                 // layer_norm and rms_norm
   void *y, *sum;              // (rows, cols); sum = dropout(x) + residual, null without a residual
   float *mean, *rstd;         // (rows), or null
-  const void *x, *residual;   // (rows, cols) with row strides; residual may be null
+  const void *x, *residual;   // (rows, cols); residual may be null; x: blocks of `block` rows, each with its strides
   const void *weight, *bias;  // (cols), bias may be null
-  int64_t rows, cols, x_stride, residual_stride;
+  int64_t rows, cols, block, block_stride, x_stride, residual_stride;
   uint64_t seed;
   float eps, keep_scale;        // keep_scale = 1 / (1 - p)
   uint32_t stream, drop_below;  // drop_below = floor(p * 2^32); 0 = no dropout
@@ -90,8 +90,8 @@ struct Linear {
 };
 
 struct Dequantize {
-  float* y;            // (rows, depth)
-  const void* packed;  // panels of a quantised weight
+  float* y;                        // (rows, depth)
+  const void* packed;              // panels of a quantised weight
   const int64_t *ids, *positions;  // (rows): which of its rows; null: 0, 1, 2, ...; which of the table's
   const float* table;              // rows of depth to add, or null
   int64_t rows, depth, table_stride;

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gptfast import _cpu
-from gptfast.kernels.cpu import DTYPES, empty, pointer, rows, threads, unsupported
+from gptfast.kernels.cpu import DTYPES, blocks, empty, pointer, rows, threads, unsupported
 
 
 def supports(x: Tensor, weight: Tensor, residual: Tensor | None, bias: Tensor | None = None, **_: Any) -> str | None:
@@ -35,7 +35,7 @@ def normalise(
     **more: int,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The kernel's y, or (y, sum). `more` are the arguments that one op has alone."""
-    x, x_stride = rows(x)
+    x, block, block_stride, x_stride = blocks(x)
     weight = weight.contiguous()
     residual_stride = 0
     if residual is not None:
@@ -52,6 +52,8 @@ def normalise(
         weight=weight.data_ptr(),
         rows=x.numel() // x.shape[-1] if x.numel() else 0,
         cols=x.shape[-1],
+        block=block,
+        block_stride=block_stride,
         x_stride=x_stride,
         residual_stride=residual_stride,
         seed=seed & 0xFFFFFFFFFFFFFFFF,

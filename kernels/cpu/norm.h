@@ -23,7 +23,7 @@ INLINE NormRow<T> norm_row(const Norm& a, int64_t r) {
 template <class T, class F>
 INLINE float norm_sums(const Norm& a, int64_t r, bool past_caches, float* row, T* sum_out, F f) {
   const int64_t C = a.cols;
-  const T* x = (const T*)a.x + r * a.x_stride;
+  const T* x = (const T*)a.x + r / a.block * a.block_stride + r % a.block * a.x_stride;
   const T* residual = a.residual ? (const T*)a.residual + r * a.residual_stride : nullptr;
   const int32_t* keep = nullptr;
   if (a.drop_below) keep = dropout_keep((int32_t*)(row + C), r * C, C, a.drop_below, a.stream, a.seed);
