@@ -145,8 +145,9 @@ class QuantizedWeight:
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= N):
             raise IndexError(f"expected ids in 0..{N - 1}, got {int(ids.min())}..{int(ids.max())}")
         if positions is not None and positions.numel() and table is not None:
-            if int(positions.min()) < 0 or int(positions.max()) >= table.shape[0]:
-                raise IndexError(f"expected positions in 0..{table.shape[0] - 1}, got up to {int(positions.max())}")
+            low, high, most = int(positions.min()), int(positions.max()), table.shape[0] - 1
+            if low < 0 or high > most:
+                raise IndexError(f"expected positions in 0..{most}, got {low}..{high}")
         if self._kernel() and ids.device.type == "cpu":
             places = None if positions is None else positions.expand(ids.shape).contiguous()
             return self._rows(ids.contiguous(), ids.numel(), places, table).view(*ids.shape, K)

@@ -1,4 +1,4 @@
-"""Replay: a recorded step gives the bits of the step that it was recorded from, whatever changes between two of them."""
+"""Replay: a recorded step gives the bits of the step it was recorded from, whatever changes between two of them."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_step_serves_other_caches_and_grown_ones_not() -> None:
     assert replays.take(second, record=False) is None  # it is out
     replays.give(a)
     b = replays.take(second, record=False)
-    assert b is a
+    assert b is a and b is not None
     tokens = torch.tensor([1, 2])
     assert torch.equal(b.step(tokens), model(tokens[:, None], second.select([0, 1]))[:, -1])
     second.grow(256)

@@ -26,15 +26,7 @@ log = logging.getLogger("gptfast")
 KEPT = 4  # recorded steps that wait for the next call
 
 # Functions whose result is new memory and yet no part of the computation: fresh memory, and values read to be checked.
-HARMLESS = {
-    "empty",
-    "new_empty",
-    "min",
-    "max",
-    "aminmax",
-    "all",
-    *(f"__{n}__" for n in ("ge", "le", "eq", "and", "or")),
-}
+HARMLESS = {"empty", "new_empty", "min", "max", "aminmax", "all", "__ge__", "__le__", "__eq__", "__and__", "__or__"}
 IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
 
 
