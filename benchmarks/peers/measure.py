@@ -79,9 +79,9 @@ def measure(contenders: Sequence[Contender], prompts: dict[str, list[list[int]]]
                 contender.peak_memory = contender.worker.ask("peak_memory")["bytes"]
             contender.tokens[name] = run(contender, prompts[name], workload.new).tokens
     for i in range(rounds):
-        print(f"round {i + 1} of {rounds}", file=sys.stderr, flush=True)
         turn = i % len(contenders)
         for name, workload in WORKLOADS.items():
+            print(f"round {i + 1} of {rounds}, {name}", file=sys.stderr, flush=True)
             for contender in [*contenders[turn:], *contenders[:turn]]:
                 contender.runs[name].append(run(contender, prompts[name], workload.new))
 

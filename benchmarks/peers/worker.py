@@ -6,12 +6,13 @@
     ["peak_memory"]                       -> bytes
 
 Between two requests the process is stopped: an idle engine's threads spin on the cores that the next one wants.
-This file needs the standard library alone, since every engine's environment imports it.
+This file needs Linux and the standard library alone, since every engine's environment imports it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from time import perf_counter
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Model:
 
 def serve(prepare: Callable[[Path, str], None], load: Callable[[Path, str, int], Model]) -> None:
     """The engine's end: answers until the end of stdin."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nobody else would end a stopped process
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no reply
     model = None
