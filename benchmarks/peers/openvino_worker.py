@@ -38,7 +38,7 @@ def prepare(folder: Path, weights: str) -> None:
 
 def load(folder: Path, weights: str, threads: int) -> Model:
     path = folder / f"openvino-{weights}"
-    # The paged back end, its default, keeps prompts between calls and is slower here.
+    # Not the paged back end, its default: that can answer a repeated prompt from its cache.
     pipeline = LLMPipeline(
         str(path), "CPU", ATTENTION_BACKEND="SDPA", INFERENCE_NUM_THREADS=threads, KV_CACHE_PRECISION="u8"
     )
