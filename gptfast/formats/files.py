@@ -35,8 +35,11 @@ def read_json(path: Path, limit: int = 256 << 20) -> dict[str, Any]:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; on success it is flushed to disk and renamed to `path`, else removed.
 
-    A crash or a full disk leaves an older file at `path` as it was.
+    A crash or a full disk leaves an older file at `path` as it was. A device or a pipe is itself written to.
     """
+    if path.exists() and not path.is_file():
+        yield path
+        return
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
         yield temporary
