@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.generate import LanguageModel
+from gptfast.generate import LanguageModel, loop
 from gptfast.generate.cache import KVCache
 from gptfast.generate.fuse import fused
 from gptfast.generate.replay import NotReplayable, Recorded, Replay, Replays, record
@@ -147,3 +147,32 @@ def test_a_model_that_isnt_made_of_kernels_decodes_as_before(monkeypatch: pytest
     lm = LanguageModel(model)
     assert lm.generate([1, 2, 3], max_new_tokens=20, temperature=0).token_ids == expected.token_ids
     assert not lm._replays._free
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "greedy": dict(temperature=0),
+    "nucleus": dict(temperature=0.9, top_p=0.8, top_k=40, return_logprobs=True),
+    "penalties": dict(repetition_penalty=1.3, frequency_penalty=0.2, presence_penalty=0.1, return_logprobs="processed"),
+    "forced": dict(min_new_tokens=12, stop=list(range(0, 97, 2)), logit_bias={5: 3.0}),
+    "by row": dict(temperature=[0.0, 0.5, 2.0], top_k=[1, 5, 0]),
+    "processors": dict(processors=(lambda history, logits: logits - 2.0 * (history[:, -1:] == torch.arange(97)),)),
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=list(SETTINGS))
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_generation_is_the_same_without_replay(
+    name: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that end at different times among them, tokens and log-probs bit by bit."""
+    lm = LanguageModel(model_of(name, "q8_0"))
+    prompts = [[1, 2, 3], [7] * 40, [9, 8]]
+    settings = {"stop": list(range(90, 97)), "max_new_tokens": 60, "seed": [3, 4, 5], **settings}
+    replayed = [lm.generate(prompts, **settings) for _ in range(2)]
+    monkeypatch.setattr(loop, "WORTH_RECORDING", 10**9)
+    eager = LanguageModel(lm.model).generate(prompts, **settings)
+    for one in replayed:
+        assert [g.token_ids for g in one] == [g.token_ids for g in eager]
+        assert [g.logprobs for g in one] == [g.logprobs for g in eager]
+    assert max(len(g.token_ids) for g in eager) > 12
+    assert lm._replays._free

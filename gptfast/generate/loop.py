@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gptfast.generate.cache import KVCache
-from gptfast.generate.replay import Replay, Replays
+from gptfast.generate.replay import NotReplayable, Replay, Replays
 from gptfast.generate.sampler import Sampler
 from gptfast.generate.stop import Text
 
@@ -129,9 +129,10 @@ class Loop:
         """One new token for every running row."""
         if self.logits is None:
             self._leave()
-            self.logits = self._forward()
-        ids, logprobs = self.sampler(self.logits, self.steps)
-        self.logits = None
+            ids, logprobs = self._next()
+        else:
+            ids, logprobs = self.sampler(self.logits, self.steps)
+            self.logits = None
         self.steps += 1
         for i, (row, token) in enumerate(zip(self.rows, ids)):
             row.fresh = ""
@@ -171,19 +172,22 @@ class Loop:
         self.sampler.select(alive)
         self.rows = [self.rows[i] for i in alive]
 
-    def _forward(self) -> Tensor:
-        """Feeds each row's last token; a finished row's goes where nothing is kept."""
+    def _next(self) -> tuple[list[int], list[float] | None]:
+        """Feeds each row's last token and draws the next; a finished row's goes where nothing is kept."""
         device = self.cache.lengths.device
         self._reserve(max(row.prompt_tokens + len(row.tokens) for row in self.rows))
-        tokens = torch.tensor([row.tokens[-1] for row in self.rows], dtype=torch.int64, device=device)
+        last = [row.tokens[-1] for row in self.rows]
+        running = [row.finish is None for row in self.rows]
         replay = self._recorded()
+        if replay is not None and self.sampler.steady and self.steps >= self.limits.min_new:
+            try:
+                return replay.draw(self.sampler, last, running, self.steps)
+            except NotReplayable:
+                self.sampler.steady = False
+        tokens = torch.tensor(last, dtype=torch.int64, device=device)
         logits = self.model(tokens[:, None], cache=self.cache)[:, -1] if replay is None else replay.step(tokens)
-        if all(row.finish is None for row in self.rows):
-            self.cache.advance(1)
-        else:
-            alive = [row.finish is None for row in self.rows]
-            self.cache.advance(torch.tensor(alive, dtype=torch.int32, device=device))
-        return logits
+        self.cache.advance(torch.tensor(running, dtype=torch.int32, device=device))
+        return self.sampler(logits, self.steps)
 
     def _recorded(self) -> Replay | None:
         """The recorded step for the present cache."""

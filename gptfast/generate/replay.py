@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,11 +22,14 @@ from gptfast.generate.fuse import Launch, fused
 from gptfast.kernels import reason_missing
 from gptfast.model import GPT
 
+if TYPE_CHECKING:
+    from gptfast.generate.sampler import Sampler
+
 log = logging.getLogger("gptfast")
 KEPT = 4  # recorded steps that wait for the next call
 
 # Functions whose result is new memory and yet no part of the computation: fresh memory, and values read to be checked.
-HARMLESS = {"empty", "new_empty", "min", "max", "aminmax", "all", "__ge__", "__le__", "__eq__", "__and__", "__or__"}
+HARMLESS = {"empty", "new_empty", "min", "max", "aminmax", "all", "ge", "le", "eq", "__eq__", "__and__", "__or__"}
 IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
 
 
@@ -99,6 +102,8 @@ class Replay:
         self.key = _key(model, cache)
         self.ids = torch.zeros(cache.batch, 1, dtype=torch.int64)
         self.positions = torch.zeros(cache.batch, 1, dtype=torch.int64)
+        self.running = torch.ones(cache.batch, dtype=torch.int32)
+        self._running: list[bool] | None = None  # what it holds
         tables = model.rope_tables(cache.capacity, model.device) if model.config.positions == "rope" else None
         # A step like any other: what it writes behind the lengths is overwritten by the first that is replayed.
         self.logits, launches, made = record(lambda: model.logits(self.ids, cache, positions=self.positions)[:, -1])
@@ -106,21 +111,23 @@ class Replay:
         self._recorded, self._keep = _pointers(cache), (model, tables, made)
         self._cache: KVCache | None = None
         self._plan: Any = None
+        self._bound: list[Launch] = []
+        self._drawing: tuple[Any, Tensor, Tensor | None] | None = None  # a plan, its tokens and their log-probs
 
     def bind(self, cache: KVCache) -> None:
         """Makes the following steps work on this cache."""
         from gptfast.kernels.cpu import Plan
 
         moved = dict(zip(self._recorded, _pointers(cache)))
-        launches = [
+        self._bound = [
             (op, threads, {n: moved.get(v, v) if isinstance(v, int) else v for n, v in fields.items()})
             for op, threads, fields in self._launches
         ]
-        self._plan, self._cache = Plan(launches), cache
+        self._plan, self._cache = Plan(self._bound), cache
 
     def unbind(self) -> None:
         """Lets go of the cache."""
-        self._plan = None  # before the memory that it points to
+        self._plan = self._drawing = None  # before the memory that they point to
         self._cache = None
 
     def bound(self, cache: KVCache) -> bool:
@@ -134,6 +141,45 @@ class Replay:
         self.positions[:, 0] = self._cache.lengths
         self._plan.run(torch.get_num_threads())
         return self.logits.float()
+
+    def draw(
+        self, sampler: Sampler, tokens: list[int], running: list[bool], step: int
+    ) -> tuple[list[int], list[float] | None]:
+        """A step and the tokens drawn from its logits, in one call that advances the cache's running rows as well.
+
+        tokens, running: of each row; step: the sampler's. Between one draw and the next only `running` is read, so
+        nothing else may have touched the cache or the sampler: after anything that did, bind anew.
+
+        Raises NotReplayable, with nothing done, where the sampler does more than launch a kernel.
+        """
+        if self._drawing is None:
+            self._begin(sampler, tokens, step)
+        assert self._drawing is not None
+        if running != self._running:
+            self._running = list(running)
+            self.running.copy_(torch.tensor(running))
+        plan, ids, logprobs = self._drawing
+        plan.run(torch.get_num_threads())
+        return ids.tolist(), None if logprobs is None else logprobs.tolist()
+
+    def _begin(self, sampler: Sampler, tokens: list[int], step: int) -> None:
+        from gptfast.kernels.cpu import Plan
+
+        assert self._cache is not None
+        lengths, history = self._cache.lengths, sampler.history
+        (ids, logprobs), launches, made = record(lambda: sampler.draw(self.logits))
+        move: dict[str, Any] = {
+            **dict(ids=self.ids, positions=self.positions, steps=sampler.steps, lengths=lengths, drawn=ids),
+            **dict(running=self.running, history=history),
+            **dict(prompt_lengths=None if history is None else sampler.prompt_lengths),
+        }
+        fields = {name: 0 if t is None else t.data_ptr() for name, t in move.items()}
+        fields |= {"rows": len(ids), "history_cols": 0 if history is None else history.shape[1]}
+        self._drawing = Plan([*self._bound, *launches, ("advance", 1, fields)]), ids, logprobs
+        self._drawn_with = made, move
+        self.ids[:, 0], self.positions[:, 0] = torch.tensor(tokens), lengths
+        sampler.steps.fill_(step)
+        self._running = None
 
 
 class Replays:

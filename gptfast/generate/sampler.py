@@ -55,7 +55,8 @@ class Sampler:
     ) -> None:
         self.seeds = torch.tensor(list(seeds), dtype=torch.int64, device=device)
         self.steps = torch.zeros_like(self.seeds)
-        self._replayable = device.type == "cpu" and reason_missing("cpu") is None
+        # Whether a step is one call of ops.sample and nothing else, which can be recorded.
+        self.steady = not processors and device.type == "cpu" and reason_missing("cpu") is None
         self._place: tuple[Any, ...] | None = None  # of the last logits
         self._recorded: Recorded | None = None
         self.arguments = {name: _by_row(name, value, device) for name, value in parameters.items()}
@@ -77,6 +78,21 @@ class Sampler:
             self.prompt_lengths = torch.tensor(lengths, dtype=torch.int64, device=device)
             self.longest_prompt, self.row_numbers = max(lengths), torch.arange(len(prompts), device=device)
 
+    def draw(self, logits: Tensor, masked: bool = False) -> tuple[Tensor, Tensor | None]:
+        """ops.sample with these rows' settings, for the steps that `steps` holds."""
+        result = ops.sample(
+            logits,
+            **self.arguments,
+            **({"history": self.history, "prompt_lengths": self.prompt_lengths} if self.penalised else {}),
+            logit_bias=self.logit_bias,
+            mask=self.mask if masked else None,
+            seed=self.seeds,
+            step=self.steps,
+            return_logprobs=self.return_logprobs,
+            backend=self.backend,
+        )
+        return result if self.return_logprobs else (result, None)
+
     def _sample(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
         """ops.sample with these rows' settings; recorded where the logits lie where they lay the last time."""
         masked = step < self.min_new
@@ -85,28 +101,14 @@ class Sampler:
         if self._recorded is not None and self._place == place:
             return self._recorded.run()
 
-        def sampled() -> tuple[Tensor, Tensor | None]:
-            result = ops.sample(
-                logits,
-                **self.arguments,
-                **({"history": self.history, "prompt_lengths": self.prompt_lengths} if self.penalised else {}),
-                logit_bias=self.logit_bias,
-                mask=self.mask if masked else None,
-                seed=self.seeds,
-                step=self.steps,
-                return_logprobs=self.return_logprobs,
-                backend=self.backend,
-            )
-            return result if self.return_logprobs else (result, None)
-
         again, self._place, self._recorded = self._place == place, place, None
-        if again and self._replayable:
+        if again and self.steady:
             try:
-                self._recorded = Recorded(sampled)
+                self._recorded = Recorded(lambda: self.draw(logits, masked))
                 return self._recorded.result
             except NotReplayable:
-                self._replayable = False
-        return sampled()
+                self.steady = False
+        return self.draw(logits, masked)
 
     def select(self, keep: list[int]) -> None:
         """Keeps these rows only."""

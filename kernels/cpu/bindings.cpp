@@ -266,6 +266,7 @@ PYBIND11_MODULE(_cpu, m) {
        bias_dtype, source, before);
   BIND(sample, Sample, ids, logprobs, logits, logit_bias, mask, history, prompt_lengths, reals, integers, per_row, rows,
        cols, logits_stride, bias_stride, mask_stride, history_cols, dtype, processed);
+  BIND(advance, Advance, ids, positions, steps, lengths, drawn, running, history, prompt_lengths, rows, history_cols);
   BIND(ceilings, Ceilings, work, sink, data, copy, bytes, turns, what);
   BIND(dequantize, Dequantize, y, packed, ids, positions, table, rows, depth, table_stride, format);
   BIND(bias_gelu, Mlp, y, x, other, rows, cols, x_stride, other_stride, tanh, dtype);

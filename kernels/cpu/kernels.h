@@ -26,6 +26,7 @@ enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
   KERNEL(geglu, Mlp)             \
   KERNEL(embedding, Embedding)   \
   KERNEL(sample, Sample)         \
+  KERNEL(advance, Advance)       \
   KERNEL(ceilings, Ceilings)
 
 // Strides are in elements; the last dimension is contiguous. Pointers that don't apply are null.
@@ -111,6 +112,17 @@ struct Sample {
   const void* per_row[7 + 4];     // null, or (rows) to use instead: the parameters in the same order
   int64_t rows, cols, logits_stride, bias_stride, mask_stride, history_cols;
   int32_t dtype, processed;  // processed: log-probabilities after the filters, not of the logits as given
+};
+
+struct Advance {                  // all (rows)
+  int64_t *ids, *positions;       // of the next step
+  int64_t* steps;                 // of the sampler
+  int32_t* lengths;               // of the cache
+  const int64_t* drawn;           // the tokens of this step
+  const int32_t* running;         // 1, or 0 for a row that has ended
+  int64_t* history;               // (rows, history_cols), or null
+  const int64_t* prompt_lengths;  // with history
+  int64_t rows, history_cols;
 };
 
 struct Ceilings {
