@@ -13,7 +13,8 @@ from gptfast.model.config import GPTConfig
 class KVCache:
     """Room for `capacity` tokens in each of `batch` rows.
 
-    k, v     a tensor (batch, capacity, Hk, D) for each layer; beyond a row's length: anything finite
+    k, v     a tensor (batch, capacity, Hk, D) for each layer; beyond a row's length: anything finite. A head's keys
+             follow one another in memory, so that decoding reads them in one stream.
     lengths  (batch,) int32: the tokens that each row holds
 
     A model writes behind `lengths` and leaves them as they are; `advance` then says how many of the tokens written
@@ -31,10 +32,8 @@ class KVCache:
         if batch < 1 or capacity < 1:
             raise ValueError(f"KVCache: expected a batch and a capacity of at least 1, got {batch} and {capacity}")
         shape = (batch, capacity, config.n_kv_head, config.head_dim)
-        # Zeros, not empty: a masked key's weight is 0, and 0 times the NaN of fresh memory would not be. Pages of zeros
-        # cost nothing until they are written.
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.k = [_room(shape, dtype, device) for _ in range(config.n_layer)]
+        self.v = [_room(shape, dtype, device) for _ in range(config.n_layer)]
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.config = config
 
@@ -75,7 +74,7 @@ class KVCache:
         used = int(other.lengths.max())
 
         def chosen(t: Tensor) -> Tensor:
-            out = t.new_zeros((index.numel(), *t.shape[1:]))
+            out = _room((index.numel(), *t.shape[1:]), t.dtype, t.device)
             out[:, :used] = t[index, :used]
             return out
 
@@ -97,5 +96,13 @@ class KVCache:
         used = int(self.lengths.max())
         for tensors in (self.k, self.v):
             for i, t in enumerate(tensors):
-                tensors[i] = t.new_zeros((t.shape[0], capacity, *t.shape[2:]))
+                tensors[i] = _room((t.shape[0], capacity, *t.shape[2:]), t.dtype, t.device)
                 tensors[i][:, :used] = t[:, :used]
+
+
+def _room(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """(batch, capacity, Hk, D), stored head by head."""
+    B, S, Hk, D = shape
+    # Zeros, not empty: a masked key's weight is 0, and 0 times the NaN of fresh memory would not be. Pages of zeros
+    # cost nothing until they are written.
+    return torch.zeros((B, Hk, S, D), dtype=dtype, device=device).transpose(1, 2)
