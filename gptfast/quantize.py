@@ -15,6 +15,7 @@ Float weights have a layout of their own, PackedWeight.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -42,6 +43,26 @@ class Kind(NamedTuple):
 
 
 KINDS = {"q8_0": Kind("Q8_0", 3, 1, 8), "q4_0": Kind("Q4_0", 4, 1, 4), "q4_1": Kind("Q4_1", 5, 2, 4)}
+
+
+class Memory:
+    """Memory for a model's packed weights, in pieces of 32 MiB: large pages, which small allocations don't get."""
+
+    PIECE, LINE = 32 << 20, 64
+
+    def __init__(self) -> None:
+        self._piece: Tensor | None = None
+        self._used = 0
+
+    def empty(self, shape: Sequence[int]) -> Tensor:
+        """uint8 of this shape, its contents undefined; its piece lives as long as anything in it."""
+        from gptfast.kernels.cpu import empty
+
+        size = math.prod(shape)
+        if self._piece is None or self._used + size > self._piece.numel():
+            self._piece, self._used = empty((max(size, self.PIECE),), torch.uint8), 0
+        begin, self._used = self._used, -(-(self._used + size) // self.LINE) * self.LINE
+        return self._piece[begin : begin + size].view(*shape)
 
 
 class QuantizedWeight:
@@ -77,8 +98,9 @@ class QuantizedWeight:
         return f"QuantizedWeight({self.kind}, {tuple(self.shape)}, {self.nbytes} bytes on {self.device})"
 
     @staticmethod
-    def from_blocks(raw: Tensor, kind: str, shape: Sequence[int]) -> QuantizedWeight:
-        """Packs GGUF blocks as a file stores them: `raw` uint8 of N * K / 32 blocks, row after row."""
+    def from_blocks(raw: Tensor, kind: str, shape: Sequence[int], *, memory: Memory | None = None) -> QuantizedWeight:
+        """Packs GGUF blocks as a file stores them: `raw` uint8 of N * K / 32 blocks, row after row. With `memory`, the
+        packed bytes lie there."""
         N, K = _check(kind, shape)
         k = KINDS[kind]
         if raw.dtype != torch.uint8 or raw.numel() != N * (K // GROUP) * k.block:
@@ -86,10 +108,17 @@ class QuantizedWeight:
                 f"expected {N * (K // GROUP) * k.block} bytes (uint8) for {kind} {(N, K)}, "
                 f"got {raw.numel()} of {str(raw.dtype).removeprefix('torch.')}"
             )
+        expected = (-(-N // PANEL), K // GROUP, PANEL * k.block)
+        if raw.device.type == "cpu" and reason_missing("cpu") is None:
+            from gptfast.kernels.cpu.quantize import pack
+
+            packed = torch.empty(expected, dtype=torch.uint8) if memory is None else memory.empty(expected)
+            pack(packed, raw, k.code, N, K)
+            return QuantizedWeight(packed, kind, (N, K))
         rows = raw.reshape(N, K // GROUP, k.block)
         if N % PANEL:
             rows = torch.cat((rows, rows.new_zeros(PANEL - N % PANEL, *rows.shape[1:])))
-        packed = torch.empty(len(rows) // PANEL, K // GROUP, PANEL * k.block, dtype=torch.uint8, device=raw.device)
+        packed = torch.empty(expected, dtype=torch.uint8, device=raw.device)
         heads, quads = _parts(packed, k)
         scales = rows[..., : 2 * k.halves].contiguous().view(torch.int16)
         heads.copy_(scales.view(-1, PANEL, K // GROUP, k.halves).permute(0, 2, 3, 1))

@@ -25,7 +25,7 @@ from gptfast.model import huggingface
 from gptfast.model.config import GPTConfig
 from gptfast.model.gpt import GPT
 from gptfast.model.names import Source, first
-from gptfast.quantize import QuantizedWeight
+from gptfast.quantize import Memory, QuantizedWeight
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTISED = {"q8_0": "Q8_0", "q4_0": "Q4_0", "q4_1": "Q4_1"}
@@ -115,12 +115,13 @@ def _build(config: GPTConfig, sources: dict[str, Source], read: Read, weights: s
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert wanted.keys() == sources.keys(), wanted.keys() ^ sources.keys()
     dtype = stored if weights is None else DTYPES.get(weights, torch.float32)
+    memory = Memory()
     for name, source in sources.items():
         parts = [_ordered(read(n), source, heads) for n, heads in zip(source.names, source.heads)]
         shape = _stacked_shape(parts, name)
         if shape != wanted[name]:
             raise ValueError(f"expected {' and '.join(source.names)} to make {wanted[name]}, got {shape}")
-        weight = _held(parts, shape, weights, dtype) if _is_matrix(model, name) else _plain(parts, dtype)
+        weight = _held(parts, shape, weights, dtype, memory) if _is_matrix(model, name) else _plain(parts, dtype)
         _assign(model, name, weight)
     return model.eval()
 
@@ -155,18 +156,18 @@ def _plain(parts: list[Stored], dtype: torch.dtype) -> Tensor:
 
 
 def _held(
-    parts: list[Stored], shape: tuple[int, ...], weights: str | None, dtype: torch.dtype
+    parts: list[Stored], shape: tuple[int, ...], weights: str | None, dtype: torch.dtype, memory: Memory
 ) -> Tensor | QuantizedWeight:
     """A matrix as `weights` asks for."""
     if weights in QUANTISED:
         kind = QUANTISED[weights]
         if any(p.type != kind for p in parts):
             raw = blocks.quantize(torch.cat([p.float32() for p in parts]), kind)
-            return QuantizedWeight.from_blocks(raw, kind.lower(), shape)
+            return QuantizedWeight.from_blocks(raw, kind.lower(), shape, memory=memory)
     elif weights is not None or parts[0].rows.dtype != torch.uint8 or len({p.type for p in parts}) > 1:
         return _plain(parts, dtype)
     raw = torch.cat([p.rows.reshape(-1) for p in parts]) if len(parts) > 1 else parts[0].rows.reshape(-1)
-    return QuantizedWeight.from_blocks(raw, parts[0].type.lower(), shape)
+    return QuantizedWeight.from_blocks(raw, parts[0].type.lower(), shape, memory=memory)
 
 
 def _assign(model: GPT, name: str, weight: Tensor | QuantizedWeight) -> None:

@@ -21,6 +21,7 @@ enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
   KERNEL(linear_int8, Linear)    \
   KERNEL(linear_packed, Linear)  \
   KERNEL(dequantize, Dequantize) \
+  KERNEL(pack, Pack)             \
   KERNEL(bias_gelu, Mlp)         \
   KERNEL(swiglu, Mlp)            \
   KERNEL(geglu, Mlp)             \
@@ -88,6 +89,13 @@ struct Linear {
   int64_t rows, cols, depth, x_stride, weight_stride;
   int32_t dtype, format, bias_dtype;  // format: the weight's dtype, or 3 Q8_0, 4 Q4_0, 5 Q4_1
   int32_t before;
+};
+
+struct Pack {
+  void* packed;     // panels of a quantised weight, the last one filled up with zeros
+  const void* raw;  // (rows, depth / 32) GGUF blocks
+  int64_t rows, depth;
+  int32_t format;
 };
 
 struct Dequantize {

@@ -2,6 +2,34 @@
 
 namespace gptfast::ISA {
 
+// Row after row of GGUF blocks to panels (linear.h): the scales of 16 rows, then their quads side by side.
+void pack(const Pack& a, Worker& worker) {
+  const int64_t groups = a.depth / GROUP;
+  with_format(a.format, [&](auto format) {
+    using Block = decltype(format);
+    constexpr int HEAD = 2 * (Block::OFFSET == 0 ? 2 : 1), NUMBERS = (int)sizeof(Block::q) / 64;
+    worker.each(ceil_div(a.rows, PANEL), [&](int64_t panel) {
+      Block* b = (Block*)a.packed + panel * groups;
+      for (int row = 0; row < PANEL; row++) {
+        const int64_t n = panel * PANEL + row;
+        const uint8_t* from = (const uint8_t*)a.raw + n * groups * (HEAD + 4 * NUMBERS);
+        for (int64_t g = 0; g < groups; g++, from += HEAD + 4 * NUMBERS) {
+          static const uint8_t none[HEAD + 4 * NUMBERS] = {};
+          const uint8_t* block = n < a.rows ? from : none;
+          memcpy(&b[g].d[row], block, 2);
+          if constexpr (Block::OFFSET == 0) memcpy(&b[g].m[row], block + 2, 2);
+          for (int j = 0; j < NUMBERS; j++) {
+            uint32_t quad;
+            memcpy(&quad, block + HEAD + 4 * j, 4);
+            if (Block::BITS == 8) quad ^= 0x80808080;
+            memcpy(b[g].q[j] + row * 4, &quad, 4);
+          }
+        }
+      }
+    });
+  });
+}
+
 // Chosen rows of a packed weight in fp32: y[i] = fma(d, u, c) of row ids[i] (+ table[positions[i]]).
 void dequantize(const Dequantize& a, Worker& worker) {
   const int64_t groups = a.depth / GROUP;

@@ -32,3 +32,16 @@ def dequantize(
         format=code,
     )
     return y
+
+
+def pack(packed: Tensor, raw: Tensor, code: int, rows: int, depth: int) -> None:
+    """GGUF blocks, `rows` x depth / 32 of them in order, to panels."""
+    raw = raw.contiguous()
+    _cpu.pack(
+        threads(raw.numel()),
+        packed=packed.data_ptr(),
+        raw=raw.data_ptr(),
+        rows=rows,
+        depth=depth,
+        format=code,
+    )
