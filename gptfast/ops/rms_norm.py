@@ -115,11 +115,13 @@ def rms_norm(
 
     Raises ValueError for shapes and dtypes that don't fit; BackendError where `backend` can't serve the call.
     """
-    arguments: dict[str, Any] = dict(x=x, weight=weight, eps=eps, residual=residual, dropout_p=dropout_p)
-    if dropout_p:  # each call has a seed of its own: nothing to keep
+    arguments = {
+        "x": x, "weight": weight, "eps": eps, "residual": residual, "dropout_p": dropout_p,
+        "seed": seed if dropout_p else 0, "stream": stream if dropout_p else 0,
+    }  # fmt: skip
+    if dropout_p:  # each call has a seed of its own: nothing to prepare
         _check(**arguments)
-        return dispatch.run("rms_norm", backend, reference, x, **arguments, seed=seed, stream=stream)
-    arguments |= dict(seed=0, stream=0)
+        return dispatch.run("rms_norm", backend, reference, x, **arguments)
     return dispatch.prepared("rms_norm", backend, reference, x, arguments, _check)(**arguments)
 
 
