@@ -84,6 +84,7 @@ class QuantizedWeight:
             raise ValueError(f"expected packed {expected} uint8, contiguous, got {tuple(packed.shape)} {packed.dtype}")
         self.packed, self.kind, self.shape = packed, kind, torch.Size((N, K))
         self.code = KINDS[kind].code
+        self.signature = (kind, self.shape, packed.device)  # for gptfast.ops.dispatch
 
     @property
     def nbytes(self) -> int:
@@ -213,6 +214,7 @@ class PackedWeight:
         if tuple(packed.shape) != expected or not packed.is_floating_point() or not packed.is_contiguous():
             raise ValueError(f"expected packed {expected} of floats, contiguous, got {_shape(packed)}")
         self.packed, self.shape = packed, torch.Size((N, K))
+        self.signature = (packed.dtype, self.shape, packed.device)  # for gptfast.ops.dispatch
 
     @staticmethod
     def pack(weight: Tensor) -> PackedWeight:

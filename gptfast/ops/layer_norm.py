@@ -127,6 +127,26 @@ def layer_norm(
 
     Raises ValueError for shapes and dtypes that don't fit; BackendError where `backend` can't serve the call.
     """
+    arguments = {
+        "x": x, "weight": weight, "bias": bias, "eps": eps, "residual": residual, "dropout_p": dropout_p,
+        "seed": seed if dropout_p else 0, "stream": stream if dropout_p else 0,
+    }  # fmt: skip
+    if dropout_p:  # each call has a seed of its own: nothing to prepare
+        _check(**arguments)
+        return dispatch.run("layer_norm", backend, reference, x, **arguments)
+    return dispatch.prepared("layer_norm", backend, reference, x, arguments, _check)(**arguments)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    dropout_p: float,
+    **_: Any,
+) -> None:
+    """Raises where arguments don't fit together."""
     require(
         x.dim() >= 1 and x.is_floating_point(), lambda: f"layer_norm: expected x (..., C) of floats, got {shape(x)}"
     )
@@ -141,12 +161,7 @@ def layer_norm(
         lambda: f"layer_norm: expected residual like x {shape(x)}, got {shape(residual)}",
     )
     require(0 <= dropout_p < 1, lambda: f"layer_norm: expected 0 <= dropout_p < 1, got {dropout_p}")
-    return dispatch.run(
-        *("layer_norm", backend, reference, x),
-        **dict(
-            x=x, weight=weight, bias=bias, eps=eps, residual=residual, dropout_p=dropout_p, seed=seed, stream=stream
-        ),
-    )
+    require(not isinstance(eps, Tensor), lambda: f"layer_norm: expected eps as a number, got {eps!r}")
 
 
 def _take(arguments: Any, b: int) -> dict[str, Any]:

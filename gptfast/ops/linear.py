@@ -183,6 +183,12 @@ def linear(
     Raises ValueError for shapes and dtypes that don't fit, and for int8 activations with a float weight; BackendError
     where `backend` can't serve the call.
     """
+    arguments = {"x": x, "weight": weight, "bias": bias, "activations": activations}
+    return dispatch.prepared("linear", backend, reference, x, arguments, _check)(**arguments)
+
+
+def _check(x: Tensor, weight: Weight, bias: Tensor | None, activations: str) -> None:
+    """Raises where shapes or dtypes don't fit together."""
     quantised = isinstance(weight, QuantizedWeight)
     if isinstance(weight, Tensor):
         fits = weight.dim() == 2 and weight.is_floating_point()
@@ -199,9 +205,6 @@ def linear(
     if activations != "exact" and not (activations == "int8" and quantised):
         allowed = "'exact' or 'int8'" if quantised else "'exact' for a float weight"
         raise ValueError(f"linear: expected activations {allowed}, got {activations!r}")
-    return dispatch.run(
-        "linear", backend, reference, x, x=x, weight=weight, bias=bias, activations=activations
-    )  # fmt: skip
 
 
 def _take(arguments: Mapping[str, Any], b: int) -> dict[str, Any]:

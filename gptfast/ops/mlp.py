@@ -159,12 +159,8 @@ def bias_gelu(
 
     Raises ValueError for arguments that don't fit; BackendError where `backend` can't serve the call.
     """
-    _check_gelu("bias_gelu", x, "x", approximate)
-    require(
-        bias is None or (bias.shape == x.shape[-1:] and bias.dtype == x.dtype),
-        lambda: f"bias_gelu: expected bias ({x.shape[-1]},) of x's dtype, got {shape(bias)} beside {shape(x)}",
-    )
-    return dispatch.run(*("mlp.bias_gelu", backend, bias_gelu_reference, x), x=x, bias=bias, approximate=approximate)
+    arguments = {"x": x, "bias": bias, "approximate": approximate}
+    return dispatch.prepared("mlp.bias_gelu", backend, bias_gelu_reference, x, arguments, _check_bias_gelu)(**arguments)
 
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
@@ -172,8 +168,8 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
 
     Raises ValueError for arguments that don't fit; BackendError where `backend` can't serve the call.
     """
-    _check_pair("swiglu", gate, up)
-    return dispatch.run("mlp.swiglu", backend, swiglu_reference, gate, gate=gate, up=up)
+    arguments = {"gate": gate, "up": up}
+    return dispatch.prepared("mlp.swiglu", backend, swiglu_reference, gate, arguments, _check_swiglu)(**arguments)
 
 
 def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh", backend: str | None = None) -> Tensor:
@@ -181,9 +177,25 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh", backend: str |
 
     Raises ValueError for arguments that don't fit; BackendError where `backend` can't serve the call.
     """
+    arguments = {"gate": gate, "up": up, "approximate": approximate}
+    return dispatch.prepared("mlp.geglu", backend, geglu_reference, gate, arguments, _check_geglu)(**arguments)
+
+
+def _check_bias_gelu(x: Tensor, bias: Tensor | None, approximate: str) -> None:
+    _check_gelu("bias_gelu", x, "x", approximate)
+    require(
+        bias is None or (bias.shape == x.shape[-1:] and bias.dtype == x.dtype),
+        lambda: f"bias_gelu: expected bias ({x.shape[-1]},) of x's dtype, got {shape(bias)} beside {shape(x)}",
+    )
+
+
+def _check_swiglu(gate: Tensor, up: Tensor) -> None:
+    _check_pair("swiglu", gate, up)
+
+
+def _check_geglu(gate: Tensor, up: Tensor, approximate: str) -> None:
     _check_gelu("geglu", gate, "gate", approximate)
     _check_pair("geglu", gate, up)
-    return dispatch.run("mlp.geglu", backend, geglu_reference, gate, gate=gate, up=up, approximate=approximate)
 
 
 def _check_gelu(op: str, x: Tensor, name: str, approximate: str) -> None:

@@ -115,6 +115,25 @@ def rms_norm(
 
     Raises ValueError for shapes and dtypes that don't fit; BackendError where `backend` can't serve the call.
     """
+    arguments = {
+        "x": x, "weight": weight, "eps": eps, "residual": residual, "dropout_p": dropout_p,
+        "seed": seed if dropout_p else 0, "stream": stream if dropout_p else 0,
+    }  # fmt: skip
+    if dropout_p:  # each call has a seed of its own: nothing to prepare
+        _check(**arguments)
+        return dispatch.run("rms_norm", backend, reference, x, **arguments)
+    return dispatch.prepared("rms_norm", backend, reference, x, arguments, _check)(**arguments)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    dropout_p: float,
+    **_: Any,
+) -> None:
+    """Raises where arguments don't fit together."""
     require(x.dim() >= 1 and x.is_floating_point(), lambda: f"rms_norm: expected x (..., C) of floats, got {shape(x)}")
     C = x.shape[-1]
     require(weight.shape == (C,), lambda: f"rms_norm: expected weight ({C},), got {shape(weight)}")
@@ -123,10 +142,7 @@ def rms_norm(
         lambda: f"rms_norm: expected residual like x {shape(x)}, got {shape(residual)}",
     )
     require(0 <= dropout_p < 1, lambda: f"rms_norm: expected 0 <= dropout_p < 1, got {dropout_p}")
-    return dispatch.run(
-        *("rms_norm", backend, reference, x),
-        **dict(x=x, weight=weight, eps=eps, residual=residual, dropout_p=dropout_p, seed=seed, stream=stream),
-    )
+    require(not isinstance(eps, Tensor), lambda: f"rms_norm: expected eps as a number, got {eps!r}")
 
 
 def _take(arguments: Any, b: int) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast import _cpu
-from gptfast.kernels.cpu import DTYPES, blocks, empty, pointer, rows, threads, unsupported
+from gptfast.kernels.cpu import DTYPES, as_blocks, as_rows, blocks, prepare, rows, threads, unsupported
 
 
 def supports(x: Tensor, weight: Tensor, residual: Tensor | None, bias: Tensor | None = None, **_: Any) -> str | None:
@@ -18,13 +17,16 @@ def supports(x: Tensor, weight: Tensor, residual: Tensor | None, bias: Tensor | 
     return unsupported(x, weight, bias, residual)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, **rest: Any) -> Tensor | tuple[Tensor, Tensor]:
-    bias = None if bias is None else bias.contiguous()
-    return normalise(_cpu.layer_norm, x, weight, **rest, bias=pointer(bias), mean=0)
+def layer_norm(**arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
+    return prepare_layer_norm(**arguments)(**arguments)
+
+
+def prepare_layer_norm(**arguments: Any) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
+    return normalise("layer_norm", **arguments)
 
 
 def normalise(
-    kernel: Callable[..., None],
+    kernel: str,
     x: Tensor,
     weight: Tensor,
     eps: float,
@@ -32,24 +34,25 @@ def normalise(
     dropout_p: float,
     seed: int,
     stream: int,
-    **more: int,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The kernel's y, or (y, sum). `more` are the arguments that one op has alone."""
-    x, block, block_stride, x_stride = blocks(x)
-    weight = weight.contiguous()
+    bias: Tensor | None = None,
+) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
+    """The kernel, prepared: its y, or (y, sum)."""
+    _, block, block_stride, x_stride = blocks(x)
+    outputs, inputs = {"y": (x.shape, x.dtype)}, {"x": ("x", as_blocks), "weight": ("weight", Tensor.contiguous)}
     residual_stride = 0
     if residual is not None:
-        residual, residual_stride = rows(residual)
-    y = empty(x.shape, x.dtype)
-    total = empty(x.shape, x.dtype) if residual is not None else None
-    kernel(
+        outputs["sum"] = outputs["y"]
+        inputs["residual"] = "residual", as_rows
+        residual_stride = rows(residual)[1]
+    if bias is not None:
+        inputs["bias"] = "bias", Tensor.contiguous
+    return prepare(
+        kernel,
         threads(x.numel()),
-        y=y.data_ptr(),
-        sum=pointer(total),
-        rstd=0,
-        x=x.data_ptr(),
-        residual=pointer(residual),
-        weight=weight.data_ptr(),
+        outputs,
+        inputs,
+        dict(x=x, weight=weight, bias=bias, residual=residual),
+        results=len(outputs),
         rows=x.numel() // x.shape[-1] if x.numel() else 0,
         cols=x.shape[-1],
         block=block,
@@ -63,6 +66,4 @@ def normalise(
         drop_below=int(dropout_p * 2**32),
         dtype=DTYPES[x.dtype],
         weight_dtype=DTYPES[weight.dtype],
-        **more,
     )
-    return y if total is None else (y, total)

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from gptfast import _cpu
-from gptfast.kernels.cpu import DTYPES, pointer, rows, threads, unsupported
+from gptfast.kernels.cpu import DTYPES, as_rows, prepare, rows, threads, unsupported
 from gptfast.quantize import PackedWeight, QuantizedWeight
 
 OWN = 8192  # so few elements of x, in up to 8 rows, every worker lays out for itself: sharing them would cost more
@@ -20,39 +23,46 @@ def supports(x: Tensor, weight: Tensor | QuantizedWeight | PackedWeight, bias: T
     return unsupported(x, bias)
 
 
-def linear(x: Tensor, weight: Tensor | QuantizedWeight | PackedWeight, bias: Tensor | None, activations: str) -> Tensor:
-    x, x_stride = rows(x)
-    cols, depth = weight.shape
-    count = x.numel() // depth
-    y = torch.empty((*x.shape[:-1], cols), dtype=x.dtype)
+def linear(**arguments: Any) -> Tensor:
+    return prepare_linear(**arguments)(**arguments)
+
+
+def prepare_linear(
+    x: Tensor, weight: Tensor | QuantizedWeight | PackedWeight, bias: Tensor | None, activations: str
+) -> Callable[..., Tensor]:
+    (cols, depth), dtype = weight.shape, x.dtype
+    count, x_stride = x.numel() // depth, rows(x)[1]
+    weight_fit, weight_stride = attrgetter("packed"), 0
     if isinstance(weight, Tensor):
-        kernel = _cpu.linear
-        weight = weight if weight.stride(1) == 1 else weight.contiguous()
-        storage, stride, code = weight, weight.stride(0), DTYPES[weight.dtype]
+        weight_fit = None if weight.stride(1) == 1 else Tensor.contiguous
+        weight_stride = depth if weight_fit else weight.stride(0)
+        kernel, code = "linear", DTYPES[weight.dtype]
     elif isinstance(weight, PackedWeight):
-        kernel, storage, stride, code = _cpu.linear_packed, weight.packed, 0, DTYPES[weight.dtype]
+        kernel, code = "linear_packed", DTYPES[weight.dtype]
     else:
-        kernel = _cpu.linear_int8 if activations == "int8" else _cpu.linear_exact
-        storage, stride, code = weight.packed, 0, weight.code
-    if bias is not None and not (bias.dtype in (x.dtype, torch.float32) and bias.is_contiguous()):
-        bias = bias.float().contiguous()
-    shared = count > 8 or x.numel() > OWN
-    workspace = torch.empty(count * ((depth + 63) & -64) * 4, dtype=torch.uint8) if shared else None
-    kernel(
+        kernel, code = "linear_int8" if activations == "int8" else "linear_exact", weight.code
+    outputs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"y": ((*x.shape[:-1], cols), dtype)}
+    if count > 8 or x.numel() > OWN:
+        outputs["workspace"] = (count * ((depth + 63) & -64) * 4,), torch.uint8
+    inputs = {"x": ("x", as_rows), "weight": ("weight", weight_fit)}
+    bias_dtype = 0
+    if bias is not None:
+        fits = bias.dtype in (dtype, torch.float32) and bias.is_contiguous()
+        inputs["bias"] = "bias", None if fits else lambda b: b.float().contiguous()
+        bias_dtype = DTYPES[bias.dtype] if fits else DTYPES[torch.float32]
+    return prepare(
+        kernel,
         threads(cols * depth),
-        y=y.data_ptr(),
-        x=x.data_ptr(),
-        weight=storage.data_ptr(),
-        bias=pointer(bias),
-        workspace=pointer(workspace),
+        outputs,
+        inputs,
+        dict(x=x, weight=weight, bias=bias),
         rows=count,
         cols=cols,
         depth=depth,
         x_stride=x_stride,
-        weight_stride=stride,
-        dtype=DTYPES[x.dtype],
+        weight_stride=weight_stride,
+        dtype=DTYPES[dtype],
         format=code,
-        bias_dtype=0 if bias is None else DTYPES[bias.dtype],
+        bias_dtype=bias_dtype,
         before=0,
     )
-    return y

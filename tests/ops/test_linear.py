@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from gptfast import ops
 from gptfast.kernels import reason_missing
+from gptfast.ops import dispatch
 from gptfast.ops.linear import reference, round_activations
 from gptfast.ops.spec import tolerance
 from gptfast.quantize import PackedWeight, QuantizedWeight
@@ -170,3 +173,38 @@ def test_the_reference_is_differentiable() -> None:
     ops.linear(x, weight).sum().backward()
     assert x.grad is not None
     assert torch.allclose(x.grad, weight.dequantize().sum(0).expand(3, -1), atol=1e-4)
+
+
+@needs_cpu
+@pytest.mark.parametrize("kind", ["float", "packed", "q8_0"])
+def test_weights_of_one_shape_are_prepared_once_and_kept_by_nobody(kind: str) -> None:
+    def weight_of() -> Tensor | PackedWeight | QuantizedWeight:
+        w = torch.randn(48, 64)
+        return w if kind == "float" else PackedWeight.pack(w) if kind == "packed" else QuantizedWeight.quantize(w, kind)
+
+    x, weights = torch.randn(3, 64), [weight_of() for _ in range(3)]
+    wanted = [reference(x, w) for w in weights]
+    ops.linear(x, weights[0])
+    before = len(dispatch._prepared)
+    assert all(torch.allclose(ops.linear(x, w), y, atol=1e-5) for w, y in zip(weights, wanted))
+    assert len(dispatch._prepared) == before
+    gone = weakref.ref(weights[0])
+    weights.clear()
+    assert gone() is None
+
+
+@needs_cpu
+def test_a_prepared_call_is_chosen_and_checked_again_where_that_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(3, 64), torch.randn(48, 64)
+    first = ops.linear(x, weight)
+    assert torch.equal(ops.linear(x.clone(), weight), first)
+    assert ops.linear(x, weight.requires_grad_()).requires_grad
+    weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"expected x \(..., 64\) of floats for weight \(48, 64\), got \(3, 63\)"):
+        ops.linear(x[:, 1:], weight)
+    monkeypatch.setenv("GPTFAST_BACKEND", "reference")
+    assert torch.equal(ops.linear(x, weight), reference(x, weight))
+    monkeypatch.delenv("GPTFAST_BACKEND")
+    assert torch.equal(ops.linear(x, weight), first)
+    with pytest.raises(ValueError, match=r"expected weight .* got list"):
+        ops.linear(x, [[1.0]])  # type: ignore[arg-type]

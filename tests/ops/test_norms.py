@@ -99,6 +99,7 @@ def test_a_constant_row_is_the_bias(isa: str) -> None:
         ({"residual": torch.zeros(8)}, r"expected residual like x \(2, 8\) float32, got \(8,\) float32"),
         ({"residual": torch.zeros(2, 8).half()}, r"expected residual like x \(2, 8\) float32, got \(2, 8\) float16"),
         ({"dropout_p": 1.0}, r"expected 0 <= dropout_p < 1, got 1.0"),
+        ({"eps": torch.tensor(1e-5)}, r"expected eps as a number, got tensor\(1.0000e-05\)"),
     ],
 )
 def test_a_wrong_argument_is_one_sentence(norm: Norm, change: dict[str, Any], sentence: str) -> None:
