@@ -43,7 +43,7 @@ def state(worker: Worker) -> str:
 def test_a_worker_answers_and_is_stopped_between_requests(worker: Worker) -> None:
     assert worker.ask("prepare", "folder", "q8") == {}
     loaded = worker.ask("load", "folder", "q8", 2)
-    assert loaded["weight_bytes"] == 2000 and 0 <= loaded["load_s"] < 1
+    assert loaded["weight_bytes"] == 2000 and loaded["load_s"] >= 0
     assert state(worker) == "T"
     contender = Contender(ENGINES[0], "q8", worker, **loaded)
     assert run(contender, [[1, 2, 3, 4], [5, 6, 7, 8]], 2) == Timed(0.5, 0.25, [[1, 2], [5, 6]])

@@ -19,7 +19,10 @@ tokenizers = pytest.importorskip("tokenizers")
 
 # A terminal whose keyboard is this program's stdin and whose screen is its stdout. The shell tells the terminal's
 # settings before and after, and the status.
-TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+TERMINAL = (  # Ctrl-C works even where whoever started the tests ignores it
+    "import os, pty, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+)
 SHELL = 'trap : INT; stty -g; "$@"; echo "status $?"; stty -g'
 LONG = ("--prompt", "Hello", "--temperature", "0", "--max-new-tokens", "99000", "--ignore-eos")
 

@@ -1,8 +1,8 @@
 """The CPU backend: C++ kernels (gptfast._cpu), one instruction set of several chosen when the module loads.
 
-Each module here has the name of its op page and, for each op there, two functions: `supports_<op>(...)` (`supports`
-where the page has one op), None or the reason why not as a sentence, and the op itself, which allocates the outputs and
-passes pointers. Arguments come checked from the op page.
+Each module here has the name of its op page and, for each op there, `supports_<op>(...)` (`supports` where the page has
+one op): None, or the reason why not as a sentence; the op itself, which allocates the outputs and passes pointers; and
+perhaps `prepare_<op>`, the op for all calls with the same signature. Arguments come checked from the op page.
 """
 
 from __future__ import annotations
