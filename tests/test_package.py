@@ -34,9 +34,16 @@ sys.meta_path.insert(0, Block())
 """
 
 
+# An editable installation would lend its extension to a package at another path that has none.
+INSTALLED = """
+import sys
+sys.meta_path = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
+"""
+
+
 def python(code: str, *, block: tuple[str, ...] = (), path: Path = ROOT, **env: str) -> str:
     """What a fresh interpreter prints that runs `code` with the package at `path`; fails the test if it fails."""
-    script = BLOCK.format(blocked=block) + textwrap.dedent(code)
+    script = BLOCK.format(blocked=block) + (INSTALLED if path != ROOT else "") + textwrap.dedent(code)
     said = subprocess.run(
         [sys.executable, "-c", script],
         cwd=path,
