@@ -6,6 +6,12 @@ import pytest
 import torch
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(3600))
+
+
 @pytest.fixture(autouse=True)
 def nan_filled_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.empty gives NaN: an output element that a kernel forgets to write is seen."""

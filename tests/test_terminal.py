@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ TERMINAL = (  # Ctrl-C works even where whoever started the tests ignores it
     "sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
 )
 SHELL = 'trap : INT; stty -g; "$@"; echo "status $?"; stty -g'
+PATIENCE = 60  # seconds of silence on a screen
 LONG = ("--prompt", "Hello", "--temperature", "0", "--max-new-tokens", "99000", "--ignore-eos")
 
 
@@ -47,9 +50,21 @@ class Session:
         """Reads so many bytes more, at least."""
         wanted = len(self.screen) + count
         while len(self.screen) < wanted:
+            assert self.speaks(PATIENCE), f"expected more within {PATIENCE} s, got {self.screen[-2000:]!r} and silence"
             piece = os.read(self.out, 65536)
             assert piece, f"expected more, got {self.screen!r} and the end"
             self.screen += piece
+
+    def speaks(self, seconds: float) -> bool:
+        """Whether there is something to read within this time."""
+        return bool(select.select([self.out], [], [], seconds)[0])
+
+    def interrupt(self) -> None:
+        """Presses Ctrl-C until something happens: readline may sleep through one that comes just before it waits."""
+        for _ in range(10):
+            self.type(b"\x03")
+            if self.speaks(3):
+                return
 
     def type(self, keys: bytes) -> None:
         assert self.process.stdin is not None
@@ -93,6 +108,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def session(folder: Path) -> Iterator[Callable[..., Session]]:
+    """Starts `gptfast COMMAND --model <the tiny Llama> ARGUMENTS` on a terminal, which goes away with the test."""
+    begun: list[Session] = []
+
+    def start(command: str, *arguments: str) -> Session:
+        begun.append(Session(command, "--model", str(folder), *arguments))
+        return begun[-1]
+
+    yield start
+    for one in begun:
+        one.process.kill()  # closes the terminal, which hangs up on those inside
+        one.process.communicate()
+
+
 def test_a_folder_writes_what_transformers_writes(folder: Path) -> None:
     options = ("--prompt", "Hello", "--temperature", "0", "--max-new-tokens", "12", "--json")
     command = [sys.executable, "-m", "gptfast", "generate", "--model", str(folder), *options]
@@ -103,39 +133,41 @@ def test_a_folder_writes_what_transformers_writes(folder: Path) -> None:
     assert found["token_ids"] == wanted.tolist() and found["prompt_tokens"] == prompt.shape[1]
 
 
-def test_ctrl_c_ends_a_text(folder: Path) -> None:
-    session = Session("generate", "--model", str(folder), *LONG)
-    session.more(200)
-    session.type(b"\x03")
-    printed, status = session.end()
+def test_ctrl_c_ends_a_text(session: Callable[..., Session]) -> None:
+    terminal = session("generate", *LONG)
+    terminal.more(200)
+    terminal.type(b"\x03")
+    printed, status = terminal.end()
     assert status == 0 and b"ends by interrupted" in printed
 
 
-def test_ctrl_c_ends_json_with_what_there_is(folder: Path) -> None:
-    session = Session("generate", "--model", str(folder), *LONG, "--json")
-    session.until(b"reading the prompt")  # shown once it takes 2 s
-    session.type(b"\x03")
-    printed, status = session.end()
+def test_ctrl_c_ends_json_with_what_there_is(session: Callable[..., Session]) -> None:
+    terminal = session("generate", *LONG, "--json")
+    terminal.until(b"reading the prompt")  # shown once it takes 2 s
+    terminal.type(b"\x03")
+    printed, status = terminal.end()
     found = json.loads(printed[printed.rindex(b'{"model"') :])
     assert status == 0 and found["finish_reason"] == "interrupted" and found["token_ids"]
 
 
-def test_a_chat(folder: Path, tmp_path: Path) -> None:
-    session = Session("chat", "--model", str(folder), "--temperature", "0", "--max-new-tokens", "99000")
-    session.until(b"/help for help")
-    session.until(b"> ")
-    session.type(b"Hi\r")
-    session.more(50)
-    session.type(b"\x03")
-    session.until(b"interrupted")
-    session.until(b"> ")
-    session.type(b"half a li\x03")
-    session.until(b"> ")
-    session.type(f"/save {tmp_path / 'talk.json'}\r".encode())
-    session.until(b"saved 2 messages")
-    session.until(b"> ")
-    session.type(b"\x04")
-    assert session.end()[1] == 0
+def test_a_chat(session: Callable[..., Session], tmp_path: Path) -> None:
+    terminal = session("chat", "--temperature", "0", "--max-new-tokens", "99000")
+    terminal.until(b"/help for help")
+    terminal.until(b"> ")
+    terminal.type(b"Hi\r")
+    terminal.more(50)
+    terminal.type(b"\x03")
+    terminal.until(b"interrupted")
+    terminal.until(b"> ")
+    terminal.type(b"half a li")
+    terminal.until(b"half a li")
+    terminal.interrupt()
+    terminal.until(b"> ")
+    terminal.type(f"/save {tmp_path / 'talk.json'}\r".encode())
+    terminal.until(b"saved 2 messages")
+    terminal.until(b"> ")
+    terminal.type(b"\x04")
+    assert terminal.end()[1] == 0
     assert [m["role"] for m in json.loads((tmp_path / "talk.json").read_text())] == ["user", "assistant"]
 
 
