@@ -168,6 +168,8 @@ INLINE float max(f32v v) {
 INLINE f32v widen(u16v h, bf16) {
 #if defined(__AVX512F__)  // the compiler's own conversion goes through two halves
   return bitcast<f32v>(bitcast<u32v>(_mm512_cvtepu16_epi32(bitcast<__m256i>(h))) << 16);
+#elif defined(__AVX2__)
+  return bitcast<f32v>(bitcast<u32v>(_mm256_cvtepu16_epi32(bitcast<__m128i>(h))) << 16);
 #else
   return bitcast<f32v>(__builtin_convertvector(h, u32v) << 16);
 #endif
@@ -194,6 +196,9 @@ INLINE u32v round_to_bf16(f32v v) {
   const __m512i r = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   return bitcast<u32v>(_mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x400000)));
+#elif defined(__AVX2__)  // NaN is known by one comparison of floats where one of whole numbers takes three instructions
+  const u32v u = bitcast<u32v>(v), r = u + 0x7fff + ((u >> 16) & 1), quiet = u | 0x400000;
+  return bitcast<u32v>(_mm256_blendv_ps(bitcast<__m256>(r), bitcast<__m256>(quiet), _mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
 #else
   const u32v u = bitcast<u32v>(v);
   return (u & 0x7fffffff) > 0x7f800000 ? u | 0x400000 : u + 0x7fff + ((u >> 16) & 1);
@@ -202,6 +207,9 @@ INLINE u32v round_to_bf16(f32v v) {
 INLINE u16v narrow(f32v v, bf16) {
 #if defined(__AVX512F__)
   return bitcast<u16v>(_mm512_cvtepi32_epi16(bitcast<__m512i>(round_to_bf16(v) >> 16)));
+#elif defined(__AVX2__)
+  const __m256i u = bitcast<__m256i>(round_to_bf16(v) >> 16);
+  return bitcast<u16v>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(u, u), 8)));
 #else
   return __builtin_convertvector(round_to_bf16(v) >> 16, u16v);
 #endif
