@@ -54,7 +54,7 @@ Nguyen et al. (arXiv:2407.01082); repetition penalty: Keskar et al. (arXiv:1909.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
@@ -280,38 +280,61 @@ def sample(
     Raises ValueError for arguments that don't fit (values in tensors on another device than the CPU are not looked at);
     BackendError where `backend` can't serve the call.
     """
+    given = (temperature, top_p, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty, top_k)
+    plain = NUMBERS.issuperset(map(type, given))
+    parameters, penalty = _checked_numbers(*given) if plain else _checked(given, *_rows(logits))
+    arguments: dict[str, Any] = dict(
+        **dict(logits=logits, **parameters, logit_bias=logit_bias, mask=mask, history=history),
+        prompt_lengths=None if prompt_lengths is None else torch.as_tensor(prompt_lengths, device=logits.device),
+        return_logprobs=return_logprobs,
+    )
+    check = partial(_check, penalty)
+    if plain and type(seed) is type(step) is type(stream) is int:
+        sampler = dispatch.prepared("sampling.sample", backend, reference, logits, arguments, check)
+        seed, step, stream = (_integer(name, x, 1, CPU) for name, x in zip(RANDOM, (seed, step, stream)))
+        return sampler(**arguments, seed=seed, step=step, stream=stream)
+    check(**arguments)
+    seed, step, stream = (_integer(name, x, *_rows(logits)) for name, x in zip(RANDOM, (seed, step, stream)))
+    arguments |= {"seed": seed, "step": step, "stream": stream}
+    return dispatch.run("sampling.sample", backend, reference, logits, **arguments)
+
+
+def _rows(logits: Tensor) -> tuple[int, torch.device]:
+    """How many rows there are, and their device."""
     require(logits.dim() == 2 and logits.is_floating_point() and 0 < logits.shape[1] < 2**22,
             lambda: f"sample: expected logits (B, V) of floats with 0 < V < 2^22, got {shape(logits)}")  # fmt: skip
-    B, V = logits.shape
-    given = (temperature, top_p, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty, top_k)
-    if NUMBERS.issuperset(map(type, given)):
-        parameters, penalty = _checked_numbers(*given)
-    else:
-        parameters, penalty = _checked(given, B, logits.device)
-    seed, step, stream = (_integer(name, x, B, logits.device) for name, x in zip(RANDOM, (seed, step, stream)))
-    if prompt_lengths is not None:
-        prompt_lengths = torch.as_tensor(prompt_lengths, device=logits.device)
+    return logits.shape[0], logits.device
+
+
+def _check(
+    penalty: str | None,
+    *,
+    logits: Tensor,
+    logit_bias: Tensor | None,
+    mask: Tensor | None,
+    history: Tensor | None,
+    prompt_lengths: Tensor | None,
+    return_logprobs: Any,
+    **_: Any,
+) -> None:
+    """Raises where tensors don't fit together. penalty: one that is on, if any."""
+    B, V = _rows(logits)[0], logits.shape[1]
     if history is None:
         require(penalty is None, lambda: f"sample: {penalty} needs history ({B}, L), got None")
         require(prompt_lengths is None, lambda: f"sample: prompt_lengths needs history ({B}, L), got None")
     if logit_bias is not None:
-        _check("logit_bias", logit_bias, ((V,), (B, V)), torch.float32, logits)
+        _check_tensor("logit_bias", logit_bias, ((V,), (B, V)), torch.float32, logits)
     if mask is not None:
-        _check("mask", mask, ((V,), (B, V)), torch.bool, logits)
+        _check_tensor("mask", mask, ((V,), (B, V)), torch.bool, logits)
     if history is not None:
-        _check("history", history, ((B, None),), torch.int64, logits)
+        _check_tensor("history", history, ((B, None),), torch.int64, logits)
     if prompt_lengths is not None:
-        _check("prompt_lengths", prompt_lengths, ((B,),), torch.int64, logits)
+        _check_tensor("prompt_lengths", prompt_lengths, ((B,),), torch.int64, logits)
     require(return_logprobs in (False, True, "raw", "processed"),
             lambda: f"sample: expected return_logprobs a bool, raw or processed, got {return_logprobs!r}")  # fmt: skip
-    return dispatch.run(
-        *("sampling.sample", backend, reference, logits),
-        **dict(logits=logits, **parameters, logit_bias=logit_bias, mask=mask, history=history),
-        **dict(prompt_lengths=prompt_lengths, seed=seed, step=step, stream=stream, return_logprobs=return_logprobs),
-    )
 
 
-def _check(
+def _check_tensor(
     name: str, t: Tensor, shapes: tuple[tuple[int | None, ...], ...], dtype: torch.dtype, logits: Tensor
 ) -> None:
     """Raises where t isn't of one of these shapes (None = any length), of this dtype and on logits' device."""

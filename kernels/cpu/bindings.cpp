@@ -63,11 +63,11 @@ struct Slot {
   PyObject* name;
 
   Slot(Field Args::* field, const char* name) : field(field), name(PyUnicode_InternFromString(name)) {}
-  void locate(std::map<std::string, std::size_t>& pointers) const {
+  void locate(std::map<std::string, std::size_t>& words) const {
     static const Args args{};
-    if constexpr (std::is_pointer_v<Field>)
-      pointers[py::str(name)] = static_cast<std::size_t>(reinterpret_cast<const char*>(&(args.*field)) -
-                                                         reinterpret_cast<const char*>(&args));
+    if constexpr (std::is_pointer_v<Field> || std::is_same_v<Field, std::int64_t>)
+      words[py::str(name)] = static_cast<std::size_t>(reinterpret_cast<const char*>(&(args.*field)) -
+                                                      reinterpret_cast<const char*>(&args));
   }
   bool fill(Args& args, const py::dict& given) const {
     if (PyObject* value = PyDict_GetItem(given.ptr(), name)) {
@@ -97,8 +97,8 @@ struct Recordable {
   std::size_t size;                                                               // of its Bound arguments
   std::function<void(void* bound, const py::dict& fields, const char* op)> fill;  // the arguments come first
   Body body;
-  std::size_t table;                            // where in it the table is
-  std::map<std::string, std::size_t> pointers;  // and each of the arguments that are pointers
+  std::size_t table;                         // where in it the table is
+  std::map<std::string, std::size_t> words;  // and each of the arguments that are pointers or int64
 };
 std::map<std::string, Recordable>& recordables() {
   static auto* all = new std::map<std::string, Recordable>;
@@ -120,7 +120,7 @@ void def(py::module_& m, const char* op, std::tuple<Fields Args::*...> fields, N
     if (known != given.size()) throw py::type_error("a keyword is no field of " + std::string(op));
   };
   auto& known = recordables()[op] = {sizeof(Bound<Args>), fill, call<kernel, Args>, offsetof(Bound<Args>, table), {}};
-  std::apply([&](const auto&... slot) { (slot.locate(known.pointers), ...); }, slots);
+  std::apply([&](const auto&... slot) { (slot.locate(known.words), ...); }, slots);
   m.def(
       op,
       [fill, op](int threads, const py::kwargs& given) {
@@ -177,29 +177,29 @@ class Plan {
   Recording recording_{};
 };
 
-// A launch whose arguments are set but for some pointers, which each call gives: a call by name takes longer than a
-// short kernel.
+// A launch whose arguments are set but for some pointers and int64 numbers, which each call gives: a call by name takes
+// longer than a short kernel.
 class Prepared {
  public:
-  Prepared(const std::string& op, const py::tuple& pointers, py::dict fields)
-      : op_(op), names_(pointers), fields_(std::move(fields)), kernel_(recordables().at(op)), bound_(kernel_.size) {
+  Prepared(const std::string& op, const py::tuple& given, py::dict fields)
+      : op_(op), names_(given), fields_(std::move(fields)), kernel_(recordables().at(op)), bound_(kernel_.size) {
     kernel_.fill(bound_.data(), fields_, op_.c_str());
-    for (const py::handle name : pointers) at_.push_back(kernel_.pointers.at(name.cast<std::string>()));
+    for (const py::handle name : given) at_.push_back(kernel_.words.at(name.cast<std::string>()));
   }
 
-  void operator()(int threads, const py::args& pointers) const {
-    if (pointers.size() != at_.size()) throw py::type_error(op_ + ": expected as many pointers as were named");
+  void operator()(int threads, const py::args& given) const {
+    if (given.size() != at_.size()) throw py::type_error(op_ + ": expected as many values as were named");
     if (recording) {
-      const py::dict given = fields_.attr("copy")();
-      for (std::size_t i = 0; i < at_.size(); i++) given[names_[i]] = pointers[i];
-      py::handle(recording).attr("append")(py::make_tuple(op_, threads, given));
+      const py::dict all = fields_.attr("copy")();
+      for (std::size_t i = 0; i < at_.size(); i++) all[names_[i]] = given[i];
+      py::handle(recording).attr("append")(py::make_tuple(op_, threads, all));
     }
     std::vector<char> bound = bound_;  // its own, for other threads may call too
     const Kernels* table = &kernels();
     std::memcpy(bound.data() + kernel_.table, &table, sizeof table);
     for (std::size_t i = 0; i < at_.size(); i++) {
-      void* pointer = PyLong_AsVoidPtr(PyTuple_GET_ITEM(pointers.ptr(), i));
-      std::memcpy(bound.data() + at_[i], &pointer, sizeof pointer);
+      const long long word = PyLong_AsLongLong(PyTuple_GET_ITEM(given.ptr(), i));
+      std::memcpy(bound.data() + at_[i], &word, sizeof word);
     }
     if (PyErr_Occurred()) throw py::error_already_set();
     py::gil_scoped_release unlocked;
@@ -243,8 +243,9 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<Plan>(m, "Plan", "Launches laid out to be run one after another without Python.")
       .def(py::init<py::list>(), py::arg("launches"))
       .def("run", &Plan::run, py::arg("threads"));
-  py::class_<Prepared>(m, "Prepared", "A launch with all its fields set but some pointers, which each call gives.")
-      .def(py::init<std::string, py::tuple, py::dict>(), py::arg("op"), py::arg("pointers"), py::arg("fields"))
+  py::class_<Prepared>(m, "Prepared",
+                       "A launch with all its fields set but some pointers and int64, which each call gives.")
+      .def(py::init<std::string, py::tuple, py::dict>(), py::arg("op"), py::arg("given"), py::arg("fields"))
       .def("__call__", &Prepared::operator());
   BIND(attention, Attention, out, lse, workspace, q, k, v, k_cache, v_cache, k_new, v_new, cos, sin, mask, bias, slopes,
        sinks, cu_q, cu_k, lengths, leftpad, batch_index, block_table, B, Sq, Sk, H, Hk, D, q_longest, q_strides,
@@ -264,8 +265,8 @@ PYBIND11_MODULE(_cpu, m) {
        bias_dtype, source, before);
   BIND(linear_packed, Linear, y, x, weight, bias, workspace, rows, cols, depth, x_stride, weight_stride, dtype, format,
        bias_dtype, source, before);
-  BIND(sample, Sample, ids, logprobs, logits, logit_bias, mask, history, prompt_lengths, reals, integers, per_row, rows,
-       cols, logits_stride, bias_stride, mask_stride, history_cols, dtype, processed);
+  BIND(sample, Sample, ids, logprobs, logits, logit_bias, mask, history, prompt_lengths, reals, top_k, seed, step,
+       stream, per_row, rows, cols, logits_stride, bias_stride, mask_stride, history_cols, dtype, processed);
   BIND(advance, Advance, ids, positions, steps, lengths, drawn, running, history, prompt_lengths, rows, history_cols);
   BIND(ceilings, Ceilings, work, sink, data, copy, bytes, turns, what);
   BIND(pack, Pack, packed, raw, rows, depth, format);

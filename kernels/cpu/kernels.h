@@ -116,8 +116,8 @@ struct Sample {
   const int64_t* history;         // (rows, history_cols), or null
   const int64_t* prompt_lengths;  // (rows), or null
   float reals[7];                 // temperature, top_p, min_p, typical_p, repetition, presence, frequency penalty
-  int64_t integers[4];            // top_k, seed, step, stream
-  const void* per_row[7 + 4];     // null, or (rows) to use instead: the parameters in the same order
+  int64_t top_k, seed, step, stream;
+  const void* per_row[7 + 4];  // null, or (rows) to use instead: the parameters in the same order
   int64_t rows, cols, logits_stride, bias_stride, mask_stride, history_cols;
   int32_t dtype, processed;  // processed: log-probabilities after the filters, not of the logits as given
 };

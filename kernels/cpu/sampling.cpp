@@ -246,8 +246,8 @@ struct Parameters {
 
 Parameters parameters(const Sample& a, int64_t r) {
   auto real = [&](int i) { return a.per_row[i] ? ((const float*)a.per_row[i])[r] : a.reals[i]; };
-  auto integer = [&](int i) {
-    return (uint64_t)(a.per_row[7 + i] ? ((const int64_t*)a.per_row[7 + i])[r] : a.integers[i]);
+  auto integer = [&](int i, int64_t all) {
+    return (uint64_t)(a.per_row[7 + i] ? ((const int64_t*)a.per_row[7 + i])[r] : all);
   };
   return {real(0),
           real(1),
@@ -256,10 +256,10 @@ Parameters parameters(const Sample& a, int64_t r) {
           real(4),
           real(5),
           real(6),
-          integer(0),
-          integer(1),
-          integer(2),
-          (uint32_t)integer(3)};
+          integer(0, a.top_k),
+          integer(1, a.seed),
+          integer(2, a.step),
+          (uint32_t)integer(3, a.stream)};
 }
 
 // floor(total * r / 2^64), r = word0 | word1 << 32 of Philox4x32-10 (gptfast/ops/philox.py).

@@ -416,6 +416,18 @@ INLINE uint32_t bits(i32v mask) {
   return b;
 #endif
 }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// For each set of eight lanes, their numbers side by side, a byte each.
+struct LaneLists {
+  uint64_t of[256];
+  constexpr LaneLists() : of{} {
+    for (int set = 0; set < 256; set++)
+      for (int lane = 0, n = 0; lane < 8; lane++)
+        if (set >> lane & 1) of[set] |= (uint64_t)lane << 8 * n++;
+  }
+};
+constexpr LaneLists LANE_LISTS;
+#endif
 // Stores the lanes whose bit is set side by side and returns how many; the rest of LANES values at p may be
 // overwritten.
 template <class V>
@@ -423,6 +435,10 @@ INLINE int compress(void* p, V v, uint32_t bits) {
 #if defined(__AVX512F__)
   // Through a register: a compressing store to memory is slow on Zen 4.
   _mm512_storeu_si512(p, _mm512_maskz_compress_epi32((__mmask16)bits, bitcast<__m512i>(v)));
+  return __builtin_popcount(bits);
+#elif defined(__AVX2__)
+  const __m256i order = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)LANE_LISTS.of[bits]));
+  _mm256_storeu_si256((__m256i*)p, _mm256_permutevar8x32_epi32(bitcast<__m256i>(v), order));
   return __builtin_popcount(bits);
 #else
   uint32_t lanes[LANES], *out = (uint32_t*)p;
