@@ -109,13 +109,9 @@ class QuantizedWeight:
                 f"expected {N * (K // GROUP) * k.block} bytes (uint8) for {kind} {(N, K)}, "
                 f"got {raw.numel()} of {str(raw.dtype).removeprefix('torch.')}"
             )
-        expected = (-(-N // PANEL), K // GROUP, PANEL * k.block)
         if raw.device.type == "cpu" and reason_missing("cpu") is None:
-            from gptfast.kernels.cpu.quantize import pack
-
-            packed = torch.empty(expected, dtype=torch.uint8) if memory is None else memory.empty(expected)
-            pack(packed, raw, k.code, N, K)
-            return QuantizedWeight(packed, kind, (N, K))
+            return _packed_by_kernel([raw], kind, (N, K), memory)
+        expected = (-(-N // PANEL), K // GROUP, PANEL * k.block)
         rows = raw.reshape(N, K // GROUP, k.block)
         if N % PANEL:
             rows = torch.cat((rows, rows.new_zeros(PANEL - N % PANEL, *rows.shape[1:])))
@@ -128,6 +124,19 @@ class QuantizedWeight:
             quants = quants ^ OFFSET
         quads.copy_(quants.view(-1, PANEL, K // GROUP, k.quads).permute(0, 2, 3, 1))
         return QuantizedWeight(packed, kind, (N, K))
+
+    @staticmethod
+    def from_parts(
+        parts: Sequence[Tensor], kind: str, shape: Sequence[int], *, memory: Memory | None = None
+    ) -> QuantizedWeight:
+        """from_blocks of matrices that stand one above the other, `shape` together, without stacking them first where
+        their rows fill panels."""
+        N, K = _check(kind, shape)
+        row = K // GROUP * KINDS[kind].block
+        whole = all(p.numel() % (row * PANEL) == 0 for p in parts[:-1]) and sum(p.numel() for p in parts) == N * row
+        if whole and all(p.is_cpu and p.dtype == torch.uint8 for p in parts) and reason_missing("cpu") is None:
+            return _packed_by_kernel(parts, kind, (N, K), memory)
+        return QuantizedWeight.from_blocks(torch.cat([p.reshape(-1) for p in parts]), kind, shape, memory=memory)
 
     @staticmethod
     def quantize(weight: Tensor, kind: str) -> QuantizedWeight:
@@ -248,6 +257,22 @@ class PackedWeight:
 
     def __repr__(self) -> str:
         return f"PackedWeight({str(self.dtype).removeprefix('torch.')}, {tuple(self.shape)}, on {self.device})"
+
+
+def _packed_by_kernel(
+    parts: Sequence[Tensor], kind: str, shape: tuple[int, int], memory: Memory | None
+) -> QuantizedWeight:
+    """Blocks (uint8, on the CPU) of matrices one above the other; the rows of all but the last fill panels."""
+    from gptfast.kernels.cpu.quantize import pack
+
+    (N, K), k = shape, KINDS[kind]
+    sizes = (-(-N // PANEL), K // GROUP, PANEL * k.block)
+    packed, row = torch.empty(sizes, dtype=torch.uint8) if memory is None else memory.empty(sizes), 0
+    for part in parts:
+        rows = part.numel() // (K // GROUP * k.block)
+        pack(packed[row // PANEL :], part, k.code, rows, K)
+        row += rows
+    return QuantizedWeight(packed, kind, shape)
 
 
 def _empty(shape: Sequence[int], like: Tensor) -> Tensor:

@@ -30,6 +30,17 @@ def test_packing_loses_nothing_and_values_are_the_files(kind: str, N: int, K: in
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [(16,), (32, 16, 7), (16, 5, 16), (3, 3)])
+def test_parts_are_stacked(kind: str, sizes: tuple[int, ...]) -> None:
+    parts = [random_blocks(n, 96, kind) for n in sizes]
+    shape = (sum(sizes), 96)
+    found = QuantizedWeight.from_parts(parts, kind, shape)
+    assert torch.equal(found.packed, QuantizedWeight.from_blocks(torch.cat(parts), kind, shape).packed)
+    with pytest.raises(ValueError, match="expected"):
+        QuantizedWeight.from_parts(parts, kind, (shape[0] + 16, 96))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_layout_is_the_one_on_the_page(kind: str) -> None:
     N, K = 20, 64
     raw = random_blocks(N, K, kind)

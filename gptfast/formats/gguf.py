@@ -98,6 +98,14 @@ class GGUF:
             )
         return torch.frombuffer(self.map, dtype=torch.uint8, count=tensor.nbytes, offset=tensor.offset)
 
+    def forget(self, name: str) -> None:
+        """Gives the memory of a tensor's bytes back to the system, and with it what was written to them: what comes
+        next reads the file again."""
+        tensor, page = self.tensors[name], mmap.PAGESIZE
+        begin, end = -(-tensor.offset // page) * page, (tensor.offset + tensor.nbytes) // page * page
+        if begin < end and hasattr(mmap, "MADV_DONTNEED"):
+            self.map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
     def float32(self, name: str) -> Tensor:
         """The tensor's values as fp32, in a new tensor of its shape. Raises as `raw` does."""
         raw, tensor = self.raw(name), self.tensors[name]

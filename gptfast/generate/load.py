@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -58,7 +59,9 @@ def _open(source: str | os.PathLike[str] | nn.Module, weights: str | None) -> tu
         return GPT.from_folder(path, weights=weights), _folder_tokenizer(folder), path.name
     if path.suffix == ".gguf" and path.is_file():
         gguf = open_gguf(path)
-        return GPT.from_gguf(gguf, weights=weights), Tokenizer.from_gguf(gguf.metadata), path.stem
+        with ThreadPoolExecutor(1) as other:  # the tokenizer is Python and Rust, the weights are C++: both cores work
+            tokenizer = other.submit(Tokenizer.from_gguf, gguf.metadata)
+            return GPT.from_gguf(gguf, weights=weights), tokenizer.result(), path.stem
     if path.exists():
         raise ValueError(f"expected a .gguf file or a folder with config.json, got {path}")
     raise FileNotFoundError(

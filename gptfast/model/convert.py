@@ -97,7 +97,7 @@ def from_gguf(gguf: GGUF, weights: str | None = None) -> GPT:
     plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     quantised = any(tensor.type not in plain for tensor in gguf.tensors.values())
     stored = torch.float32 if quantised else plain[gguf.tensors["token_embd.weight"].type]
-    return _build(config, sources, read, weights, stored)
+    return _build(config, sources, read, weights, stored, gguf.forget)
 
 
 def _check_names(needed: Collection[str], there: Collection[str], ignored: Collection[str]) -> None:
@@ -107,8 +107,16 @@ def _check_names(needed: Collection[str], there: Collection[str], ignored: Colle
         raise ValueError(f"expected {len(needed)} tensors by name, got also {first(unexpected)}")
 
 
-def _build(config: GPTConfig, sources: dict[str, Source], read: Read, weights: str | None, stored: torch.dtype) -> GPT:
-    """stored: the dtype of everything plain where `weights` asks for none."""
+def _build(
+    config: GPTConfig,
+    sources: dict[str, Source],
+    read: Read,
+    weights: str | None,
+    stored: torch.dtype,
+    forget: Callable[[str], None] = lambda name: None,
+) -> GPT:
+    """stored: the dtype of everything plain where `weights` asks for none. forget: called with the name of each tensor
+    that has been read and won't be again."""
     if weights is not None and weights not in DTYPES and weights not in QUANTISED:
         raise ValueError(f"expected weights among {', '.join([*DTYPES, *QUANTISED])} or None, got {weights!r}")
     model = GPT(config, device="meta")
@@ -123,6 +131,8 @@ def _build(config: GPTConfig, sources: dict[str, Source], read: Read, weights: s
             raise ValueError(f"expected {' and '.join(source.names)} to make {wanted[name]}, got {shape}")
         weight = _held(parts, shape, weights, dtype, memory) if _is_matrix(model, name) else _plain(parts, dtype)
         _assign(model, name, weight)
+        for read_already in source.names:
+            forget(read_already)
     return model.eval()
 
 
@@ -166,8 +176,7 @@ def _held(
             return QuantizedWeight.from_blocks(raw, kind.lower(), shape, memory=memory)
     elif weights is not None or parts[0].rows.dtype != torch.uint8 or len({p.type for p in parts}) > 1:
         return _plain(parts, dtype)
-    raw = torch.cat([p.rows.reshape(-1) for p in parts]) if len(parts) > 1 else parts[0].rows.reshape(-1)
-    return QuantizedWeight.from_blocks(raw, parts[0].type.lower(), shape, memory=memory)
+    return QuantizedWeight.from_parts([p.rows for p in parts], parts[0].type.lower(), shape, memory=memory)
 
 
 def _assign(model: GPT, name: str, weight: Tensor | QuantizedWeight) -> None:

@@ -185,8 +185,8 @@ def names(config: GPTConfig, architecture: str) -> dict[str, Source]:
 def unpermuted(rows: Tensor, heads: int) -> Tensor:
     """Rows (N, ...) stored for interleaved rotation, put in half-split order: pair (2i, 2i + 1) of each head becomes
     (i, i + D/2). Whole rows move, so stored blocks may stand for them."""
-    halves = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
-    return halves.swapaxes(1, 2).reshape(rows.shape)
+    order = torch.arange(rows.shape[0]).view(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+    return rows.index_select(0, order)  # copies whole rows
 
 
 def permuted(rows: Tensor, heads: int) -> Tensor:

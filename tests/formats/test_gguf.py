@@ -97,6 +97,15 @@ def test_views_are_no_copies_and_outlive_the_file_object(tmp_path: Path) -> None
     assert (tmp_path / "a.gguf").read_bytes() == before
 
 
+def test_what_was_forgotten_is_read_again(tmp_path: Path) -> None:
+    weight = torch.randn(64, 256)
+    write_gguf(tmp_path / "a.gguf", {}, {"before": torch.ones(3), "weight": weight, "after": torch.ones(3)})
+    gguf = open_gguf(tmp_path / "a.gguf")
+    for name in gguf.tensors:
+        gguf.forget(name)
+    assert torch.equal(gguf.float32("weight"), weight) and torch.equal(gguf.float32("after"), torch.ones(3))
+
+
 def test_other_types_are_listed_but_not_read(tmp_path: Path) -> None:
     infos = info("k", (256,), 12, 0) + info("odd", (5,), 99, 160)
     (tmp_path / "a.gguf").write_bytes((header(2) + infos).ljust(256, b"\0") + bytes(512))
