@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gptfast.generate.cache import KVCache
 from gptfast.model import GPT, GPTConfig, convert
 from gptfast.ops.spec import tolerance
+from gptfast.quantize import QuantizedWeight
 
 transformers = pytest.importorskip("transformers")
 
@@ -186,6 +187,12 @@ def test_our_gguf_means_the_same_there(name: str, tmp_path: Path, monkeypatch: p
 def test_weights_are_held_as_asked(tmp_path: Path) -> None:
     theirs("llama").save_pretrained(tmp_path)
     assert GPT.from_folder(tmp_path, weights="bf16").dtype == torch.bfloat16
+    for weights, kinds in (("q8", {"q8_0"}), ("q4", {"q4_1", "q8_0"}), ("q4_0", {"q4_0"})):
+        model = GPT.from_folder(tmp_path, weights=weights)
+        assert {
+            m.weight.kind for m in model.modules() if isinstance(getattr(m, "weight", None), QuantizedWeight)
+        } == kinds
+        assert isinstance(model.embedding.weight, QuantizedWeight) and model.embedding.weight.kind != "q4_1"
     with pytest.raises(ValueError, match=r"expected weights among fp32, .*, got 'int3'"):
         GPT.from_folder(tmp_path, weights="int3")
 

@@ -30,7 +30,8 @@ def load(
 
     name_or_path  a name of a model that comes as a package ("smollm2"), a .gguf file, a Hugging Face folder
                   (config.json, *.safetensors, tokenizer.json), a live transformers model, or a GPT
-    weights       None = as stored; "fp32", "bf16", "fp16", "q8_0", "q4_0", "q4_1"
+    weights       None = as stored; "fp32", "bf16", "fp16", "q8" and "q4" (gptfast's own choice of blocks), "q8_0",
+                  "q4_0", "q4_1" (GGUF's, as ggml quantises): gptfast.model.convert
     activations   None = the fast choice for the weights, "exact" or "int8"
     backend       passed to every op; None = the best that is here
     tokenizer     instead of the one beside the weights; a live model has none of its own

@@ -3,7 +3,9 @@
 `weights` says how a model holds its matrices:
     None                     as they are stored; GGUF's blocks stay blocks
     "fp32", "bf16", "fp16"   in this dtype, and so is everything else
-    "q8_0", "q4_0", "q4_1"   quantised to these blocks (the embedding too), everything else fp32
+    "q8", "q4"               gptfast's own choice for 8 and for 4 bits: Q8_0 blocks; or Q4_1 blocks fitted to the
+                             weights, the embedding and the head in Q8_0. Everything else fp32
+    "q8_0", "q4_0", "q4_1"   quantised to these blocks as ggml does (the embedding too), everything else fp32
 A fused matrix whose parts are stored in different block formats is held as fp32.
 """
 
@@ -29,6 +31,7 @@ from gptfast.quantize import Memory, QuantizedWeight
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTISED = {"q8_0": "Q8_0", "q4_0": "Q4_0", "q4_1": "Q4_1"}
+OWN = {"q8": ("Q8_0", "Q8_0"), "q4": ("Q4_1", "Q8_0")}  # of the blocks' matrices; of the embedding and the head
 
 
 class Stored(NamedTuple):
@@ -117,8 +120,8 @@ def _build(
 ) -> GPT:
     """stored: the dtype of everything plain where `weights` asks for none. forget: called with the name of each tensor
     that has been read and won't be again."""
-    if weights is not None and weights not in DTYPES and weights not in QUANTISED:
-        raise ValueError(f"expected weights among {', '.join([*DTYPES, *QUANTISED])} or None, got {weights!r}")
+    if weights is not None and weights not in (known := [*DTYPES, *OWN, *QUANTISED]):
+        raise ValueError(f"expected weights among {', '.join(known)} or None, got {weights!r}")
     model = GPT(config, device="meta")
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert wanted.keys() == sources.keys(), wanted.keys() ^ sources.keys()
@@ -129,7 +132,7 @@ def _build(
         shape = _stacked_shape(parts, name)
         if shape != wanted[name]:
             raise ValueError(f"expected {' and '.join(source.names)} to make {wanted[name]}, got {shape}")
-        weight = _held(parts, shape, weights, dtype, memory) if _is_matrix(model, name) else _plain(parts, dtype)
+        weight = _held(name, parts, shape, weights, dtype, memory) if _is_matrix(model, name) else _plain(parts, dtype)
         _assign(model, name, weight)
         for read_already in source.names:
             forget(read_already)
@@ -166,13 +169,13 @@ def _plain(parts: list[Stored], dtype: torch.dtype) -> Tensor:
 
 
 def _held(
-    parts: list[Stored], shape: tuple[int, ...], weights: str | None, dtype: torch.dtype, memory: Memory
+    name: str, parts: list[Stored], shape: tuple[int, ...], weights: str | None, dtype: torch.dtype, memory: Memory
 ) -> Tensor | QuantizedWeight:
     """A matrix as `weights` asks for."""
-    if weights in QUANTISED:
-        kind = QUANTISED[weights]
+    if weights in QUANTISED or weights in OWN:
+        kind = QUANTISED[weights] if weights in QUANTISED else OWN[weights][name in ("embedding.weight", "head.weight")]
         if any(p.type != kind for p in parts):
-            raw = blocks.quantize(torch.cat([p.float32() for p in parts]), kind)
+            raw = blocks.quantize(torch.cat([p.float32() for p in parts]), kind, fit=weights in OWN)
             return QuantizedWeight.from_blocks(raw, kind.lower(), shape, memory=memory)
     elif weights is not None or parts[0].rows.dtype != torch.uint8 or len({p.type for p in parts}) > 1:
         return _plain(parts, dtype)

@@ -73,3 +73,17 @@ def test_refusals_say_what_was_expected() -> None:
         quantize(torch.full((32,), float("nan")), "Q8_0")
     with pytest.raises(ValueError, match="scale fits fp16"):
         quantize(torch.full((32,), 1e30), "Q8_0")
+
+
+def test_fitted_blocks_are_nearer_than_those_of_the_range() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(96, 64) * torch.logspace(-6, 2, 96)[:, None]
+    x[:3] = torch.tensor([[0.0], [7.5], [-3.0]])  # constant blocks
+    errors = [
+        (dequantize(quantize(x, "Q4_1", fit=fit), "Q4_1", x.shape) - x).view(-1, 32).square().sum(1)
+        for fit in (False, True)
+    ]
+    assert (errors[1] <= errors[0]).all()
+    assert (errors[1][6:].sum() / errors[0][6:].sum()).item() < 0.92  # 0.87 for normal values
+    on_grid = dequantize(quantize(x, "Q4_1"), "Q4_1", x.shape)
+    assert torch.equal(quantize(on_grid, "Q8_0", fit=True), quantize(on_grid, "Q8_0"))
