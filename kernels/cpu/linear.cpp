@@ -66,13 +66,8 @@ INLINE void reduce(const f32v* v, float* out, bool add) {
   if constexpr (n > LANES) reduce<n - LANES>(v + LANES, out + LANES, add);
 }
 
-// What of W is fetched to L2 meanwhile: from each row's first element so many bytes on, and so many more a step.
-struct Ahead {
-  int64_t bytes, step;
-};
-
 // One chunk of MR x NR outputs. x: [step][MR][LANES], zero beyond K; W where it lies: NR rows and, for the last step,
-// how many of its lanes there are.
+// how many of its lanes there are. What is fetched goes to L2.
 template <int MR, int NR, class W>
 INLINE void dot_rows(const float* x, const W* const* w, int64_t length, Ahead ahead, f32v (&acc)[MR][NR]) {
   constexpr int STEPS =
