@@ -76,6 +76,12 @@ struct Tiles {
   int height(int64_t tile) const { return (int)(begin(tile + 1) - begin(tile)); }
 };
 
+// What of float weights is fetched meanwhile: from a row's or panel's first element so many bytes on, and so many more
+// a step.
+struct Ahead {
+  int64_t bytes, step;
+};
+
 // Calls f(begin, end) for runs of what every worker needs: shared out, or all of it for each worker by itself.
 template <class F>
 INLINE void prepare(bool shared, int64_t tasks, Worker& worker, F f) {

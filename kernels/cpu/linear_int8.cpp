@@ -7,16 +7,22 @@ namespace gptfast::ISA {
 
 namespace {
 
+// Rows of a tile, panels abreast.
 #if defined(__AVX512VNNI__)
-constexpr int TILE = 4, ABREAST = 3;  // rows, panels: 12 whole-number and 12 float sums of 32 registers
+constexpr int ABREAST = 3;  // 12 whole-number and 12 float sums of 32 registers
+constexpr int tile_rows(int) { return 4; }
 #else
-constexpr int TILE = VEC_BYTES == 32 ? 2 : 4, ABREAST = 1;  // AVX2 has 16 registers and keeps 4 + 4 sums in them
+constexpr int ABREAST = 1;
+constexpr int tile_rows(int bits) {  // AVX2: 8 or 12 whole-number sums of 16 registers; float ones wait in L1
+  return VEC_BYTES == 32 && bits == 8 ? 3 : 4;
+}
 #endif
 constexpr int64_t BLOCK = 1 << 19;  // bytes of x that stay in L2 while the weights pass
 constexpr int64_t AHEAD = 2560;     // bytes: DRAM latency at one thread's share of the bandwidth
 
 // Sums of four products per 32-bit lane: w's unsigned bytes times a's signed ones. With VNNI bytes are taken as they
-// are. Without, pairs are added in 16 bits, which holds eight steps of w < 16; wider bytes are two planes of nibbles.
+// are. Without, pairs are added in 16 bits, which holds eight steps of 15 * 127 or of 255 * 8: where w has 8 bits, a is
+// two planes of digits, low and high: a = low + 16 * high, both in -8 .. 8.
 typedef uint8_t u8v __attribute__((vector_size(VEC_BYTES)));
 typedef uint16_t u16w __attribute__((vector_size(VEC_BYTES)));
 typedef int16_t i16w __attribute__((vector_size(VEC_BYTES)));
@@ -38,25 +44,35 @@ INLINE Dot dot(Dot acc, u8v w, const int8_t* quad) {
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*(const int32_t*)quad));
   return acc;
 }
-INLINE i32v finish(Dot acc, int32_t) { return acc; }
+INLINE i32v finish(Dot acc, int32_t, int) { return acc; }
 #else
 typedef i16w Dot;
 constexpr int planes(int bits) { return bits / 4; }
 INLINE Dot start(int32_t) { return Dot{}; }
 INLINE Dot dot(Dot acc, u8v w, i32v quad) {
 #if defined(__AVX512F__)
-  return acc + bitcast<i16w>(_mm512_maddubs_epi16(bitcast<__m512i>(w), bitcast<__m512i>(quad)));
+  acc += bitcast<i16w>(_mm512_maddubs_epi16(bitcast<__m512i>(w), bitcast<__m512i>(quad)));
+  asm("" : "+v"(acc));
+  return acc;
 #elif defined(__AVX2__)
-  return acc + bitcast<i16w>(_mm256_maddubs_epi16(bitcast<__m256i>(w), bitcast<__m256i>(quad)));
+  acc += bitcast<i16w>(_mm256_maddubs_epi16(bitcast<__m256i>(w), bitcast<__m256i>(quad)));
+  asm("" : "+v"(acc));  // or GCC makes all products of a group first, spills them, then adds
+  return acc;
 #else
-  const i16w pairs = bitcast<i16w>(w), both = bitcast<i16w>(quad);  // every byte of w is below 16
-  return acc + (pairs & 255) * ((both << 8) >> 8) + (pairs >> 8) * (both >> 8);
+  const i16w even = bitcast<i16w>(w) & 255, odd = bitcast<i16w>(bitcast<u16w>(w) >> 8), both = bitcast<i16w>(quad);
+  return acc + even * ((both << 8) >> 8) + odd * (both >> 8);
 #endif
 }
 INLINE Dot dot(Dot acc, u8v w, const int8_t* quad) { return dot(acc, w, splat_quad(quad)); }
-INLINE i32v finish(Dot acc, int32_t correction) {
+INLINE i32v finish(Dot acc, int32_t correction, int plane) {
+#if defined(__AVX512F__)
+  return bitcast<i32v>(_mm512_madd_epi16(bitcast<__m512i>(acc), _mm512_set1_epi16(plane ? 16 : 1))) + correction;
+#elif defined(__AVX2__)
+  return bitcast<i32v>(_mm256_madd_epi16(bitcast<__m256i>(acc), _mm256_set1_epi16(plane ? 16 : 1))) + correction;
+#else
   const i32v pairs = bitcast<i32v>(acc);
-  return ((pairs << 16) >> 16) + (pairs >> 16) + correction;
+  return ((((pairs << 16) >> 16) + (pairs >> 16)) << 4 * plane) + correction;
+#endif
 }
 #endif
 INLINE u8v low(u8v w) { return w & 15; }
@@ -67,20 +83,34 @@ INLINE u8v load_bytes(const uint8_t* p) {
   return v;
 }
 
-// One group of a tile of MR rows, quantised: q and scale, and a second number: for Q4_1 scale * sum(q), an fp32, for
-// the others -OFFSET * sum(q), a whole number.
-template <int MR>
+// One group of a tile of MR rows, quantised: q (in planes, lowest first) and scale, and a second number: for Q4_1
+// scale * sum(q), an fp32, for the others -OFFSET * sum(q), a whole number.
+template <int MR, int PLANES>
 struct Activations {
-  int8_t q[MR][GROUP];
+  int8_t q[MR][PLANES][GROUP];
   float scale[MR];
   int32_t second[MR];
 };
 
+// A group's whole numbers, -127 .. 127, as bytes.
+INLINE void store_bytes(const i32v* r, int8_t* q) {
+#if defined(__AVX2__) && !defined(__AVX512F__)  // one by one GCC takes 80 cycles
+  auto packed = [&](int i) { return _mm256_packs_epi32(bitcast<__m256i>(r[i]), bitcast<__m256i>(r[i + 1])); };
+  const __m256i halves = _mm256_packs_epi16(packed(0), packed(2)), order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256((__m256i*)q, _mm256_permutevar8x32_epi32(halves, order));
+#else
+  for (int i = 0; i < GROUP / LANES; i++) {
+    const i8v bytes = __builtin_convertvector(r[i], i8v);
+    memcpy(q + i * LANES, &bytes, sizeof bytes);
+  }
+#endif
+}
+
 // scale = amax / 127, q = x * (127 / amax) rounded to nearest even; returns the scale and, in `total`, the sum of q. A
 // group whose amax is below 2^-120 counts as zero; one with a value that isn't finite has scale NaN, which makes every
 // output of its row NaN.
-template <class T>
-INLINE float quantize_group(const T* x, int8_t* q, int32_t& total) {
+template <class T, int PLANES>
+INLINE float quantize_group(const T* x, int8_t (&q)[PLANES][GROUP], int32_t& total) {
   f32v v[GROUP / LANES];
   i32v most = {};  // the largest magnitude by its bits, so that infinity and NaN come out on top
   for (int i = 0; i < GROUP / LANES; i++) {
@@ -91,19 +121,23 @@ INLINE float quantize_group(const T* x, int8_t* q, int32_t& total) {
   const float amax = max(bitcast<f32v>(most > 0x7f800000 ? i32v{} + 0x7f800000 : most));
   const bool usable = amax >= 0x1p-120f && amax < __builtin_inff();
   const float inverse = 127.0f / amax;
-  i32v sums = {};
+  i32v r[GROUP / LANES], sums = {};
   for (int i = 0; i < GROUP / LANES; i++) {
-    const i32v r = usable ? __builtin_convertvector(round(v[i] * inverse), i32v) : i32v{};
-    sums += r;
-    const i8v bytes = __builtin_convertvector(r, i8v);
-    memcpy(q + i * LANES, &bytes, sizeof bytes);
+    r[i] = usable ? __builtin_convertvector(round(v[i] * inverse), i32v) : i32v{};
+    sums += r[i];
   }
+  if constexpr (PLANES == 2) {
+    i32v high[GROUP / LANES];
+    for (int i = 0; i < GROUP / LANES; i++) high[i] = (r[i] + 8) >> 4, r[i] -= high[i] << 4;
+    store_bytes(high, q[1]);
+  }
+  store_bytes(r, q[0]);
   total = (int32_t)sum(to_float(sums));  // exact: below 2^24
   return usable ? amax / 127.0f : amax < 1.0f ? 0.0f : __builtin_nanf("");
 }
 
-template <class Block, class T, int MR>
-void quantize_tile(Rows<T> rows, int64_t groups, Activations<MR>* out) {
+template <class Block, class T, int MR, int PLANES>
+void quantize_tile(Rows<T> rows, int64_t groups, Activations<MR, PLANES>* out) {
   for (int i = 0; i < MR; i++)
     for (int64_t g = 0; g < groups; g++) {
       int32_t sum;
@@ -125,7 +159,8 @@ INLINE f32v add_group(f32v f, i32v sum, f32v d, f32v m, float scale, int32_t sec
 // to come are on their way meanwhile: of one panel the next bytes, of several, which are as many streams, the panels
 // that follow them, in the order in which they lie in memory.
 template <class Block, int MR, int NP>
-__attribute__((noinline)) void tile(const Linear& a, const Activations<MR>* x, int64_t row, int64_t panel, bool fetch) {
+__attribute__((noinline)) void tile(const Linear& a, const Activations<MR, planes(Block::BITS)>* x, int64_t row,
+                                    int64_t panel, bool fetch) {
   constexpr int PLANES = planes(Block::BITS), VECTORS = NP * PARTS, STORED = sizeof(Block::q) / 64;
   const int64_t groups = a.depth / GROUP;
   const Block* b = (const Block*)a.weight + panel * groups;
@@ -147,36 +182,30 @@ __attribute__((noinline)) void tile(const Linear& a, const Activations<MR>* x, i
         for (int p = 0; p < PLANES; p++) s[p][i][v] = start(Block::OFFSET && p == 0 ? x->second[i] : 0);
 #pragma GCC unroll 8
     for (int j = 0; j < QUADS; j++) {
-      u8v w[PLANES][VECTORS];
+      u8v w[VECTORS];
 #pragma GCC unroll 8
       for (int v = 0; v < VECTORS; v++) {
-        const u8v bytes = load_bytes(b[v / PARTS * groups].q[j % STORED] + v % PARTS * sizeof(u8v));
-        if constexpr (PLANES == 2) {
-          w[0][v] = low(bytes), w[PLANES - 1][v] = high(bytes);
-        } else if constexpr (STORED == QUADS) {
-          w[0][v] = bytes;
-        } else {
-          w[0][v] = j < STORED ? low(bytes) : high(bytes);
-        }
+        w[v] = load_bytes(b[v / PARTS * groups].q[j % STORED] + v % PARTS * sizeof(u8v));
+        if constexpr (Block::BITS == 4) w[v] = j < STORED ? low(w[v]) : high(w[v]);
       }
 #pragma GCC unroll 8
-      for (int i = 0; i < MR; i++) {
-        const int8_t* quad = x->q[i] + 4 * j;
-        const i32v quads = splat_quad(quad);  // for one panel from memory: fewer instructions see more weights ahead
+      for (int i = 0; i < MR; i++)
 #pragma GCC unroll 2
-        for (int p = 0; p < PLANES; p++)
+        for (int p = 0; p < PLANES; p++) {
+          const int8_t* quad = x->q[i][p] + 4 * j;
+          const i32v quads = splat_quad(quad);  // for one panel from memory: fewer instructions see more weights ahead
 #pragma GCC unroll 8
           for (int v = 0; v < VECTORS; v++)
-            s[p][i][v] = NP == 1 ? dot(s[p][i][v], w[p][v], quad) : dot(s[p][i][v], w[p][v], quads);
-      }
+            s[p][i][v] = NP == 1 ? dot(s[p][i][v], w[v], quad) : dot(s[p][i][v], w[v], quads);
+        }
     }
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; v++) {
       const f32v d = scales(b[v / PARTS * groups], v % PARTS), m = shifts(b[v / PARTS * groups], v % PARTS);
 #pragma GCC unroll 8
       for (int i = 0; i < MR; i++) {
-        i32v sum = finish(s[0][i][v], Block::OFFSET ? x->second[i] : 0);
-        if constexpr (PLANES == 2) sum += finish(s[PLANES - 1][i][v], 0) << 4;
+        i32v sum = finish(s[0][i][v], Block::OFFSET ? x->second[i] : 0, 0);
+        if constexpr (PLANES == 2) sum += finish(s[1][i][v], 0, 1);
         f[i][v] = add_group<Block>(f[i][v], sum, d, m, x->scale[i], x->second[i]);
       }
     }
@@ -193,27 +222,29 @@ __attribute__((noinline)) void tile(const Linear& a, const Activations<MR>* x, i
 
 // x is first quantised: together in the workspace, or, without one, by every worker for itself.
 void linear_int8(const Linear& a, Worker& worker) {
-  const int64_t panels = ceil_div(a.cols, PANEL), across = ceil_div(panels, ABREAST), groups = a.depth / GROUP;
-  const Tiles tiles(a.rows, TILE);
-  const int64_t enough = ceil_div(2 * worker.count, across);  // blocks of rows, for every worker to have some
-  const int64_t height = max<int64_t>(ceil_div(tiles.count, enough), 8);
-  const Tiles blocks(tiles.count, min(height, ceil_div(BLOCK, TILE * a.depth)));
-  constexpr int64_t BYTES = sizeof(Activations<1>);
-  const bool shared = a.workspace;
-  const int64_t floats = x_floats(a, shared ? TILE : a.rows);
-  float* made = (float*)worker.scratch(floats * sizeof(float) + (shared ? 0 : a.rows * groups * BYTES));
-  char* memory = shared ? (char*)a.workspace : (char*)(made + floats);
-  auto each_tile = [&](int64_t begin, int64_t end, auto f) {
-    for (int64_t t = begin; t < end; t++)
-      with_int<1, TILE>(tiles.height(t), [&](auto rows) {
-        f(tiles.begin(t), (Activations<decltype(rows)::value>*)(memory + tiles.begin(t) * groups * BYTES));
-      });
-  };
   with_format(a.format, [&](auto format) {
     using Block = decltype(format);
+    constexpr int PLANES = planes(Block::BITS), TILE = tile_rows(Block::BITS);
+    constexpr int64_t BYTES = sizeof(Activations<1, PLANES>);
+    const int64_t panels = ceil_div(a.cols, PANEL), across = ceil_div(panels, ABREAST), groups = a.depth / GROUP;
+    const Tiles tiles(a.rows, TILE);
+    const int64_t enough = ceil_div(2 * worker.count, across);  // blocks of rows, for every worker to have some
+    const int64_t height = max<int64_t>(ceil_div(tiles.count, enough), 8);
+    const Tiles blocks(tiles.count, min(height, ceil_div(BLOCK, TILE * PLANES * a.depth)));
+    const bool shared = a.workspace;
+    const int64_t floats = x_floats(a, shared ? TILE : a.rows);
+    float* made = (float*)worker.scratch(floats * sizeof(float) + (shared ? 0 : a.rows * groups * BYTES));
+    char* memory = shared ? (char*)a.workspace : (char*)(made + floats);
+    auto each_tile = [&](int64_t begin, int64_t end, auto f) {
+      for (int64_t t = begin; t < end; t++)
+        with_int<1, TILE>(tiles.height(t), [&](auto rows) {
+          using X = Activations<decltype(rows)::value, PLANES>;
+          f(tiles.begin(t), (X*)(memory + tiles.begin(t) * groups * BYTES));
+        });
+    };
     prepare(shared, tiles.count, worker, [&](int64_t begin, int64_t end) {
       with_storage(a.dtype, [&](auto t) {
-        each_tile(begin, end, [&]<int MR>(int64_t row, Activations<MR>* x) {
+        each_tile(begin, end, [&]<int MR>(int64_t row, Activations<MR, PLANES>* x) {
           quantize_tile<Block>(x_rows<decltype(t)>(a, row, MR, shared, made), groups, x);
         });
       });
@@ -222,7 +253,7 @@ void linear_int8(const Linear& a, Worker& worker) {
       if (task == 0 && !shared) write_others(a, made);
       const int64_t first = task % across * ABREAST, last = min(first + ABREAST, panels);
       const int64_t top = blocks.begin(task / across), bottom = blocks.begin(task / across + 1);
-      each_tile(top, bottom, [&]<int MR>(int64_t row, const Activations<MR>* x) {
+      each_tile(top, bottom, [&]<int MR>(int64_t row, const Activations<MR, PLANES>* x) {
         constexpr int NP = MR <= 2 ? 1 : ABREAST;  // bound by memory, which gives most to a single stream
         const bool fetch = row == tiles.begin(top);
         if (NP > 1 && last - first == NP)
