@@ -10,14 +10,13 @@
 
 namespace gptfast::ISA::attn {
 
-constexpr int CHUNK = 128;                        // keys; gptfast/ops/attention.py says so too
-constexpr int ROWS = 3 * LANES;                   // query rows of a full tile
-constexpr int BLOCK = LANES == 16 ? 8 : 4;        // x 3 accumulators + 3 + 1 fill 32 or 16 vector registers
-constexpr int FEW = LANES / 2;                    // tiles of so many rows or fewer take the `few` shape
-constexpr int GROUPS = LANES == 16 ? 2 : 1;       // vectors of keys side by side in the `few` shape
-constexpr int DIM_VECTORS = LANES == 16 ? 4 : 2;  // and of dims
-constexpr int AHEAD = 8;                          // values are prefetched so many keys ahead
-constexpr int DIM = 256;                          // the largest head
+constexpr int CHUNK = 128;                  // keys; gptfast/ops/attention.py says so too
+constexpr int ROWS = 3 * LANES;             // query rows of a full tile
+constexpr int BLOCK = LANES == 16 ? 8 : 4;  // x 3 accumulators + 3 + 1 fill 32 or 16 vector registers
+constexpr int FEW = LANES / 2;              // tiles of so many rows or fewer take the `few` shape
+constexpr int GROUPS = LANES == 4 ? 1 : 2;  // vectors of keys side by side in the `few` shape
+constexpr int AHEAD = 8;                    // values are prefetched so many keys ahead
+constexpr int DIM = 256;                    // the largest head
 constexpr float NONE = -__builtin_inff();
 #define NOINLINE __attribute__((noinline))
 #define UNROLL _Pragma("GCC unroll 16")
@@ -137,7 +136,8 @@ struct Quads {
 #endif
   }
   // words[w] = word w of all rows; then on to the next four. A transpose of four lanes by four.
-  INLINE void turn(f32v* words) {
+  template <class T>
+  INLINE void turn(f32v* words, T) {
     const i32v lane = iota(), quad = lane & ~3, odd = lane & 1, upper = (lane & 2) / 2;
     const i32v by_one = quad + upper + odd * LANES, by_two = quad + odd + upper * LANES;
     const f32v x0 = part(0), x1 = part(1), x2 = part(2), x3 = part(3);
@@ -147,9 +147,23 @@ struct Quads {
     words[1] = __builtin_shuffle(a, c, by_two + 2);
     words[2] = __builtin_shuffle(b, d, by_two);
     words[3] = __builtin_shuffle(b, d, by_two + 2);
-    // Opaque, lest the compiler keep a pointer to each row and run out of registers.
-    UNROLL for (int n = 0; n < LANES / 4; n++) asm("" : "+r"(at[n] += 16));
+    next();
   }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // fp16 is widened from half a vector: words[w] = value 2 w of all rows, then their value 2 w + 1.
+  INLINE void turn(f32v* words, f16) {
+    const __m256i x0 = _mm256_castps_si256(part(0)), x1 = _mm256_castps_si256(part(1));
+    const __m256i x2 = _mm256_castps_si256(part(2)), x3 = _mm256_castps_si256(part(3));
+    const __m256i a = _mm256_unpacklo_epi16(x0, x1), b = _mm256_unpackhi_epi16(x0, x1);
+    const __m256i c = _mm256_unpacklo_epi16(x2, x3), d = _mm256_unpackhi_epi16(x2, x3);
+    const __m256i fours[4] = {_mm256_unpacklo_epi32(a, c), _mm256_unpackhi_epi32(a, c), _mm256_unpacklo_epi32(b, d),
+                              _mm256_unpackhi_epi32(b, d)};
+    UNROLL for (int w = 0; w < 4; w++) words[w] = _mm256_castsi256_ps(_mm256_permute4x64_epi64(fours[w], 0xd8));
+    next();
+  }
+#endif
+  // Opaque, lest the compiler keep a pointer to each row and run out of registers.
+  INLINE void next() { UNROLL for (int n = 0; n < LANES / 4; n++) asm("" : "+r"(at[n] += 16)); }
 };
 // Value i of a word.
 INLINE f32v value(f32v word, int, float) { return word; }
@@ -157,7 +171,12 @@ INLINE f32v value(f32v pair, int i, bf16) {
   return bitcast<f32v>(i ? bitcast<i32v>(pair) & (int32_t)0xffff0000 : bitcast<i32v>(pair) << 16);
 }
 INLINE f32v value(f32v pair, int i, f16) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i x = _mm256_castps_si256(pair);
+  return _mm256_cvtph_ps(i ? _mm256_extracti128_si256(x, 1) : _mm256_castsi256_si128(x));
+#else
   return widen(__builtin_convertvector(bitcast<u32v>(pair) >> 16 * i, u16v), f16{});
+#endif
 }
 // One dim of all rows.
 template <class T>
@@ -174,7 +193,7 @@ NOINLINE void pack_k(const Rows<T>& k, int dim, float* kt) {
   int d = 0;
   for (; d + DIMS<T> <= dim; d += DIMS<T>) {
     f32v words[4];
-    quads.turn(words);
+    quads.turn(words, T{});
     UNROLL for (int i = 0; i < DIMS<T>; i++)
         store(kt + (d + i) * LANES, value(words[i / PER_WORD<T>], i % PER_WORD<T>, T{}));
   }
@@ -330,7 +349,7 @@ NOINLINE void qk_few(const float* q, const Rows<T>* k, int first, int last, int 
     int d = 0;
     NO_UNROLL for (; d + DIMS<T> <= dim; d += DIMS<T>) {
       f32v words[GROUPS][4];
-      UNROLL for (int u = 0; u < GROUPS; u++) quads[u].turn(words[u]);
+      UNROLL for (int u = 0; u < GROUPS; u++) quads[u].turn(words[u], T{});
       UNROLL for (int i = 0; i < DIMS<T>; i++) {
         UNROLL for (int r = 0; r < R; r++) {
           const f32v x = splat(q[r * DIM + d + i]);
@@ -373,6 +392,14 @@ INLINE void softmax_few(const Tile& t, const Keys& keys, int r, float* s, float*
   *l = sum(total);
 }
 
+// Vectors of dims side by side for R rows: AVX2 needs 8 sums or more to hide an fma's 4 cycles, and has 16 registers
+// for R ND sums, R weights and a value.
+constexpr int dim_vectors(int R) {
+  if (LANES == 8) return R == 1 ? 8 : R <= 3 ? 4 : 2;
+  const int most = LANES == 16 ? 4 : 2;
+  return R <= FEW / 2 ? most : most / 2;
+}
+
 template <class T, int R, int ND>
 NOINLINE void pv_few(const Rows<T>* v, int d, int n, const float* p, float* o, int stride, const float* a,
                      const float* b, int begin, int end) {
@@ -382,15 +409,13 @@ NOINLINE void pv_few(const Rows<T>* v, int d, int n, const float* p, float* o, i
     int j = max(begin - g * LANES, 0);
     const T* from = v[g].at + j * v[g].stride + d;
     NO_UNROLL for (; j < last; j++, from += v[g].stride) {
-      f32v x[ND];
+      f32v weight[R];
+      UNROLL for (int r = 0; r < R; r++) weight[r] = splat(p[r * CHUNK + g * LANES + j]);
       UNROLL for (int u = 0; u < ND; u++) {
-        x[u] = ND == 1 ? load(from, n) : load(from + u * LANES);
-        in_register(x[u]);
-        __builtin_prefetch(from + AHEAD * v[g].stride + u * LANES);
-      }
-      UNROLL for (int r = 0; r < R; r++) {
-        const f32v weight = splat(p[r * CHUNK + g * LANES + j]);
-        UNROLL for (int u = 0; u < ND; u++) acc[r][u] = fma(weight, x[u], acc[r][u]);
+        f32v x = ND == 1 ? load(from, n) : load(from + u * LANES);
+        in_register(x);
+        if (u % (64 / (LANES * (int)sizeof(T))) == 0) __builtin_prefetch(from + AHEAD * v[g].stride + u * LANES);
+        UNROLL for (int r = 0; r < R; r++) acc[r][u] = fma(weight[r], x, acc[r][u]);
       }
     }
   }
@@ -402,21 +427,27 @@ NOINLINE void pv_few(const Rows<T>* v, int d, int n, const float* p, float* o, i
   }
 }
 
+// All dims from d on.
+template <class T, int R, int ND = dim_vectors(R)>
+void pv_dims(const Tile& t, const Keys& keys, const Rows<T>* v, int d, const float* p, const float* a, const float* b) {
+  const int stride = round_up(t.dim, LANES);
+  for (; d + ND * LANES <= t.dim; d += ND * LANES)
+    pv_few<T, R, ND>(v, d, LANES, p, t.o, stride, a, b, keys.begin, keys.end);
+  if constexpr (ND > 1)
+    pv_dims<T, R, ND / 2>(t, keys, v, d, p, a, b);
+  else if (d < t.dim)
+    pv_few<T, R, 1>(v, d, t.dim - d, p, t.o, stride, a, b, keys.begin, keys.end);
+}
+
 // One chunk: R rows, k and v by groups.
 template <class T, int R>
 void chunk_few(const Tile& t, const Keys& keys, const Rows<T>* k, const Rows<T>* v, float* s) {
-  constexpr int ND = R <= FEW / 2 ? DIM_VECTORS : DIM_VECTORS / 2;
-  const int stride = round_up(t.dim, LANES);
   float mc[LANES], lc[LANES] = {}, a[LANES], b[LANES];
   store(mc, splat(NONE));
   qk_few<T, R>(t.q, k, keys.first_group(), keys.last_group(), t.dim, s);
   for (int r = 0; r < R; r++) softmax_few(t, keys, r, s + r * CHUNK, mc + r, lc + r);
   merge(t.m, t.l, load(mc), load(lc), a, b);
-  int d = 0;
-  for (; d + ND * LANES <= t.dim; d += ND * LANES)
-    pv_few<T, R, ND>(v, d, LANES, s, t.o, stride, a, b, keys.begin, keys.end);
-  for (; d < t.dim; d += LANES)
-    pv_few<T, R, 1>(v, d, min(LANES, t.dim - d), s, t.o, stride, a, b, keys.begin, keys.end);
+  pv_dims<T, R>(t, keys, v, 0, s, a, b);
 }
 template <class T, int R = 1>
 void chunk_few_rows(const Tile& t, const Keys& keys, const Rows<T>* k, const Rows<T>* v, float* s) {

@@ -253,6 +253,7 @@ INLINE f32v load(const T* p, int n) {
   else
     return widen(bitcast<u16v>(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p)), T{});
 #else
+  if (n == LANES) return load(p);
   T tail[LANES] = {};
   for (int i = 0; i < n; i++) tail[i] = p[i];
   return load(tail);
@@ -266,6 +267,7 @@ INLINE void store(T* p, f32v v, int n) {
   else
     _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), bitcast<__m256i>(narrow(v, T{})));
 #else
+  if (n == LANES) return store(p, v);
   T tail[LANES];
   store(tail, v);
   for (int i = 0; i < n; i++) p[i] = tail[i];
