@@ -101,8 +101,10 @@ struct Head {
   int64_t head(int row) const { return hk * G + row % G; }
   T* out(int row) const { return (T*)a.out + ((s.out + row / G) * a.H + head(row)) * D; }
 
+  const T* query(int row) const { return (const T*)a.q + s.q + row / G * a.q_strides[1] + head(row) * a.q_strides[2]; }
   void load_query(int row, float* to) const {
-    const T* x = (const T*)a.q + s.q + row / G * a.q_strides[1] + head(row) * a.q_strides[2];
+    const T* x = query(row);
+    prefetch_row(query(min(row + AHEAD, rows() - 1)), D);
     T turned[DIM];
     if (a.cos) {
       const int64_t turn = (s.position + row / G) * (a.rotary / 2);
@@ -255,7 +257,7 @@ struct Head {
         *to = t.l[r] > 0 ? t.m[r] + __builtin_logf(t.l[r]) : NONE;
       }
     if (t.few) {
-      for (int r = 0; r < t.rows; r++) store_row(t.o + r * padded, t.slope[r], out(t.first + r));
+      for (int r = 0; r < t.rows; r++) store_row(t.o + r * padded, t.slope[r], t.first + r);
       return;
     }
     for (int r = 0; r < t.width; r += LANES) {
@@ -265,11 +267,12 @@ struct Head {
         transpose(x);
         for (int i = 0; i < LANES; i++) store(spare + i * padded + d, x[i]);
       }
-      for (int i = 0; i < LANES && r + i < t.rows; i++)
-        store_row(spare + i * padded, t.slope[r + i], out(t.first + r + i));
+      for (int i = 0; i < LANES && r + i < t.rows; i++) store_row(spare + i * padded, t.slope[r + i], t.first + r + i);
     }
   }
-  void store_row(const float* o, float factor, T* to) const {
+  void store_row(const float* o, float factor, int row) const {
+    T* to = out(row);
+    prefetch_row(out(min(row + AHEAD, rows() - 1)), D);
     for (int d = 0; d < D; d += LANES) store(to + d, load(o + d) * factor, min(LANES, D - d));
   }
 };
@@ -340,9 +343,9 @@ void by_strips(const Attention& a, Worker& worker) {
   }
   worker.phase(heads * strips, 1, [&](int64_t task, int64_t end) {
     for (; task < end; task++) {
-      const Head<T> head(a, task % heads / a.Hk, task % a.Hk);
+      const Head<T> head(a, task / strips / a.Hk, task / strips % a.Hk);
       if (a.k_new && strips == 1) append<T>(a, head.s, head.hk, 0, a.Sq);
-      const int first = (int)(strips - 1 - task / heads) * size, count = min(size, head.tiles() - first);
+      const int first = (int)(strips - 1 - task % strips) * size, count = min(size, head.tiles() - first);
       if (count <= 0) continue;
       const bool few = count == 1 && head.rows() - first * ROWS <= FEW;
       Tile tiles[TILES];

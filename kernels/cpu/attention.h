@@ -186,9 +186,21 @@ INLINE f32v column(const Rows<T>& rows, int d) {
   return load(x);
 }
 
+// Rows that lie apart are no stream that a machine would see.
+template <class T>
+INLINE void prefetch_row(const T* row, int dim) {
+  for (int at = 0; at < dim * (int)sizeof(T); at += 64) __builtin_prefetch((const char*)row + at);
+}
+// Two groups ahead.
+template <class T>
+INLINE void prefetch_rows(const Rows<T>& rows, int dim) {
+  for (int i = 0; i < LANES; i++) prefetch_row(rows.at + (2 * LANES + i) * rows.stride, dim);
+}
+
 // kt[d][LANES] = LANES keys.
 template <class T>
 NOINLINE void pack_k(const Rows<T>& k, int dim, float* kt) {
+  prefetch_rows(k, dim);
   Quads quads(k);
   int d = 0;
   for (; d + DIMS<T> <= dim; d += DIMS<T>) {
@@ -200,16 +212,16 @@ NOINLINE void pack_k(const Rows<T>& k, int dim, float* kt) {
   for (; d < dim; d++) store(kt + d * LANES, column(k, d));
 }
 
-// vt[d / LANES][key][LANES] = values begin .. end.
+// vt[d / LANES][key][LANES] = values begin .. end. By columns: vectors of one key lie CHUNK LANES floats apart, in few
+// sets of L1.
 template <class T>
 NOINLINE void pack_v(const Rows<T>& v, int begin, int end, int dim, float* vt) {
-  for (int j = begin; j < end; j++) {
-    const T* from = v.at + j * v.stride;
-    float* to = vt + j * LANES;
-    int d = 0;
-    for (; d + LANES <= dim; d += LANES) store(to + d * CHUNK, load(from + d));
-    if (d < dim) store(to + d * CHUNK, load(from + d, dim - d));
-  }
+  prefetch_rows(v, dim);
+  int d = 0;
+  for (; d + LANES <= dim; d += LANES)
+    for (int j = begin; j < end; j++) store(vt + d * CHUNK + j * LANES, load(v.at + j * v.stride + d));
+  if (d < dim)
+    for (int j = begin; j < end; j++) store(vt + d * CHUNK + j * LANES, load(v.at + j * v.stride + d, dim - d));
 }
 
 // m = max(m, m_c) and the factors a = e^(m_old - m), b = e^(m_c - m) that bring both sides to it; l = l a + l_c b.
@@ -249,32 +261,35 @@ NOINLINE void qk_rows(const float* qt, const float* kt, float* s, int dim, int b
 template <int NV>
 NOINLINE void score_rows(const Tile& t, const Keys& keys, float* s, float* m) {
   constexpr int W = NV * LANES;
-  const Terms terms = keys.terms;
-  const bool plain = terms.cap == 0 && !terms.alibi && !terms.bias && !terms.edge;
-  for (int v = 0; v < NV; v++) {
-    const int at = v * LANES;
-    f32v top = splat(NONE);
-    if (plain) {
-      for (int j = keys.first_group() * LANES; j < keys.last_group() * LANES; j++) top = max(top, load(s + j * W + at));
-    } else {
+  f32v top[NV];
+  for (int v = 0; v < NV; v++) top[v] = splat(NONE);
+  for (int g = keys.first_group(); g < keys.last_group(); g++) {
+    Terms terms = keys.terms;
+    const int from = keys.start + g * LANES;
+    terms.edge = from < t.low[t.rows - 1] || from + LANES > t.high[0];
+    if (terms.cap == 0 && !terms.alibi && !terms.bias && !terms.edge) {
+      for (int j = g * LANES; j < (g + 1) * LANES; j++)
+        UNROLL for (int v = 0; v < NV; v++) top[v] = max(top[v], load(s + j * W + v * LANES));
+      continue;
+    }
+    for (int v = 0; v < NV; v++) {
+      const int at = v * LANES;
       const i32v low = load(t.low + at), high = load(t.high + at), position = load(t.position + at);
       const f32v slope = load(t.slope + at);
-      for (int g = keys.first_group(); g < keys.last_group(); g++) {
-        f32v bias[LANES] = {};
-        if (terms.bias) {
-          UNROLL for (int i = 0; i < LANES; i++) bias[i] = load(keys.bias + (at + i) * CHUNK + g * LANES);
-          transpose(bias);
-        }
-        for (int i = 0; i < LANES; i++) {
-          const int j = g * LANES + i;
-          const f32v x = score(terms, load(s + j * W + at), splat(keys.start + j), position, slope, bias[i], low, high);
-          store(s + j * W + at, x);
-          top = max(top, x);
-        }
+      f32v bias[LANES] = {};
+      if (terms.bias) {
+        UNROLL for (int i = 0; i < LANES; i++) bias[i] = load(keys.bias + (at + i) * CHUNK + g * LANES);
+        transpose(bias);
+      }
+      for (int i = 0; i < LANES; i++) {
+        float* to = s + (g * LANES + i) * W + at;
+        const f32v x = score(terms, load(to), splat(from + i), position, slope, bias[i], low, high);
+        store(to, x);
+        top[v] = max(top[v], x);
       }
     }
-    store(m + at, top);
   }
+  for (int v = 0; v < NV; v++) store(m + v * LANES, top[v]);
 }
 
 // p = e^(s - m) in place; row sums to l.

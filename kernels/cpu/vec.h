@@ -451,7 +451,7 @@ INLINE f32v exp2_fraction(f32v f) {
 // 2^x to 1 unit in the last place for x <= 127.5; below -126 the result is 0 (no denormals), NaN stays NaN.
 // A degree-6 polynomial on [-1/2, 1/2], then the exponent is added in the integer domain.
 INLINE f32v exp2(f32v x) {
-  f32v n = round(max(splat(-127.0f), x)), p = exp2_fraction(x - n);
+  f32v n = round(x), p = exp2_fraction(x - n);
   i32v e = __builtin_convertvector(n, i32v) << 23;
   return x < -126.0f ? f32v{} : bitcast<f32v>(bitcast<i32v>(p) + e);
 }
