@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gptfast.formats.tokenizer import StreamDecoder, Tokenizer
-from gptfast.generate.cache import KVCache
+from gptfast.generate.cache import CACHE_DTYPES, KVCache
 from gptfast.generate.loop import BLOCK, Limits, Loop, Row
 from gptfast.generate.prompt_cache import PromptCache
 from gptfast.generate.replay import Replays
@@ -72,10 +72,13 @@ class LanguageModel:
 
     model      int64 (B, T) -> fp32 logits (B, T, V)
     tokenizer  None where there is none: then prompts are token ids and texts are empty
+    kv_cache   the dtype of new KV caches: "fp32", "bf16", "fp16"; None = the model's own
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer | None = None, *, name: str = "model") -> None:
-        self.model, self.tokenizer, self.name = model, tokenizer, name
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer | None = None, *, name: str = "model", kv_cache: str | None = None
+    ) -> None:
+        self.model, self.tokenizer, self.name, self.kv_cache = model, tokenizer, name, kv_cache
         ends = [*model.config.eos_ids, *(tokenizer.eos_ids if tokenizer is not None else ())]
         self.eos_ids = tuple(sorted(set(ends)))
         self._replays = Replays(model)
@@ -331,7 +334,8 @@ class LanguageModel:
         ]
 
     def _kv(self, batch: int, capacity: int) -> KVCache:
-        return KVCache(self.model.config, batch, max(1, capacity), self.model.dtype, self.model.device)
+        dtype = self.model.dtype if self.kv_cache is None else CACHE_DTYPES[self.kv_cache]
+        return KVCache(self.model.config, batch, max(1, capacity), dtype, self.model.device)
 
     def _text(self, stops: Sequence[str]) -> Text:
         return Text(NoText() if self.tokenizer is None else StreamDecoder(self.tokenizer), stops)
