@@ -16,6 +16,7 @@ from torch import Tensor
 from gptfast.formats.gguf import open_gguf
 from gptfast.formats.registry import find_preset_file
 from gptfast.formats.tokenizer import Tokenizer
+from gptfast.generate import LanguageModel
 from gptfast.generate.cache import KVCache
 from gptfast.model import GPT
 
@@ -118,3 +119,11 @@ def test_16_bit_caches(model: GPT, kept: torch.dtype, most: float, least: float)
     mean, agree = torch.cat(kl).mean().item(), torch.cat(same).double().mean().item()
     print(f"{kept} cache: mean KL {mean:.2g} nats, same top-1 {agree:.2%}")
     assert mean <= most and agree >= least, f"mean KL {mean:.3g}, same top-1 {agree:.2%}"
+
+
+def test_the_cache_is_as_exact_as_the_activations(model: GPT) -> None:
+    lm = LanguageModel(model)
+    model.activations = "int8"
+    assert lm.new_cache().kv.dtype == torch.float16
+    model.activations = "exact"
+    assert lm.new_cache().kv.dtype == torch.float32

@@ -25,7 +25,9 @@ app = typer.Typer(
 Model = Annotated[str, typer.Option("--model", "-m", help="smollm2, a .gguf file or a Hugging Face folder.")]
 Weights = Annotated[str | None, typer.Option(help="fp32, bf16, fp16, q8_0, q4_0 or q4_1; as stored where not given.")]
 Activations = Annotated[str | None, typer.Option(help="exact or int8; the fast choice where not given.")]
-KVCacheDtype = Annotated[str | None, typer.Option("--kv-cache", help="fp32, bf16 or fp16; as computed if not given.")]
+KVCacheDtype = Annotated[
+    str | None, typer.Option("--kv-cache", help="fp32, bf16 or fp16; the fast choice if not given.")
+]
 Backend = Annotated[str | None, typer.Option(help="reference, cpu, triton or cuda; the best one where not given.")]
 Device = Annotated[str | None, typer.Option(help="As PyTorch names it: cpu, cuda, cuda:1.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]

@@ -33,7 +33,8 @@ def load(
                   (config.json, *.safetensors, tokenizer.json), a live transformers model, or a GPT
     weights       None = as stored; "fp32", "bf16", "fp16", "q8_0", "q4_0", "q4_1"
     activations   None = the fast choice for the weights, "exact" or "int8"
-    kv_cache      the dtype that keys and values are kept in: None = the activations', "fp32", "bf16" or "fp16"
+    kv_cache      the dtype that keys and values are kept in: "fp32", "bf16" or "fp16"; None = fp16 where activations
+                  are rounded to int8, else the activations' own
     backend       passed to every op; None = the best that is here
     tokenizer     instead of the one beside the weights; a live model has none of its own
 
