@@ -18,7 +18,8 @@ from gptfast.quantize import QuantizedWeight
 
 
 class Cache(Protocol):
-    """What a layer needs of a KV cache: for each layer, k and v (B, capacity, Hk, D); lengths (B,) int32."""
+    """What a layer needs of a KV cache: for each layer, k and v (B, capacity, Hk, D) of any float dtype; lengths (B,)
+    int32."""
 
     k: list[Tensor]
     v: list[Tensor]

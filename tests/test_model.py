@@ -47,9 +47,9 @@ def text(B: int, T: int, vocabulary: int = 97) -> Tensor:
     return torch.randint(vocabulary, (B, T), generator=torch.Generator().manual_seed(B))
 
 
-def in_chunks(model: GPT, ids: Tensor, sizes: list[int]) -> Tensor:
-    """The logits of all positions, computed so many at a time through a cache."""
-    cache = KVCache(model.config, ids.shape[0], ids.shape[1], model.dtype)
+def in_chunks(model: GPT, ids: Tensor, sizes: list[int], kept: torch.dtype | None = None) -> Tensor:
+    """The logits of all positions, computed so many at a time through a cache (of dtype `kept`)."""
+    cache = KVCache(model.config, ids.shape[0], ids.shape[1], kept or model.dtype)
     logits = []
     for chunk in ids.split(sizes, dim=1):
         logits.append(model(chunk, cache))
@@ -72,6 +72,20 @@ def test_decode_chunks_and_batches_have_the_bits_of_prefill(name: str, dtype: to
     assert torch.equal(in_chunks(model, ids, [7, 1, 12, 3]), whole), "in chunks"
     assert torch.equal(in_chunks(model, ids, [1] * 23), whole), "one by one"
     assert torch.equal(in_chunks(model, ids[1:2], [20, 1, 1, 1]), whole[1:2]), "alone"
+
+
+@needs_cpu
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.inference_mode()
+def test_a_16_bit_cache_has_the_bits_of_prefill_too(name: str, kept: torch.dtype) -> None:
+    model, ids = model_of(name), text(3, 23)
+    model.backend = "cpu"
+    whole = in_chunks(model, ids, [23], kept)
+    assert not torch.equal(whole, in_chunks(model, ids, [23]))
+    assert torch.equal(in_chunks(model, ids, [7, 1, 12, 3], kept), whole), "in chunks"
+    assert torch.equal(in_chunks(model, ids, [1] * 23, kept), whole), "one by one"
+    assert torch.equal(in_chunks(model, ids[1:2], [20, 1, 1, 1], kept), whole[1:2]), "alone"
 
 
 @pytest.mark.parametrize("name", CONFIGS)

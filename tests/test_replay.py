@@ -45,9 +45,9 @@ def model_of(name: str, kind: str = "float32") -> GPT:
     return model
 
 
-def prefilled(model: GPT, lengths: list[int], capacity: int) -> KVCache:
-    """A cache of random tokens, rows of these lengths."""
-    cache = KVCache(model.config, len(lengths), capacity, model.dtype)
+def prefilled(model: GPT, lengths: list[int], capacity: int, kept: torch.dtype | None = None) -> KVCache:
+    """A cache of random tokens (and of dtype `kept`), rows of these lengths."""
+    cache = KVCache(model.config, len(lengths), capacity, kept or model.dtype)
     ids = torch.randint(97, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(1))
     model(ids, cache)
     cache.advance(torch.tensor(lengths, dtype=torch.int32))
@@ -77,6 +77,25 @@ def test_steps_are_bitwise_equal(name: str, kind: str, lengths: list[int], threa
         assert all(torch.equal(a, b) for a, b in zip((*cache.k, *cache.v), (*other.k, *other.v)))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_a_step_with_a_16_bit_cache(kept: torch.dtype) -> None:
+    model = model_of("llama", "q4_1")
+    cache, replays = prefilled(model, [130, 1, 60], 300, kept), Replays(model)
+    other = cache.select(range(3))
+    plain = replays.take(prefilled(model, [3, 4, 5], 300), record=True)
+    assert plain is not None
+    replays.give(plain)
+    replay = replays.take(cache, record=True)
+    assert replay is not None and replay is not plain
+    for step in range(3):
+        tokens = torch.tensor([step, 40, 96])
+        assert torch.equal(replay.step(tokens), model(tokens[:, None], other)[:, -1]), step
+        cache.advance(1)
+        other.advance(1)
+    assert all(torch.equal(a, b) for a, b in zip((*cache.k, *cache.v), (*other.k, *other.v)))
 
 
 @torch.no_grad()

@@ -27,6 +27,9 @@ Weights = Annotated[
     str | None, typer.Option(help="fp32, bf16, fp16, q8, q4, q8_0, q4_0 or q4_1; as stored where not given.")
 ]
 Activations = Annotated[str | None, typer.Option(help="exact or int8; the fast choice where not given.")]
+KVCacheDtype = Annotated[
+    str | None, typer.Option("--kv-cache", help="fp32, bf16 or fp16; the fast choice if not given.")
+]
 Backend = Annotated[str | None, typer.Option(help="reference, cpu, triton or cuda; the best one where not given.")]
 Device = Annotated[str | None, typer.Option(help="As PyTorch names it: cpu, cuda, cuda:1.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
@@ -55,6 +58,7 @@ def open_model(
     model: str,
     weights: str | None,
     activations: str | None,
+    kv_cache: str | None,
     backend: str | None,
     device: str | None,
     threads: int | None,
@@ -63,7 +67,7 @@ def open_model(
     if threads is not None:
         torch.set_num_threads(threads)
     with waiting(f"loading {model}"):
-        return load(model, weights=weights, activations=activations, backend=backend, device=device)
+        return load(model, weights=weights, activations=activations, kv_cache=kv_cache, backend=backend, device=device)
 
 
 @app.command()
@@ -92,6 +96,7 @@ def generate(
     logprobs: Annotated[bool, typer.Option("--logprobs", help="With --json: log-probabilities.")] = False,
     weights: Weights = None,
     activations: Activations = None,
+    kv_cache: KVCacheDtype = None,
     backend: Backend = None,
     device: Device = None,
     threads: Threads = None,
@@ -101,7 +106,7 @@ def generate(
     text = _prompt_text(prompt, prompt_file)
     if system is not None and not chat:
         raise ValueError("--system needs --chat")
-    lm = open_model(model, weights, activations, backend, device, threads)
+    lm = open_model(model, weights, activations, kv_cache, backend, device, threads)
     options: dict[str, Any] = dict(
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,
@@ -189,6 +194,7 @@ def chat(
     stop: Stop = None,
     weights: Weights = None,
     activations: Activations = None,
+    kv_cache: KVCacheDtype = None,
     backend: Backend = None,
     device: Device = None,
     threads: Threads = None,
@@ -196,7 +202,7 @@ def chat(
     """Talk with a model. /help lists what can be said to the program itself."""
     from gptfast.cli.chat import Chat
 
-    lm = open_model(model, weights, activations, backend, device, threads)
+    lm = open_model(model, weights, activations, kv_cache, backend, device, threads)
     options: dict[str, Any] = dict(
         max_new_tokens=max_new_tokens,
         temperature=temperature,

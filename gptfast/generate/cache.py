@@ -9,6 +9,8 @@ from torch import Tensor
 
 from gptfast.model.config import GPTConfig
 
+CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class KVCache:
     """Room for `capacity` tokens in each of `batch` rows.
@@ -16,6 +18,8 @@ class KVCache:
     k, v     a tensor (batch, capacity, Hk, D) for each layer; beyond a row's length: anything finite. A head's keys
              follow one another in memory, so that decoding reads them in one stream.
     lengths  (batch,) int32: the tokens that each row holds
+    dtype    of k and v. With fp32 activations a 16-bit one halves what decoding reads of them: they are rounded to
+             nearest even as they are written, in prefill as in decoding, so that both see the same.
 
     A model writes behind `lengths` and leaves them as they are; `advance` then says how many of the tokens written
     count. So rows of different lengths may be fed padded on the right: what comes next overwrites the padding.
@@ -40,6 +44,10 @@ class KVCache:
     @property
     def batch(self) -> int:
         return self.lengths.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.k[0].dtype
 
     @property
     def capacity(self) -> int:

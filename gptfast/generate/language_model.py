@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gptfast.formats.tokenizer import StreamDecoder, Tokenizer
-from gptfast.generate.cache import KVCache
+from gptfast.generate.cache import CACHE_DTYPES, KVCache
 from gptfast.generate.loop import BLOCK, Limits, Loop, Row
 from gptfast.generate.prompt_cache import PromptCache
 from gptfast.generate.replay import Replays
@@ -72,10 +72,14 @@ class LanguageModel:
 
     model      int64 (B, T) -> fp32 logits (B, T, V)
     tokenizer  None where there is none: then prompts are token ids and texts are empty
+    kv_cache   the dtype of new KV caches: "fp32", "bf16", "fp16"; None = fp16 where activations are rounded to int8,
+               else the model's own
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer | None = None, *, name: str = "model") -> None:
-        self.model, self.tokenizer, self.name = model, tokenizer, name
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer | None = None, *, name: str = "model", kv_cache: str | None = None
+    ) -> None:
+        self.model, self.tokenizer, self.name, self.kv_cache = model, tokenizer, name, kv_cache
         ends = [*model.config.eos_ids, *(tokenizer.eos_ids if tokenizer is not None else ())]
         self.eos_ids = tuple(sorted(set(ends)))
         self._replays = Replays(model)
@@ -89,10 +93,23 @@ class LanguageModel:
         return self.model.config.context
 
     @property
+    def cache_dtype(self) -> torch.dtype:
+        """What new KV caches keep keys and values in. fp16 moves SmolLM2's logits by a mean KL of 5.3e-7 nats, int8
+        activations by 3.1e-3."""
+        if self.kv_cache is not None:
+            return CACHE_DTYPES[self.kv_cache]
+        model = self.model
+        rounded = isinstance(model, GPT) and isinstance(self._head, QuantizedWeight) and model.activations != "exact"
+        return torch.float16 if rounded and model.dtype == torch.float32 else model.dtype
+
+    @property
+    def _head(self) -> Tensor | QuantizedWeight:
+        return (self.model.embedding if self.model.head is None else self.model.head).weight
+
+    @property
     def backend(self) -> str:
         """The backend that the model's matrix products run on."""
-        model = self.model
-        weight = (model.embedding if model.head is None else model.head).weight
+        model, weight = self.model, self._head
         row = torch.empty(1, model.config.n_embd, dtype=model.dtype, device=model.device)
         how = {"activations": model.activations or "int8"} if isinstance(weight, QuantizedWeight) else {}
         with torch.no_grad():
@@ -331,7 +348,7 @@ class LanguageModel:
         ]
 
     def _kv(self, batch: int, capacity: int) -> KVCache:
-        return KVCache(self.model.config, batch, max(1, capacity), self.model.dtype, self.model.device)
+        return KVCache(self.model.config, batch, max(1, capacity), self.cache_dtype, self.model.device)
 
     def _text(self, stops: Sequence[str]) -> Text:
         return Text(NoText() if self.tokenizer is None else StreamDecoder(self.tokenizer), stops)

@@ -13,6 +13,7 @@ from gptfast.formats.gguf import open_gguf
 from gptfast.formats.huggingface import Folder, read_folder
 from gptfast.formats.registry import PRESETS, find_preset_file
 from gptfast.formats.tokenizer import Tokenizer
+from gptfast.generate.cache import CACHE_DTYPES
 from gptfast.generate.language_model import LanguageModel
 from gptfast.model import GPT
 
@@ -22,6 +23,7 @@ def load(
     *,
     weights: str | None = None,
     activations: str | None = None,
+    kv_cache: str | None = None,
     backend: str | None = None,
     device: torch.device | str | None = None,
     tokenizer: Tokenizer | None = None,
@@ -33,16 +35,20 @@ def load(
     weights       None = as stored; "fp32", "bf16", "fp16", "q8" and "q4" (gptfast's own choice of blocks), "q8_0",
                   "q4_0", "q4_1" (GGUF's, as ggml quantises): gptfast.model.convert
     activations   None = the fast choice for the weights, "exact" or "int8"
+    kv_cache      the dtype that keys and values are kept in: "fp32", "bf16" or "fp16"; None = fp16 where activations
+                  are rounded to int8, else the activations' own
     backend       passed to every op; None = the best that is here
     tokenizer     instead of the one beside the weights; a live model has none of its own
 
     Raises FileNotFoundError, ValueError (FormatError) and ImportError with one sentence that says what is missing.
     """
+    if kv_cache is not None and kv_cache not in CACHE_DTYPES:
+        raise ValueError(f"load: expected kv_cache None or one of {', '.join(CACHE_DTYPES)}, got {kv_cache!r}")
     model, found, name = _open(name_or_path, weights)
     if device is not None:
         model = model.to(device)
     model.activations, model.backend = activations, backend
-    return LanguageModel(model.eval(), tokenizer or found, name=name)
+    return LanguageModel(model.eval(), tokenizer or found, name=name, kv_cache=kv_cache)
 
 
 def _open(source: str | os.PathLike[str] | nn.Module, weights: str | None) -> tuple[GPT, Tokenizer | None, str]:

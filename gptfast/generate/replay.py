@@ -218,7 +218,8 @@ class Replays:
 
 def _key(model: GPT, cache: KVCache) -> tuple[Any, ...]:
     """What a recorded step is good for."""
-    return cache.batch, cache.capacity, model.activations, model.backend, os.environ.get("GPTFAST_BACKEND")
+    settings = model.activations, model.backend, os.environ.get("GPTFAST_BACKEND")
+    return cache.batch, cache.capacity, cache.dtype, *settings
 
 
 def _replayable(model: GPT, cache: KVCache) -> bool:

@@ -27,6 +27,9 @@ q and the new k are rotated first, by their absolute position: pairs (i, i + R/2
 (x1 cos - x2 sin, x2 cos + x1 sin), rounded to the storage dtype. cache_leftpad (B,) int32: the first slots to leave
 out; key 0 is the slot after them.
 
+The caches may be of another float dtype than q, k and v: these are rounded to it, to nearest even, as they are written,
+and all queries of the call see what was written. fp16 holds values up to 65,504 with 11 bits, bf16 all with 8.
+
 Everything is computed in fp32 (fp64 for fp64) and rounded once; lse is fp32. Keys are taken in chunks of 128 counted
 from the first key, and the chunks' (maximum, sum, output) are merged in order, so a row's result depends on that row
 alone: not on the batch, the number of threads, or whether it came in a prefill or one token at a time. Values at masked
@@ -317,8 +320,8 @@ def reference_kvcache(
         turn = (cos[total - Sq : total], sin[total - Sq : total]) if cos is not None and sin is not None else None
         mine = _rotate(q[b], turn, interleaved)
         if k is not None and v is not None:
-            k_cache[row[length:], slot[length:]] = _rotate(k[b], turn, interleaved)
-            v_cache[row[length:], slot[length:]] = v[b]
+            k_cache[row[length:], slot[length:]] = _rotate(k[b], turn, interleaved).to(k_cache.dtype)
+            v_cache[row[length:], slot[length:]] = v[b].to(v_cache.dtype)
         first = 0 if cache_leftpad is None else int(cache_leftpad[b])
         keys, values = k_cache[row[first:], slot[first:]], v_cache[row[first:], slot[first:]]
         slopes = alibi_slopes[b] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
@@ -327,9 +330,8 @@ def reference_kvcache(
         outs.append(out)
         lses.append(lse)
     out = torch.cat(outs) if outs else torch.empty_like(q)
-    if not return_lse:
-        return out
-    return out, torch.cat(lses) if lses else q.new_zeros(0, q.shape[2], Sq, dtype=_wide(q))
+    lse = torch.cat(lses) if lses else q.new_zeros(0, q.shape[2], Sq, dtype=_wide(q))
+    return (out, lse) if return_lse else out
 
 
 def _rotate(x: Tensor, turn: tuple[Tensor, Tensor] | None, interleaved: bool) -> Tensor:
@@ -337,8 +339,7 @@ def _rotate(x: Tensor, turn: tuple[Tensor, Tensor] | None, interleaved: bool) ->
     if turn is None:
         return x
     cos, sin = (t.to(_wide(x))[:, None] for t in turn)
-    half = cos.shape[-1]
-    wide = x.to(_wide(x))
+    half, wide = cos.shape[-1], x.to(_wide(x))
     first, second = (
         (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
     )
@@ -411,11 +412,11 @@ def _check_kvcache(
     require(q.dim() == 4 and q.is_floating_point(), lambda: f"{op}: expected q (B, Sq, H, D) of floats, got {shape(q)}")
     B, Sq, _H, D = q.shape
     require(
-        k_cache.dim() == 4 and k_cache.shape[-1] == D and k_cache.dtype == dtype,
-        lambda: f"{op}: expected k_cache (B, Smax, Hk, {D}) with q's dtype {dtype}, got {shape(k_cache)}",
+        k_cache.dim() == 4 and k_cache.shape[-1] == D and k_cache.is_floating_point(),
+        lambda: f"{op}: expected k_cache (B, Smax, Hk, {D}) of floats, got {shape(k_cache)}",
     )
     require(
-        v_cache.shape == k_cache.shape and v_cache.dtype == dtype,
+        v_cache.shape == k_cache.shape and v_cache.dtype == k_cache.dtype,
         lambda: f"{op}: expected v_cache like k_cache {shape(k_cache)}, got {shape(v_cache)}",
     )
     _check_heads(op, q, k_cache)

@@ -13,6 +13,7 @@ from torch import Tensor
 from gptfast.ops.spec import Case, Inputs
 
 Result = Any  # Tensor, or (Tensor, Tensor) with return_lse
+CACHES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of caches with a dtype of their own
 
 
 def cases() -> list[Case]:
@@ -166,6 +167,8 @@ def cases_kvcache() -> list[Case]:
                 result["sinks"] = i.randn(H, dtype=torch.float32)
             if "alibi_slopes" in terms:
                 result["alibi_slopes"] = i.rand(B, H, dtype=torch.float32)
+            for kind in CACHES.keys() & set(terms):
+                result |= {name: result[name].to(CACHES[kind]) for name in ("k_cache", "v_cache")}
             return result | fixed
 
         name = f"{'.'.join(map(str, lengths))}-q{Sq}-h{H}.{Hk}-d{D}-room{room}" + "".join(f"-{t}" for t in terms)
@@ -183,7 +186,12 @@ def cases_kvcache() -> list[Case]:
         ),
         case([0, 40], 5, 2, 1, 16, 64, return_lse=True),  # the first sequence is empty
         case([40, 180], 6, 2, 2, 16, 200, causal=False, window=(70, 2)),
+        case([5, 130], 1, 6, 2, 64, 140, *("append", "rope", "bf16")),
+        case([0, 129], 9, 4, 1, 40, 140, *("append", "rope", "fp16"), return_lse=True),
+        case([20, 260], 40, 4, 2, 32, 304, *("append", "pages", "bf16")),
+        case([5, 130, 300], 1, 3, 3, 20, 300, "fp16"),
         case([1023], 1, 9, 3, 64, 1024, "append", tags="bench"),
+        case([1023], 1, 9, 3, 64, 1024, *("append", "bf16"), tags="bench"),
         case([8191], 1, 32, 8, 128, 8192, "append", tags="bench big"),
     ]
 
@@ -209,7 +217,7 @@ def baseline_kvcache(
     if k is not None and v is not None:
         k_cache[:, total - Sq : total] = k
         v_cache[:, total - Sq : total] = v
-    return sdpa(q, k_cache[:, :total], v_cache[:, :total], causal=True)
+    return sdpa(q, k_cache[:, :total].to(q.dtype), v_cache[:, :total].to(q.dtype), causal=True)
 
 
 def take_kvcache(arguments: Mapping[str, Any], b: int) -> dict[str, Any]:

@@ -58,33 +58,45 @@ void visible(const Attention& a, const Sequence& s, int i, int* low, int* high) 
   *high = (int)max<int64_t>(min<int64_t>(to, s.k_len), 0);
 }
 
+// A row of dtype T in the cache's dtype C.
+template <class T, class C>
+void write_row(C* to, const T* from, int D) {
+  for (int d = 0; d < D; d += LANES) store(to + d, load(from + d, min(LANES, D - d)), min(LANES, D - d));
+}
+template <class T>
+void write_row(T* to, const T* from, int D) {
+  memcpy(to, from, D * sizeof(T));
+}
+
 // New keys (rotated) and values begin .. end of a KV head go to their slots of the cache. Who reads them first writes
 // them where that is one worker, so that decoding needs no barrier for it.
-template <class T>
+template <class T, class C>
 void append(const Attention& a, const Sequence& s, int64_t hk, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i++) {
     const int64_t position = s.position + i, turn = position * (a.rotary / 2);
-    T* k = (T*)a.k_cache + slot_at(a, s, s.k, a.k_strides, position) + hk * a.k_strides[2];
-    T* v = (T*)a.v_cache + slot_at(a, s, s.v, a.v_strides, position) + hk * a.v_strides[2];
+    C* k = (C*)a.k_cache + slot_at(a, s, s.k, a.k_strides, position) + hk * a.k_strides[2];
+    C* v = (C*)a.v_cache + slot_at(a, s, s.v, a.v_strides, position) + hk * a.v_strides[2];
     const int64_t *kn = a.k_new_strides, *vn = a.v_new_strides;
     const T* k_new = (const T*)a.k_new + s.b * kn[0] + i * kn[1] + hk * kn[2];
     const T* v_new = (const T*)a.v_new + s.b * vn[0] + i * vn[1] + hk * vn[2];
-    if (a.cos)
-      rope_row(k, k_new, a.cos + turn, a.sin + turn, a.D, a.rotary, a.interleaved);
-    else
-      memcpy(k, k_new, a.D * sizeof(T));
-    memcpy(v, v_new, a.D * sizeof(T));
+    T turned[DIM];
+    if (a.cos) {
+      rope_row(turned, k_new, a.cos + turn, a.sin + turn, a.D, a.rotary, a.interleaved);
+      k_new = turned;
+    }
+    write_row(k, k_new, (int)a.D);
+    write_row(v, v_new, (int)a.D);
   }
 }
 
-// The tiles of one KV head of one sequence, on one worker.
-template <class T>
+// The tiles of one KV head of one sequence, on one worker: queries and outputs of dtype T, keys and values of dtype C.
+template <class T, class C>
 struct Head {
   const Attention& a;
   const Sequence s;
   const int64_t hk;
   const int G, D, padded;
-  const T *k, *v;
+  const C *k, *v;
 
   Head(const Attention& a, int64_t b, int64_t hk)
       : a(a),
@@ -93,16 +105,18 @@ struct Head {
         G((int)(a.H / a.Hk)),
         D((int)a.D),
         padded(round_up(D, LANES)),
-        k((const T*)a.k + hk * a.k_strides[2]),
-        v((const T*)a.v + hk * a.v_strides[2]) {}
+        k((const C*)a.k + hk * a.k_strides[2]),
+        v((const C*)a.v + hk * a.v_strides[2]) {}
 
   int rows() const { return G * s.q_len; }
   int tiles() const { return (int)ceil_div(rows(), ROWS); }
   int64_t head(int row) const { return hk * G + row % G; }
   T* out(int row) const { return (T*)a.out + ((s.out + row / G) * a.H + head(row)) * D; }
 
+  const T* query(int row) const { return (const T*)a.q + s.q + row / G * a.q_strides[1] + head(row) * a.q_strides[2]; }
   void load_query(int row, float* to) const {
-    const T* x = (const T*)a.q + s.q + row / G * a.q_strides[1] + head(row) * a.q_strides[2];
+    const T* x = query(row);
+    prefetch_row(query(min(row + AHEAD, rows() - 1)), D);
     T turned[DIM];
     if (a.cos) {
       const int64_t turn = (s.position + row / G) * (a.rotary / 2);
@@ -160,30 +174,30 @@ struct Head {
     for (int r = 0; r < t.width; r++) t.m[r] = NONE, t.l[r] = 0;
   }
 
-  static constexpr int64_t copy_stride(int64_t D) { return D + 64 / (int64_t)sizeof(T); }  // spread over L1's sets
+  static constexpr int64_t copy_stride(int64_t D) { return D + 64 / (int64_t)sizeof(C); }  // spread over L1's sets
   // Group g of a chunk's keys or values, of which [begin, end) of the chunk are needed. Where they don't lie evenly, or
   // not all of them may be read, they are copied to `spare`, another one standing for those not needed; as are those
   // `far` apart.
-  Rows<T> group(const T* x, int64_t first, const int64_t* strides, int chunk, int g, int begin, int end, bool far,
+  Rows<C> group(const C* x, int64_t first, const int64_t* strides, int chunk, int g, int begin, int end, bool far,
                 void* spare) const {
     const int64_t from = s.leftpad + chunk * CHUNK, slot = from + g * LANES;
     const bool whole = begin <= g * LANES && end >= (g + 1) * LANES;
     if (whole && !far && (!s.pages || slot % a.page + LANES <= a.page))
       return {x + slot_at(a, s, first, strides, slot), strides[1]};
-    const Rows<T> copy{(T*)spare, copy_stride(D)};
+    const Rows<C> copy{(C*)spare, copy_stride(D)};
     for (int i = 0; i < LANES; i++) {
       const int j = max(begin, min(g * LANES + i, end - 1));
-      memcpy((T*)spare + i * copy.stride, x + slot_at(a, s, first, strides, from + j), D * sizeof(T));
+      memcpy((C*)spare + i * copy.stride, x + slot_at(a, s, first, strides, from + j), D * sizeof(C));
     }
     return copy;
   }
   // Keys are read across: at multiples of 2 KiB, 2 LANES of them would share 16 lines of L1 and each be fetched anew
   // for every 16 bytes (0.7x at 8 heads of 64).
-  Rows<T> keys_of(int chunk, int g, int begin, int end, void* spare) const {
-    const bool far = a.k_strides[1] * sizeof(T) % 2048 == 0;
+  Rows<C> keys_of(int chunk, int g, int begin, int end, void* spare) const {
+    const bool far = a.k_strides[1] * sizeof(C) % 2048 == 0;
     return group(k, s.k, a.k_strides, chunk, g, begin, end, far, spare);
   }
-  Rows<T> values_of(int chunk, int g, int begin, int end, void* spare) const {
+  Rows<C> values_of(int chunk, int g, int begin, int end, void* spare) const {
     return group(v, s.v, a.v_strides, chunk, g, begin, end, false, spare);
   }
 
@@ -255,7 +269,7 @@ struct Head {
         *to = t.l[r] > 0 ? t.m[r] + __builtin_logf(t.l[r]) : NONE;
       }
     if (t.few) {
-      for (int r = 0; r < t.rows; r++) store_row(t.o + r * padded, t.slope[r], out(t.first + r));
+      for (int r = 0; r < t.rows; r++) store_row(t.o + r * padded, t.slope[r], t.first + r);
       return;
     }
     for (int r = 0; r < t.width; r += LANES) {
@@ -265,11 +279,12 @@ struct Head {
         transpose(x);
         for (int i = 0; i < LANES; i++) store(spare + i * padded + d, x[i]);
       }
-      for (int i = 0; i < LANES && r + i < t.rows; i++)
-        store_row(spare + i * padded, t.slope[r + i], out(t.first + r + i));
+      for (int i = 0; i < LANES && r + i < t.rows; i++) store_row(spare + i * padded, t.slope[r + i], t.first + r + i);
     }
   }
-  void store_row(const float* o, float factor, T* to) const {
+  void store_row(const float* o, float factor, int row) const {
+    T* to = out(row);
+    prefetch_row(out(min(row + AHEAD, rows() - 1)), D);
     for (int d = 0; d < D; d += LANES) store(to + d, load(o + d) * factor, min(LANES, D - d));
   }
 };
@@ -292,8 +307,8 @@ struct Scratch {
 };
 
 // Chunks first .. last of the tiles of a strip, in order.
-template <class T>
-void run_strip(const Head<T>& head, Tile* tiles, int count, int first, int last, Scratch& x) {
+template <class T, class C>
+void run_strip(const Head<T, C>& head, Tile* tiles, int count, int first, int last, Scratch& x) {
   const Tile& end = tiles[count - 1];
   const int low = tiles[0].low[0], high = end.high[end.rows - 1];
   first = max(first, low / CHUNK);
@@ -303,7 +318,7 @@ void run_strip(const Head<T>& head, Tile* tiles, int count, int first, int last,
     if (from >= to) continue;
     const int begin = from / LANES, end = (int)ceil_div(to, LANES);
     if (tiles[0].few) {
-      Rows<T> k[CHUNK / LANES], v[CHUNK / LANES];
+      Rows<C> k[CHUNK / LANES], v[CHUNK / LANES];
       for (int g = begin; g < end; g++) {
         k[g] = head.keys_of(c, g, from, to, x.kt + g * LANES * (head.D + 16));
         v[g] = head.values_of(c, g, from, to, x.vt + g * LANES * (head.D + 16));
@@ -328,7 +343,7 @@ void run_strip(const Head<T>& head, Tile* tiles, int count, int first, int last,
 }
 
 // Whole strips, the later ones first: under a causal mask they are the longer.
-template <class T>
+template <class T, class C>
 void by_strips(const Attention& a, Worker& worker) {
   const int64_t most = ceil_div(a.q_longest * (a.H / a.Hk), ROWS), bytes = Scratch::tile_floats(a.D) * sizeof(float);
   const int64_t fair = a.B * a.Hk * most / (8 * worker.count);
@@ -336,13 +351,13 @@ void by_strips(const Attention& a, Worker& worker) {
   const int64_t heads = a.B * a.Hk, strips = ceil_div(most, size);
   Scratch x(a, worker, size);
   if (a.k_new && strips > 1) {
-    worker.each(heads, [&](int64_t h) { append<T>(a, sequence(a, h / a.Hk), h % a.Hk, 0, a.Sq); });
+    worker.each(heads, [&](int64_t h) { append<T, C>(a, sequence(a, h / a.Hk), h % a.Hk, 0, a.Sq); });
   }
   worker.phase(heads * strips, 1, [&](int64_t task, int64_t end) {
     for (; task < end; task++) {
-      const Head<T> head(a, task % heads / a.Hk, task % a.Hk);
-      if (a.k_new && strips == 1) append<T>(a, head.s, head.hk, 0, a.Sq);
-      const int first = (int)(strips - 1 - task / heads) * size, count = min(size, head.tiles() - first);
+      const Head<T, C> head(a, task / strips / a.Hk, task / strips % a.Hk);
+      if (a.k_new && strips == 1) append<T, C>(a, head.s, head.hk, 0, a.Sq);
+      const int first = (int)(strips - 1 - task % strips) * size, count = min(size, head.tiles() - first);
       if (count <= 0) continue;
       const bool few = count == 1 && head.rows() - first * ROWS <= FEW;
       Tile tiles[TILES];
@@ -393,14 +408,14 @@ Span span(const Attention& a, int64_t b) {
 
 // Single chunks, each worker beginning with the part that it had the last time (decoding, it finds the keys in its own
 // cache), then the merge.
-template <class T>
+template <class T, class C>
 void by_chunks(const Attention& a, Worker& worker, int64_t total) {
   Scratch x(a, worker, 1);
   auto partial = [&](int64_t b, int64_t hk, int chunk, int tile) {
     return a.workspace + ((b * a.Hk + hk) * a.chunks + chunk) * a.partial +
            tile * ROWS * (round_up((int)a.D, LANES) + 2);
   };
-  auto start = [&](const Head<T>& head, int tile) {
+  auto start = [&](const Head<T, C>& head, int tile) {
     return head.start(tile * ROWS, head.rows() - tile * ROWS <= FEW, x.tiles, x.s);
   };
   worker.phase(total * a.Hk, ceil_div(total * a.Hk, 4 * worker.count), [&](int64_t begin, int64_t end) {
@@ -408,10 +423,10 @@ void by_chunks(const Attention& a, Worker& worker, int64_t total) {
       const Span chunks = span(a, b);
       const int64_t from = max<int64_t>(begin - done, 0), to = min<int64_t>(end - done, chunks.size() * a.Hk);
       for (int64_t u = from; u < to; u++) {
-        const Head<T> head(a, b, u % a.Hk);
+        const Head<T, C> head(a, b, u % a.Hk);
         const int c = chunks.first + (int)(u / a.Hk), fresh = head.s.k_len - head.s.q_len;  // the first new key
         if (a.k_new)
-          append<T>(a, head.s, head.hk, max(c * CHUNK - fresh, 0), min((c + 1) * CHUNK - fresh, head.s.q_len));
+          append<T, C>(a, head.s, head.hk, max(c * CHUNK - fresh, 0), min((c + 1) * CHUNK - fresh, head.s.q_len));
         for (int tile = 0; tile < head.tiles(); tile++) {
           Tile t = start(head, tile);
           run_strip(head, &t, 1, c, c + 1, x);
@@ -422,7 +437,7 @@ void by_chunks(const Attention& a, Worker& worker, int64_t total) {
     }
   });
   worker.each(a.B * a.Hk, [&](int64_t task) {
-    const Head<T> head(a, task / a.Hk, task % a.Hk);
+    const Head<T, C> head(a, task / a.Hk, task % a.Hk);
     const Span chunks = span(a, head.s.b);
     for (int tile = 0; tile < head.tiles(); tile++) {
       Tile t = start(head, tile);
@@ -432,19 +447,27 @@ void by_chunks(const Attention& a, Worker& worker, int64_t total) {
   });
 }
 
+template <class T, class C>
+void run(const Attention& a, Worker& worker) {
+  int64_t chunks = 0;
+  if (a.workspace && worker.count > 1)
+    for (int64_t b = 0; b < a.B; b++) chunks += span(a, b).size();
+  if (chunks > a.B)  // some sequence has more than one
+    by_chunks<T, C>(a, worker, chunks);
+  else
+    by_strips<T, C>(a, worker);
+}
+
 }  // namespace
 
+// fp32 queries take keys and values of any storage dtype, others those of their own.
 void attention(const Attention& a, Worker& worker) {
-  with_storage(a.dtype, [&](auto t) {
-    using T = decltype(t);
-    int64_t chunks = 0;
-    if (a.workspace && worker.count > 1)
-      for (int64_t b = 0; b < a.B; b++) chunks += span(a, b).size();
-    if (chunks > a.B)  // some sequence has more than one
-      by_chunks<T>(a, worker, chunks);
-    else
-      by_strips<T>(a, worker);
-  });
+  if (a.dtype == a.cache_dtype)
+    with_storage(a.dtype, [&](auto t) { run<decltype(t), decltype(t)>(a, worker); });
+  else if (a.cache_dtype == BFLOAT16)
+    run<float, bf16>(a, worker);
+  else
+    run<float, f16>(a, worker);
 }
 
 }  // namespace gptfast::ISA

@@ -6,31 +6,9 @@
 // A masked key has probability 0 exactly and adding it changes nothing, so it may be computed or skipped.
 // K is packed as kt[key / LANES][d][LANES] and V as vt[d / LANES][key][LANES], in fp32.
 #pragma once
-#include "vec.h"
+#include "attention_keys.h"
 
 namespace gptfast::ISA::attn {
-
-constexpr int CHUNK = 128;                        // keys; gptfast/ops/attention.py says so too
-constexpr int ROWS = 3 * LANES;                   // query rows of a full tile
-constexpr int BLOCK = LANES == 16 ? 8 : 4;        // x 3 accumulators + 3 + 1 fill 32 or 16 vector registers
-constexpr int FEW = LANES / 2;                    // tiles of so many rows or fewer take the `few` shape
-constexpr int GROUPS = LANES == 16 ? 2 : 1;       // vectors of keys side by side in the `few` shape
-constexpr int DIM_VECTORS = LANES == 16 ? 4 : 2;  // and of dims
-constexpr int AHEAD = 8;                          // values are prefetched so many keys ahead
-constexpr int DIM = 256;                          // the largest head
-constexpr float NONE = -__builtin_inff();
-#define NOINLINE __attribute__((noinline))
-#define UNROLL _Pragma("GCC unroll 16")
-#define NO_UNROLL _Pragma("GCC unroll 1")
-
-// Keeps the compiler from loading v again for each use: a load takes as long as the fma that it would be folded into.
-INLINE void in_register(f32v& v) {
-#if defined(__x86_64__)
-  asm("" : "+v"(v));
-#else
-  (void)v;
-#endif
-}
 
 INLINE int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
@@ -98,101 +76,6 @@ INLINE void transpose(f32v* r, int from = LANES / 2) {
   }
 }
 
-// LANES keys or values of a head that lie evenly: row i is at + i * stride.
-template <class T>
-struct Rows {
-  const T* at;
-  int64_t stride;
-};
-
-// A word is one value of fp32, or two of a 16-bit type. Keys are turned four words at a time.
-template <class T>
-constexpr int PER_WORD = (int)(sizeof(float) / sizeof(T));
-template <class T>
-constexpr int DIMS = 4 * PER_WORD<T>;
-
-// Four words of LANES rows: at[n] is row 4 n, the rows stand `stride` bytes apart.
-struct Quads {
-  const char* at[LANES / 4];
-  int64_t stride;
-
-  template <class T>
-  explicit Quads(const Rows<T>& rows) : stride(rows.stride * (int64_t)sizeof(T)) {
-    for (int n = 0; n < LANES / 4; n++) at[n] = (const char*)(rows.at + 4 * n * rows.stride);
-  }
-  // Lanes 4 n ..: the words of row 4 n + i. Halves are loaded, for a load of 64 bytes takes as long as two of 16.
-  INLINE f32v part(int i) const {
-    auto quad = [&](int n) { return (const float*)(at[n] + i * stride); };
-#if defined(__AVX2__)
-    auto half = [&](int n) {
-      return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(quad(n))), _mm_loadu_ps(quad(n + 1)), 1);
-    };
-#endif
-#if defined(__AVX512F__)
-    return _mm512_insertf32x8(_mm512_castps256_ps512(half(0)), half(2), 1);
-#elif defined(__AVX2__)
-    return half(0);
-#else
-    return load(quad(0));
-#endif
-  }
-  // words[w] = word w of all rows; then on to the next four. A transpose of four lanes by four.
-  INLINE void turn(f32v* words) {
-    const i32v lane = iota(), quad = lane & ~3, odd = lane & 1, upper = (lane & 2) / 2;
-    const i32v by_one = quad + upper + odd * LANES, by_two = quad + odd + upper * LANES;
-    const f32v x0 = part(0), x1 = part(1), x2 = part(2), x3 = part(3);
-    const f32v a = __builtin_shuffle(x0, x1, by_one), b = __builtin_shuffle(x0, x1, by_one + 2);
-    const f32v c = __builtin_shuffle(x2, x3, by_one), d = __builtin_shuffle(x2, x3, by_one + 2);
-    words[0] = __builtin_shuffle(a, c, by_two);
-    words[1] = __builtin_shuffle(a, c, by_two + 2);
-    words[2] = __builtin_shuffle(b, d, by_two);
-    words[3] = __builtin_shuffle(b, d, by_two + 2);
-    // Opaque, lest the compiler keep a pointer to each row and run out of registers.
-    UNROLL for (int n = 0; n < LANES / 4; n++) asm("" : "+r"(at[n] += 16));
-  }
-};
-// Value i of a word.
-INLINE f32v value(f32v word, int, float) { return word; }
-INLINE f32v value(f32v pair, int i, bf16) {
-  return bitcast<f32v>(i ? bitcast<i32v>(pair) & (int32_t)0xffff0000 : bitcast<i32v>(pair) << 16);
-}
-INLINE f32v value(f32v pair, int i, f16) {
-  return widen(__builtin_convertvector(bitcast<u32v>(pair) >> 16 * i, u16v), f16{});
-}
-// One dim of all rows.
-template <class T>
-INLINE f32v column(const Rows<T>& rows, int d) {
-  float x[LANES];
-  for (int i = 0; i < LANES; i++) x[i] = load1(rows.at + i * rows.stride + d);
-  return load(x);
-}
-
-// kt[d][LANES] = LANES keys.
-template <class T>
-NOINLINE void pack_k(const Rows<T>& k, int dim, float* kt) {
-  Quads quads(k);
-  int d = 0;
-  for (; d + DIMS<T> <= dim; d += DIMS<T>) {
-    f32v words[4];
-    quads.turn(words);
-    UNROLL for (int i = 0; i < DIMS<T>; i++)
-        store(kt + (d + i) * LANES, value(words[i / PER_WORD<T>], i % PER_WORD<T>, T{}));
-  }
-  for (; d < dim; d++) store(kt + d * LANES, column(k, d));
-}
-
-// vt[d / LANES][key][LANES] = values begin .. end.
-template <class T>
-NOINLINE void pack_v(const Rows<T>& v, int begin, int end, int dim, float* vt) {
-  for (int j = begin; j < end; j++) {
-    const T* from = v.at + j * v.stride;
-    float* to = vt + j * LANES;
-    int d = 0;
-    for (; d + LANES <= dim; d += LANES) store(to + d * CHUNK, load(from + d));
-    if (d < dim) store(to + d * CHUNK, load(from + d, dim - d));
-  }
-}
-
 // m = max(m, m_c) and the factors a = e^(m_old - m), b = e^(m_c - m) that bring both sides to it; l = l a + l_c b.
 INLINE void merge(float* m, float* l, f32v mc, f32v lc, float* a, float* b) {
   const f32v old = load(m), now = max(old, mc), base = finite(now);
@@ -230,32 +113,35 @@ NOINLINE void qk_rows(const float* qt, const float* kt, float* s, int dim, int b
 template <int NV>
 NOINLINE void score_rows(const Tile& t, const Keys& keys, float* s, float* m) {
   constexpr int W = NV * LANES;
-  const Terms terms = keys.terms;
-  const bool plain = terms.cap == 0 && !terms.alibi && !terms.bias && !terms.edge;
-  for (int v = 0; v < NV; v++) {
-    const int at = v * LANES;
-    f32v top = splat(NONE);
-    if (plain) {
-      for (int j = keys.first_group() * LANES; j < keys.last_group() * LANES; j++) top = max(top, load(s + j * W + at));
-    } else {
+  f32v top[NV];
+  for (int v = 0; v < NV; v++) top[v] = splat(NONE);
+  for (int g = keys.first_group(); g < keys.last_group(); g++) {
+    Terms terms = keys.terms;
+    const int from = keys.start + g * LANES;
+    terms.edge = from < t.low[t.rows - 1] || from + LANES > t.high[0];
+    if (terms.cap == 0 && !terms.alibi && !terms.bias && !terms.edge) {
+      for (int j = g * LANES; j < (g + 1) * LANES; j++)
+        UNROLL for (int v = 0; v < NV; v++) top[v] = max(top[v], load(s + j * W + v * LANES));
+      continue;
+    }
+    for (int v = 0; v < NV; v++) {
+      const int at = v * LANES;
       const i32v low = load(t.low + at), high = load(t.high + at), position = load(t.position + at);
       const f32v slope = load(t.slope + at);
-      for (int g = keys.first_group(); g < keys.last_group(); g++) {
-        f32v bias[LANES] = {};
-        if (terms.bias) {
-          UNROLL for (int i = 0; i < LANES; i++) bias[i] = load(keys.bias + (at + i) * CHUNK + g * LANES);
-          transpose(bias);
-        }
-        for (int i = 0; i < LANES; i++) {
-          const int j = g * LANES + i;
-          const f32v x = score(terms, load(s + j * W + at), splat(keys.start + j), position, slope, bias[i], low, high);
-          store(s + j * W + at, x);
-          top = max(top, x);
-        }
+      f32v bias[LANES] = {};
+      if (terms.bias) {
+        UNROLL for (int i = 0; i < LANES; i++) bias[i] = load(keys.bias + (at + i) * CHUNK + g * LANES);
+        transpose(bias);
+      }
+      for (int i = 0; i < LANES; i++) {
+        float* to = s + (g * LANES + i) * W + at;
+        const f32v x = score(terms, load(to), splat(from + i), position, slope, bias[i], low, high);
+        store(to, x);
+        top[v] = max(top[v], x);
       }
     }
-    store(m + at, top);
   }
+  for (int v = 0; v < NV; v++) store(m + v * LANES, top[v]);
 }
 
 // p = e^(s - m) in place; row sums to l.
@@ -330,7 +216,7 @@ NOINLINE void qk_few(const float* q, const Rows<T>* k, int first, int last, int 
     int d = 0;
     NO_UNROLL for (; d + DIMS<T> <= dim; d += DIMS<T>) {
       f32v words[GROUPS][4];
-      UNROLL for (int u = 0; u < GROUPS; u++) quads[u].turn(words[u]);
+      UNROLL for (int u = 0; u < GROUPS; u++) quads[u].turn(words[u], T{});
       UNROLL for (int i = 0; i < DIMS<T>; i++) {
         UNROLL for (int r = 0; r < R; r++) {
           const f32v x = splat(q[r * DIM + d + i]);
@@ -373,6 +259,14 @@ INLINE void softmax_few(const Tile& t, const Keys& keys, int r, float* s, float*
   *l = sum(total);
 }
 
+// Vectors of dims side by side for R rows: AVX2 needs 8 sums or more to hide an fma's 4 cycles, and has 16 registers
+// for R ND sums, R weights and a value.
+constexpr int dim_vectors(int R) {
+  if (LANES == 8) return R == 1 ? 8 : R <= 3 ? 4 : 2;
+  const int most = LANES == 16 ? 4 : 2;
+  return R <= FEW / 2 ? most : most / 2;
+}
+
 template <class T, int R, int ND>
 NOINLINE void pv_few(const Rows<T>* v, int d, int n, const float* p, float* o, int stride, const float* a,
                      const float* b, int begin, int end) {
@@ -382,15 +276,13 @@ NOINLINE void pv_few(const Rows<T>* v, int d, int n, const float* p, float* o, i
     int j = max(begin - g * LANES, 0);
     const T* from = v[g].at + j * v[g].stride + d;
     NO_UNROLL for (; j < last; j++, from += v[g].stride) {
-      f32v x[ND];
+      f32v weight[R];
+      UNROLL for (int r = 0; r < R; r++) weight[r] = splat(p[r * CHUNK + g * LANES + j]);
       UNROLL for (int u = 0; u < ND; u++) {
-        x[u] = ND == 1 ? load(from, n) : load(from + u * LANES);
-        in_register(x[u]);
-        __builtin_prefetch(from + AHEAD * v[g].stride + u * LANES);
-      }
-      UNROLL for (int r = 0; r < R; r++) {
-        const f32v weight = splat(p[r * CHUNK + g * LANES + j]);
-        UNROLL for (int u = 0; u < ND; u++) acc[r][u] = fma(weight, x[u], acc[r][u]);
+        f32v x = ND == 1 ? load(from, n) : load(from + u * LANES);
+        in_register(x);
+        if (u % (64 / (LANES * (int)sizeof(T))) == 0) __builtin_prefetch(from + AHEAD * v[g].stride + u * LANES);
+        UNROLL for (int r = 0; r < R; r++) acc[r][u] = fma(weight[r], x, acc[r][u]);
       }
     }
   }
@@ -402,21 +294,27 @@ NOINLINE void pv_few(const Rows<T>* v, int d, int n, const float* p, float* o, i
   }
 }
 
+// All dims from d on.
+template <class T, int R, int ND = dim_vectors(R)>
+void pv_dims(const Tile& t, const Keys& keys, const Rows<T>* v, int d, const float* p, const float* a, const float* b) {
+  const int stride = round_up(t.dim, LANES);
+  for (; d + ND * LANES <= t.dim; d += ND * LANES)
+    pv_few<T, R, ND>(v, d, LANES, p, t.o, stride, a, b, keys.begin, keys.end);
+  if constexpr (ND > 1)
+    pv_dims<T, R, ND / 2>(t, keys, v, d, p, a, b);
+  else if (d < t.dim)
+    pv_few<T, R, 1>(v, d, t.dim - d, p, t.o, stride, a, b, keys.begin, keys.end);
+}
+
 // One chunk: R rows, k and v by groups.
 template <class T, int R>
 void chunk_few(const Tile& t, const Keys& keys, const Rows<T>* k, const Rows<T>* v, float* s) {
-  constexpr int ND = R <= FEW / 2 ? DIM_VECTORS : DIM_VECTORS / 2;
-  const int stride = round_up(t.dim, LANES);
   float mc[LANES], lc[LANES] = {}, a[LANES], b[LANES];
   store(mc, splat(NONE));
   qk_few<T, R>(t.q, k, keys.first_group(), keys.last_group(), t.dim, s);
   for (int r = 0; r < R; r++) softmax_few(t, keys, r, s + r * CHUNK, mc + r, lc + r);
   merge(t.m, t.l, load(mc), load(lc), a, b);
-  int d = 0;
-  for (; d + ND * LANES <= t.dim; d += ND * LANES)
-    pv_few<T, R, ND>(v, d, LANES, s, t.o, stride, a, b, keys.begin, keys.end);
-  for (; d < t.dim; d += LANES)
-    pv_few<T, R, 1>(v, d, min(LANES, t.dim - d), s, t.o, stride, a, b, keys.begin, keys.end);
+  pv_dims<T, R>(t, keys, v, 0, s, a, b);
 }
 template <class T, int R = 1>
 void chunk_few_rows(const Tile& t, const Keys& keys, const Rows<T>* k, const Rows<T>* v, float* s) {

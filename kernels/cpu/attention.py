@@ -24,6 +24,9 @@ def supports_attention_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, **te
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.stride(-1) != 1:
             return f"the last dimension of {name} must be contiguous, not of stride {cache.stride(-1)}"
+    if k_cache.dtype != q.dtype != torch.float32:
+        mine, kept = (str(t.dtype).removeprefix("torch.") for t in (q, k_cache))
+        return f"it takes caches of another dtype than q's with float32 queries only, not {mine} with {kept}"
     return _unsupported(q, k_cache, v_cache, terms)
 
 
@@ -181,7 +184,14 @@ def _numbers(
         **{"B": B, "Sq": Sq, "Sk": Sk, "H": H, "Hk": Hk, "D": D, "q_longest": longest},
         **{"q_strides": _strides(q), "k_strides": _strides(k), "v_strides": _strides(v)},
         **{"chunks": chunks, "partial": partial, "scale": 1 / math.sqrt(D) if scale is None else scale},
-        **{"softcap": softcap, "dtype": DTYPES[q.dtype], "causal": causal, "left": window[0], "right": window[1]},
+        **{
+            "softcap": softcap,
+            "dtype": DTYPES[q.dtype],
+            "cache_dtype": DTYPES[k.dtype],
+            "causal": causal,
+            "left": window[0],
+            "right": window[1],
+        },
         **{"bias_dtype": 0, "slopes_batch": 0, "page": 0, "table_stride": 0, "rotary": 0, "interleaved": 0},
     }
     return threads, B * Hk * chunks * partial, numbers

@@ -54,7 +54,8 @@ struct Attention {
   int64_t slopes_batch, page, table_stride, rotary;
   int64_t chunks, partial;  // of workspace: chunks a sequence may have, floats a chunk
   float scale, softcap;
-  int32_t dtype, bias_dtype, causal, left, right, interleaved;
+  int32_t dtype, cache_dtype;  // cache_dtype: of k, v and the caches; dtype, or any where that is FLOAT32
+  int32_t bias_dtype, causal, left, right, interleaved;
 };
 
 struct Norm {                 // layer_norm and rms_norm

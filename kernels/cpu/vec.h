@@ -261,6 +261,7 @@ INLINE f32v load(const T* p, int n) {
   else
     return widen(bitcast<u16v>(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p)), T{});
 #else
+  if (n == LANES) return load(p);
   T tail[LANES] = {};
   for (int i = 0; i < n; i++) tail[i] = p[i];
   return load(tail);
@@ -274,6 +275,7 @@ INLINE void store(T* p, f32v v, int n) {
   else
     _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), bitcast<__m256i>(narrow(v, T{})));
 #else
+  if (n == LANES) return store(p, v);
   T tail[LANES];
   store(tail, v);
   for (int i = 0; i < n; i++) p[i] = tail[i];
@@ -473,7 +475,7 @@ INLINE f32v exp2_fraction(f32v f) {
 // 2^x to 1 unit in the last place for x <= 127.5; below -126 the result is 0 (no denormals), NaN stays NaN.
 // A degree-6 polynomial on [-1/2, 1/2], then the exponent is added in the integer domain.
 INLINE f32v exp2(f32v x) {
-  f32v n = round(max(splat(-127.0f), x)), p = exp2_fraction(x - n);
+  f32v n = round(x), p = exp2_fraction(x - n);
   i32v e = __builtin_convertvector(n, i32v) << 23;
   return x < -126.0f ? f32v{} : bitcast<f32v>(bitcast<i32v>(p) + e);
 }

@@ -58,9 +58,11 @@ def fresh_cache(B: int, room: int, dtype: torch.dtype = torch.float32) -> tuple[
     return torch.full((B, room, HK, D), torch.nan, dtype=dtype), torch.full((B, room, HK, D), torch.nan, dtype=dtype)
 
 
-def through_cache(q: Tensor, k: Tensor, v: Tensor, step: int, **terms: Any) -> tuple[Tensor, Tensor]:
-    """A sequence (B = 1) appended to a cache and attended to, `step` tokens at a time."""
-    k_cache, v_cache = fresh_cache(1, q.shape[1] + 3, q.dtype)
+def through_cache(
+    q: Tensor, k: Tensor, v: Tensor, step: int, kept: torch.dtype | None = None, **terms: Any
+) -> tuple[Tensor, Tensor]:
+    """A sequence (B = 1) appended to a cache (of dtype `kept`) and attended to, `step` tokens at a time."""
+    k_cache, v_cache = fresh_cache(1, q.shape[1] + 3, kept or q.dtype)
     outs, lses = [], []
     for at in range(0, q.shape[1], step):
         part = slice(at, at + step)
@@ -98,6 +100,22 @@ def test_prefill_chunks_and_decode_have_the_same_bits(
     out, lse = attention(q, k, v, causal=True, return_lse=True, backend="cpu", **terms)
     for step in (S, 7, 1):
         mine, my_lse = through_cache(q, k, v, step, **terms)
+        assert torch.equal(mine, out), step
+        assert torch.equal(my_lse, lse), step
+
+
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float16])
+def test_a_16_bit_cache_is_seen_rounded_in_prefill_and_decode(
+    isa: None, two_threads: None, name: str, kept: torch.dtype
+) -> None:
+    S, terms = 301, TERMS[name]
+    q, k, v = qkv(1, S, S)
+    out, lse = attention(
+        q, k.to(kept).float(), v.to(kept).float(), causal=True, return_lse=True, backend="cpu", **terms
+    )
+    for step in (S, 7, 1):
+        mine, my_lse = through_cache(q, k, v, step, kept, **terms)
         assert torch.equal(mine, out), step
         assert torch.equal(my_lse, lse), step
 
@@ -364,5 +382,8 @@ def test_what_the_kernel_declines_has_a_reason() -> None:
     with pytest.raises(BackendError, match="up to 256 dimensions"):
         attention(q, k, v, backend="cpu")
     assert torch.equal(attention(q, k, v), attention(q, k, v, backend="reference"))
+    half = [t.half() for t in qkv(1, 1, 8)]
+    mixed = half[0], *(t.float() for t in half[1:]), ints(8)
+    assert "with float32 queries only, not float16 with float32" in str(explain(attention_kvcache, *mixed))
     q, k, v = qkv(1, 3, 3)
     assert "gradient" in str(explain(attention, q.requires_grad_(), k, v))

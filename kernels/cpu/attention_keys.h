@@ -1,0 +1,156 @@
+// Keys and values as they lie in memory, of any storage dtype: turned in registers, widened, packed; and the constants
+// of attention's shapes.
+#pragma once
+#include "vec.h"
+
+namespace gptfast::ISA::attn {
+
+constexpr int CHUNK = 128;                  // keys; gptfast/ops/attention.py says so too
+constexpr int ROWS = 3 * LANES;             // query rows of a full tile
+constexpr int BLOCK = LANES == 16 ? 8 : 4;  // x 3 accumulators + 3 + 1 fill 32 or 16 vector registers
+constexpr int FEW = LANES / 2;              // tiles of so many rows or fewer take the `few` shape
+constexpr int GROUPS = LANES == 4 ? 1 : 2;  // vectors of keys side by side in the `few` shape
+constexpr int AHEAD = 8;                    // values are prefetched so many keys ahead
+constexpr int DIM = 256;                    // the largest head
+constexpr float NONE = -__builtin_inff();
+#define NOINLINE __attribute__((noinline))
+#define UNROLL _Pragma("GCC unroll 16")
+#define NO_UNROLL _Pragma("GCC unroll 1")
+
+// Keeps the compiler from loading v again for each use: a load takes as long as the fma that it would be folded into.
+INLINE void in_register(f32v& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#else
+  (void)v;
+#endif
+}
+
+// LANES keys or values of a head that lie evenly: row i is at + i * stride.
+template <class T>
+struct Rows {
+  const T* at;
+  int64_t stride;
+};
+
+// A word is one value of fp32, or two of a 16-bit type. Keys are turned four words at a time.
+template <class T>
+constexpr int PER_WORD = (int)(sizeof(float) / sizeof(T));
+template <class T>
+constexpr int DIMS = 4 * PER_WORD<T>;
+
+// Four words of LANES rows: at[n] is row 4 n, the rows stand `stride` bytes apart.
+struct Quads {
+  const char* at[LANES / 4];
+  int64_t stride;
+
+  template <class T>
+  explicit Quads(const Rows<T>& rows) : stride(rows.stride * (int64_t)sizeof(T)) {
+    for (int n = 0; n < LANES / 4; n++) at[n] = (const char*)(rows.at + 4 * n * rows.stride);
+  }
+  // Lanes 4 n ..: the words of row 4 n + i. Halves are loaded, for a load of 64 bytes takes as long as two of 16.
+  INLINE f32v part(int i) const {
+    auto quad = [&](int n) { return (const float*)(at[n] + i * stride); };
+#if defined(__AVX2__)
+    auto half = [&](int n) {
+      return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(quad(n))), _mm_loadu_ps(quad(n + 1)), 1);
+    };
+#endif
+#if defined(__AVX512F__)
+    return _mm512_insertf32x8(_mm512_castps256_ps512(half(0)), half(2), 1);
+#elif defined(__AVX2__)
+    return half(0);
+#else
+    return load(quad(0));
+#endif
+  }
+  // words[w] = word w of all rows; then on to the next four. A transpose of four lanes by four.
+  template <class T>
+  INLINE void turn(f32v* words, T) {
+    const i32v lane = iota(), quad = lane & ~3, odd = lane & 1, upper = (lane & 2) / 2;
+    const i32v by_one = quad + upper + odd * LANES, by_two = quad + odd + upper * LANES;
+    const f32v x0 = part(0), x1 = part(1), x2 = part(2), x3 = part(3);
+    const f32v a = __builtin_shuffle(x0, x1, by_one), b = __builtin_shuffle(x0, x1, by_one + 2);
+    const f32v c = __builtin_shuffle(x2, x3, by_one), d = __builtin_shuffle(x2, x3, by_one + 2);
+    words[0] = __builtin_shuffle(a, c, by_two);
+    words[1] = __builtin_shuffle(a, c, by_two + 2);
+    words[2] = __builtin_shuffle(b, d, by_two);
+    words[3] = __builtin_shuffle(b, d, by_two + 2);
+    next();
+  }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // fp16 is widened from half a vector: words[w] = value 2 w of all rows, then their value 2 w + 1.
+  INLINE void turn(f32v* words, f16) {
+    const __m256i x0 = _mm256_castps_si256(part(0)), x1 = _mm256_castps_si256(part(1));
+    const __m256i x2 = _mm256_castps_si256(part(2)), x3 = _mm256_castps_si256(part(3));
+    const __m256i a = _mm256_unpacklo_epi16(x0, x1), b = _mm256_unpackhi_epi16(x0, x1);
+    const __m256i c = _mm256_unpacklo_epi16(x2, x3), d = _mm256_unpackhi_epi16(x2, x3);
+    const __m256i fours[4] = {_mm256_unpacklo_epi32(a, c), _mm256_unpackhi_epi32(a, c), _mm256_unpacklo_epi32(b, d),
+                              _mm256_unpackhi_epi32(b, d)};
+    UNROLL for (int w = 0; w < 4; w++) words[w] = _mm256_castsi256_ps(_mm256_permute4x64_epi64(fours[w], 0xd8));
+    next();
+  }
+#endif
+  // Opaque, lest the compiler keep a pointer to each row and run out of registers.
+  INLINE void next() { UNROLL for (int n = 0; n < LANES / 4; n++) asm("" : "+r"(at[n] += 16)); }
+};
+// Value i of a word.
+INLINE f32v value(f32v word, int, float) { return word; }
+INLINE f32v value(f32v pair, int i, bf16) {
+  return bitcast<f32v>(i ? bitcast<i32v>(pair) & (int32_t)0xffff0000 : bitcast<i32v>(pair) << 16);
+}
+INLINE f32v value(f32v pair, int i, f16) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i x = _mm256_castps_si256(pair);
+  return _mm256_cvtph_ps(i ? _mm256_extracti128_si256(x, 1) : _mm256_castsi256_si128(x));
+#else
+  return widen(__builtin_convertvector(bitcast<u32v>(pair) >> 16 * i, u16v), f16{});
+#endif
+}
+// One dim of all rows.
+template <class T>
+INLINE f32v column(const Rows<T>& rows, int d) {
+  float x[LANES];
+  for (int i = 0; i < LANES; i++) x[i] = load1(rows.at + i * rows.stride + d);
+  return load(x);
+}
+
+// Rows that lie apart are no stream that a machine would see.
+template <class T>
+INLINE void prefetch_row(const T* row, int dim) {
+  for (int at = 0; at < dim * (int)sizeof(T); at += 64) __builtin_prefetch((const char*)row + at);
+}
+// Two groups ahead.
+template <class T>
+INLINE void prefetch_rows(const Rows<T>& rows, int dim) {
+  for (int i = 0; i < LANES; i++) prefetch_row(rows.at + (2 * LANES + i) * rows.stride, dim);
+}
+
+// kt[d][LANES] = LANES keys.
+template <class T>
+NOINLINE void pack_k(const Rows<T>& k, int dim, float* kt) {
+  prefetch_rows(k, dim);
+  Quads quads(k);
+  int d = 0;
+  for (; d + DIMS<T> <= dim; d += DIMS<T>) {
+    f32v words[4];
+    quads.turn(words, T{});
+    UNROLL for (int i = 0; i < DIMS<T>; i++)
+        store(kt + (d + i) * LANES, value(words[i / PER_WORD<T>], i % PER_WORD<T>, T{}));
+  }
+  for (; d < dim; d++) store(kt + d * LANES, column(k, d));
+}
+
+// vt[d / LANES][key][LANES] = values begin .. end. By columns: vectors of one key lie CHUNK LANES floats apart, in few
+// sets of L1.
+template <class T>
+NOINLINE void pack_v(const Rows<T>& v, int begin, int end, int dim, float* vt) {
+  prefetch_rows(v, dim);
+  int d = 0;
+  for (; d + LANES <= dim; d += LANES)
+    for (int j = begin; j < end; j++) store(vt + d * CHUNK + j * LANES, load(v.at + j * v.stride + d));
+  if (d < dim)
+    for (int j = begin; j < end; j++) store(vt + d * CHUNK + j * LANES, load(v.at + j * v.stride + d, dim - d));
+}
+
+}  // namespace gptfast::ISA::attn
