@@ -1,0 +1,116 @@
+"""Steps that feed one row several tokens at once and draw what follows each of them, recorded where that is possible."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptfast.generate.cache import KVCache
+from gptfast.generate.replay import NotReplayable, Replay, Replays
+from gptfast.generate.sampler import Sampler
+
+SIZES = (1, 2, 4, 8, 16)  # tokens fed at once. Each is recorded when it is first wanted.
+
+
+class Steps:
+    """The steps of one text: `sampler` has one row, and so have the caches."""
+
+    def __init__(self, model: Any, sampler: Sampler, replays: Replays | None) -> None:
+        self.model, self.sampler, self.replays = model, sampler, replays
+        self._taken: dict[int, Replay] = {}  # by the tokens they feed
+        self._wide: dict[int, Sampler] = {}
+        self._ahead = torch.arange(SIZES[-1])
+        self._history: Tensor | None = None  # (SIZES[-1], longest): row i is the text up to the step's token i
+        self._behind: tuple[int, list[int], int] | None = None  # of the last step: number, tokens drawn and fed
+
+    def largest(self, most: int, cache: KVCache, step: int) -> int:
+        """The largest step of at most so many tokens that the cache has room for. All of its tokens are drawn with the
+        end tokens forbidden, or none."""
+        if step < self.sampler.min_new:
+            most = min(most, self.sampler.min_new - step)
+        most = min(most, cache.capacity - int(cache.lengths[0]))
+        return max(size for size in SIZES if size <= max(most, 1))
+
+    def draw(
+        self, cache: KVCache, tokens: Sequence[int], step: int, record: bool = True
+    ) -> Iterator[tuple[int, float | None]]:
+        """Feeds these tokens behind what the cache holds; gives the token drawn after each, and its log-prob.
+
+        What is drawn after tokens[i] has number step + i, and means something only where tokens[:i + 1] is the text: ask
+        no further than that. The caller advances the cache. record: whether a step may be recorded now.
+        """
+        drawn: list[int] = []
+        for token, logprob in self._drawn(cache, list(tokens), step, record):
+            drawn.append(token)
+            self._behind = step, drawn, len(tokens)
+            yield token, logprob
+
+    def seconds(self, size: int) -> float | None:
+        """What a step of so many tokens takes, where that is known."""
+        return self._taken[size].seconds if size in self._taken else None
+
+    def close(self) -> None:
+        """Gives back what other texts may use."""
+        for replay in self._taken.values():
+            assert self.replays is not None
+            self.replays.give(replay)
+        self._taken.clear()
+
+    def _drawn(self, cache: KVCache, tokens: list[int], step: int, record: bool) -> Iterator[tuple[int, float | None]]:
+        replay = self._recorded(cache, len(tokens), record)
+        if replay is not None and self.sampler.steady:
+            try:
+                sampler = self._sampler(tokens, step)
+                begin = perf_counter()
+                ids, logprobs = replay.draws(sampler, tokens, step < self.sampler.min_new)
+                replay.took(perf_counter() - begin)
+                yield from zip(ids, logprobs or [None] * len(ids))
+                return
+            except NotReplayable:
+                self.sampler.steady = False
+        ids = torch.tensor([tokens], dtype=torch.int64, device=cache.lengths.device)
+        logits = self.model(ids, cache=cache)[0] if replay is None else replay.step(ids)
+        for i in range(len(tokens)):
+            # One by one: a processor sees what it would without the tokens behind.
+            drawn, logprobs = self.sampler(logits[i : i + 1], step + i)
+            yield drawn[0], None if logprobs is None else logprobs[0]
+
+    def _recorded(self, cache: KVCache, size: int, record: bool) -> Replay | None:
+        found = self._taken.get(size)
+        if self.replays is None or (found is not None and found.bound(cache)):
+            return found
+        if found is not None:
+            self.replays.give(self._taken.pop(size))
+        found = self.replays.take(cache, record, size)
+        if found is not None:
+            self._taken[size] = found
+        return found
+
+    def _sampler(self, tokens: list[int], step: int) -> Sampler:
+        """The sampler of all of a step's tokens at once."""
+        size, own = len(tokens), self.sampler
+        if own.penalised:
+            self._write_history(tokens, step)
+        if size not in self._wide:
+            self._wide[size] = own.spread(size, None if self._history is None else self._history[:size])
+        wide = self._wide[size]
+        torch.add(self._ahead[:size], step, out=wide.steps)
+        return wide
+
+    def _write_history(self, tokens: list[int], step: int) -> None:
+        """Row i of the history becomes the text up to tokens[i], the first of which every row has already."""
+        own = self.sampler
+        assert own.history is not None
+        if self._history is None:
+            self._history = own.history.repeat(SIZES[-1], 1)
+            own.history = self._history[:1]  # what it draws by itself is written there
+        before, drawn, fed = self._behind or (step, [], 1)
+        text, end = drawn[: step - before], max(step + len(tokens), before + fed) - 1
+        rows = [text + (tokens[1 : i + 1] if i < len(tokens) else []) for i in range(SIZES[-1])]
+        width, begin = end - before, int(own.prompt_lengths[0]) + before
+        if width:
+            self._history[:, begin : begin + width] = torch.tensor([r + [-1] * (width - len(r)) for r in rows])
