@@ -21,7 +21,7 @@ from gptfast.generate.prompt_cache import PromptCache
 from gptfast.generate.replay import Replays
 from gptfast.generate.results import Generation, Score, Stats
 from gptfast.generate.sampler import NEUTRAL, Processor, Sampler
-from gptfast.generate.speculative import Drafter, Speculation, drafter
+from gptfast.generate.speculative import Drafter, speculate
 from gptfast.generate.stop import NoText, Text
 from gptfast.model import GPT
 from gptfast.ops.dispatch import explain
@@ -116,8 +116,8 @@ class LanguageModel:
         processors=()           callables (history (B, L) int64 padded with -1, logits (B, V)) -> logits
         parse_special=False     whether text such as <|im_end|> in a prompt means the special token
         cache=None              a PromptCache whose tokens the prompt continues (see new_cache)
-        speculation=None        "prompt-lookup", DraftModel(...) or another Drafter: the same tokens, perhaps sooner, for a
-                                call that writes one text (see gptfast.generate.speculative)
+        speculation=None        "prompt-lookup", DraftModel(...) or another Drafter: the same tokens, sooner where its
+                                guesses are right; for calls that write one text (gptfast.generate.speculative)
         progress=None           called with (prompt tokens computed, prompt tokens) after each chunk
 
         Returns a Generation, or a list of them for a list of prompts or n > 1 (the n of a prompt beside each other).
@@ -254,11 +254,8 @@ class LanguageModel:
         sources, distinct = _distinct(contexts) if cache is None else (list(range(count)), contexts)
         capacity = min(-(-min(longest, max(map(len, contexts)) + BLOCK) // BLOCK) * BLOCK, self.context)
         kv = self._kv(len(distinct), capacity) if cache is None else cache.kv
-        guided = (drafts := drafter(speculation)) and Speculation(drafts, self.model, sampler, self._replays, contexts[0])
-        loop = Loop(
-            *(self.model, kv, limits),
-            **dict(kept=cache is not None, replays=self._replays, speculation=guided if count == 1 else None),
-        )
+        loop = Loop(self.model, kv, limits, kept=cache is not None, replays=self._replays)
+        loop.speculation = speculate(speculation, self.model, sampler, self._replays, contexts)
 
         def start() -> None:
             loop.prefill(distinct, progress)

@@ -58,22 +58,13 @@ class Limits:
 
 
 class Loop:
-    """The rows of one call. `kept`: the cache is the caller's, so that no row may leave it. `speculation`: of one row
-    alone, since several share each reading of the weights already.
-    """
+    """The rows of one call. `kept`: the cache is the caller's, so that no row may leave it."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        cache: KVCache,
-        limits: Limits,
-        *,
-        kept: bool = False,
-        replays: Replays | None = None,
-        speculation: Speculation | None = None,
+        self, model: nn.Module, cache: KVCache, limits: Limits, *, kept: bool = False, replays: Replays | None = None
     ) -> None:
         self.model, self.cache, self.limits, self.kept, self.replays = model, cache, limits, kept, replays
-        self.speculation = speculation
+        self.speculation: Speculation | None = None  # of the only row
         self._replay: Replay | None = None
         self.rows: list[Row] = []
         self.steps = self.prefill_tokens = 0

@@ -92,7 +92,7 @@ class Recorded:
 class Replay:
     """A recorded decode step of one model for caches of one batch and capacity, and so many tokens of each row.
 
-    bind(cache) lays out the plan; then step(tokens) gives the logits (B T, V) fp32 that model(ids, cache) would, one row
+    bind(cache) lays out the plan; then step(tokens) gives the logits (B T, V) fp32 that model(ids, cache) would, a row
     for each token. The caller advances the cache; the logits are overwritten by the next step.
 
     Raises NotReplayable where a step isn't made of kernels alone.
@@ -163,8 +163,9 @@ class Replay:
         return ids.tolist(), None if logprobs is None else logprobs.tolist()
 
     def took(self, seconds: float) -> None:
-        """What `draws` took: the least so far counts, which rises slowly. An interrupted step says nothing about it."""
-        self.seconds = seconds if self.seconds is None else min(seconds, 1.02 * self.seconds)
+        """What `draws` took just now. `seconds` follows by a tenth at most: an interrupted step says little of it."""
+        before = self.seconds or seconds
+        self.seconds = min(max(seconds, 0.9 * before), 1.1 * before)
 
     def _feed(self, tokens: Tensor) -> None:
         assert self._cache is not None

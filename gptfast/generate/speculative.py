@@ -1,9 +1,12 @@
 """Speculation: cheap guesses at the next tokens, which the model then looks at in one step instead of one step each.
 
-The text stays the same, token for token and bit for bit. A position's logits don't depend on how many positions are fed
-together, and token number i is drawn with the random numbers of (seed, i); so each position is drawn just as plain
-decoding would, and a guess is accepted where it equals what was drawn. That holds for greedy decoding and for every kind
-of sampling, and it is stronger than rejection sampling, which keeps the distribution but not the text.
+The text stays the same, token for token, and its log-probs bit for bit. A position's logits don't depend on how many
+positions are fed together, and token number i is drawn with the random numbers of (seed, i) alone; so each position is
+drawn just as plain decoding draws it, and a guess is accepted where it equals what was drawn. That holds for greedy
+decoding and for every kind of sampling. It is stronger than rejection sampling, which keeps the distribution but not
+the text, and accepts as often as a greedy draft can be accepted.
+
+Only a call that writes one text speculates: the rows of a batch share each reading of the weights already.
 
 Sources: Leviathan, Kalman and Matias, "Fast inference from transformers via speculative decoding" (arXiv:2211.17192);
 Saxena, "Prompt lookup decoding" (2023, github.com/apoorvumang/prompt-lookup-decoding).
@@ -195,8 +198,8 @@ class Speculation:
         self.steps = Steps(model, sampler, replays)
         self.pace = Pace(SIZES, self.steps.seconds)
         self.drafted = self.accepted = 0
-        self._unread: list[int] = list(prompt)  # what the draft hasn't been told yet
-        self._read = 0  # of the new tokens, what it has
+        self._prompt = list(prompt)  # until the draft has it
+        self._read = 0  # new tokens that the draft has
 
     def step(self, cache: KVCache, tokens: list[int], left: int, take: Callable[[int, float | None], bool]) -> None:
         """Feeds the last of the new tokens with guesses at what follows, and advances the cache.
@@ -204,9 +207,12 @@ class Speculation:
         left: tokens that may still come, at least 1, for which the cache has room
         take: is given each next token and its log-prob, and says whether more may come
         """
+        if self._prompt:
+            self.draft.accept(self._prompt)
+            self._prompt = []
         step, begin = len(tokens), perf_counter()
-        self.draft.accept([*self._unread, *tokens[self._read :]])
-        self._unread, self._read = [], step
+        self.draft.accept(tokens[self._read :])
+        self._read = step
         guesses = self.draft.propose(most) if (most := min(self.pace.wanted(MOST), left)) else []
         guessing_s = perf_counter() - begin
         if wrong := [t for t in guesses if not 0 <= t < self.vocabulary]:
@@ -230,13 +236,19 @@ class Speculation:
         self.draft.close()
 
 
-def drafter(speculation: str | Drafter | None) -> Drafter | None:
-    """What the setting `speculation` means. Raises ValueError for anything else."""
-    if speculation is None or (not isinstance(speculation, str) and hasattr(speculation, "begin")):
-        return speculation
-    if speculation == "prompt-lookup":
-        return PromptLookup()
-    raise ValueError(f"expected speculation None, 'prompt-lookup' or a Drafter such as DraftModel, got {speculation!r}")
+def speculate(
+    setting: str | Drafter | None, model: Any, sampler: Sampler, replays: Replays, contexts: Sequence[Sequence[int]]
+) -> Speculation | None:
+    """What generate's setting `speculation` means for rows with these contexts; None: they are decoded plainly.
+
+    Raises ValueError, one sentence, where it means nothing or its drafter doesn't fit the model.
+    """
+    how = PromptLookup() if setting == "prompt-lookup" else setting
+    if isinstance(how, str) or not (how is None or hasattr(how, "begin")):
+        raise ValueError(
+            f"expected speculation None, 'prompt-lookup' or a Drafter such as DraftModel(...), got {setting!r}"
+        )
+    return None if how is None or len(contexts) > 1 else Speculation(how, model, sampler, replays, contexts[0])
 
 
 def _draft_length(n: int) -> int:

@@ -1,4 +1,4 @@
-"""Steps that feed one row several tokens at once and draw what follows each of them, recorded where that is possible."""
+"""Steps that feed one row several tokens at once and draw what follows each of them, recorded where that can be."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Steps:
     ) -> Iterator[tuple[int, float | None]]:
         """Feeds these tokens behind what the cache holds; gives the token drawn after each, and its log-prob.
 
-        What is drawn after tokens[i] has number step + i, and means something only where tokens[:i + 1] is the text: ask
-        no further than that. The caller advances the cache. record: whether a step may be recorded now.
+        What is drawn after tokens[i] has number step + i, and means something only where tokens[:i + 1] is the text:
+        ask no further than that. The caller advances the cache. record: whether a step may be recorded now.
         """
         drawn: list[int] = []
         for token, logprob in self._drawn(cache, list(tokens), step, record):
