@@ -72,6 +72,8 @@ class Steps:
                 return
             except NotReplayable:
                 self.sampler.steady = False
+        if self._history is not None:
+            self._write_history(tokens, step)
         ids = torch.tensor([tokens], dtype=torch.int64, device=cache.lengths.device)
         logits = self.model(ids, cache=cache)[0] if replay is None else replay.step(ids)
         for i in range(len(tokens)):
