@@ -1,8 +1,10 @@
 """SmolLM2-135M with prompt lookup against its own plain decoding, in turns in one process.
 
-Two prompts: a rewrite, whose answer copies most of the text it was given but not all (greedy), and a story with nothing
-to copy, sampled at temperature 1, since greedy text of a small model goes in circles. Both ways must write the same
-tokens with the same log-probs, bit for bit, before anything is timed.
+Two answers copy most of the text they are given, but not all of it: a rewrite, which the small model does by joining
+sentences here and there, and a correction of four spelling mistakes, of which it finds some. The third, a story, has
+nothing to copy; it is sampled at temperature 1, since the model's greedy text goes in circles. Both ways must write the
+same tokens with the same log-probs, bit for bit, before anything is timed. The prompts' keys and values are kept: only
+decoding is timed.
 """
 
 from __future__ import annotations
@@ -30,7 +32,18 @@ to hear her stories. She told them about the ship that lost its mast in the grea
 brought her a parrot from Brazil. The parrot spoke only Portuguese, and nobody in the village understood a word. One \
 day a letter came from the city. It said that the lamp would be replaced by an electric one, which would need no \
 keeper. Martha read the letter twice, folded it and put it in the drawer with the others. Then she climbed the stairs, \
-for the sun was already low, and lit the lamp."""
+for the sun was already low, and lit the lamp.
+
+The next morning she walked down to the harbour. The boats had come back early, and the fishermen stood in a circle \
+and talked about the weather. Old Peter asked her what she would do without the lamp. She said that she did not know \
+yet, but that a tower with two hundred steps would always need somebody to sweep it. They laughed, and he gave her two \
+herrings wrapped in newspaper. At noon a man in a grey suit arrived by bicycle. He carried a leather case full of \
+drawings, and he measured the stairs, the windows and the lamp itself. He wrote every number into a small green book. \
+Martha made tea for him, because the road from the city was long and the wind was cold. He told her that the new light \
+could be seen from forty miles away, and that it would turn itself on when the sky grew dark. She asked him who would \
+tell the stories. He thought about it for a while, closed the green book and said that this had not been written in \
+the plan."""
+MISTAKES = {"evening": "evning", "sunset": "sunsett", "village": "vilage", "bicycle": "bycicle"}
 
 
 @dataclass(frozen=True)
@@ -43,8 +56,16 @@ class Workload:
     new: int  # tokens at most
 
 
+def misspelled(text: str) -> str:
+    for right, wrong in MISTAKES.items():
+        text = text.replace(right, wrong)
+    return text
+
+
+CORRECT = "Correct the spelling in the following text and write out the whole corrected text"
 WORKLOADS = (
-    Workload("rewrite", f"Rewrite the following text, keeping every sentence:\n\n{STORY}", 0.0, 256),
+    Workload("rewrite", f"Rewrite the following text, keeping every sentence:\n\n{STORY}", 0.0, 160),
+    Workload("correct", f"{CORRECT}:\n\n{misspelled(STORY)}", 0.0, 160),
     Workload("story", "Write a story about a clockmaker who travels to the sea for the first time.", 1.0, 128),
 )
 
@@ -64,13 +85,14 @@ def differs(lm: LanguageModel, w: Workload) -> str | None:
 def measure(lm: LanguageModel, w: Workload, rounds: int) -> dict[str, Any]:
     """One row: tokens/s of both ways, and how many times as fast speculation is, round by round."""
     ways = (None, "prompt-lookup")
+    caches = {way: lm.new_cache() for way in ways}
     for way in ways:
-        answer(lm, w, way)  # every size of step is recorded
+        answer(lm, w, way, cache=caches[way])  # computes the prompt, and steps of every size are recorded
     runs: dict[str | None, list[Generation]] = {way: [] for way in ways}
     for i in range(rounds):
         for way in ways if i % 2 == 0 else ways[::-1]:
             time.sleep(SETTLE_S)
-            runs[way].append(answer(lm, w, way))
+            runs[way].append(answer(lm, w, way, cache=caches[way]))
     plain, quick = ([run.stats.decode_s for run in runs[way]] for way in ways)
     over, steps = ratio(plain, quick), len(runs[None][0].token_ids) - 1
     drafted, accepted = (sum(getattr(run.stats, name) for run in runs[ways[1]]) for name in ("drafted", "accepted"))

@@ -92,7 +92,8 @@ def test_several_tokens_at_once_are_bitwise_equal_to_one_by_one(
     cache = prefilled(model, lengths, 300)
     other = cache.select(range(len(lengths)))
     several, one = Replay(model, cache, tokens), Replay(model, other)
-    several.bind(cache), one.bind(other)
+    several.bind(cache)
+    one.bind(other)
     for kept in (1, tokens // 2, tokens):
         ids = torch.randint(97, (len(lengths), tokens), generator=torch.Generator().manual_seed(kept))
         found = several.step(ids).view(len(lengths), tokens, -1)

@@ -437,7 +437,7 @@ def test_steps_fit_the_room_and_the_mask() -> None:
     [
         (lambda: "n-grams", r"expected speculation None, 'prompt-lookup' or a Drafter.*got 'n-grams'"),
         (lambda: 3, "got 3"),
-        (lambda: PromptLookup(0), "1 <= min_ngram <= max_ngram, got 1 and 0"),
+        (lambda: PromptLookup(0), "1 <= min_ngram <= max_ngram, got 2 and 0"),
         (lambda: PromptLookup(max_draft=16), "max_draft a whole number from 1 to 15, got 16"),
         (lambda: DraftModel(model_of("gpt2", vocab_size=50)), "a draft model of 97 tokens.*got one of 50"),
         (lambda: Told([V] * 200), f"drafts of tokens from 0 to {V - 1}, got {V}"),

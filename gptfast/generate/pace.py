@@ -12,6 +12,7 @@ MEMORY = 0.98
 
 SLOPE = 0.35  # what a further token adds to a step, in steps of one token, until it has been measured
 WORTH = 1.1  # a longer step must promise so much more: estimates err, and a loss is worse than a missed gain
+UNLIKELY = 0.1  # a guess that is reached so seldom pays for no longer step
 LITTLE = 0.03  # of a step: guesses that cost no more are asked for in every step, if only to see how good they'd be
 PATIENCE = 64  # steps at most between two looks at guesses that aren't worth their cost
 
@@ -48,10 +49,10 @@ class Pace:
 
     def size(self, most: int) -> int:
         """How many tokens, of at most `most`, the next step had best feed, if all but the first are guesses."""
-        one = self._cost(1) or 1.0
         best, best_rate, expected, likely, fed = 1, 1.0, 1.0, 1.0, 1
+        one = (self._cost(1) if most > 1 else None) or 1.0
         for size in self.sizes[1:]:
-            if size > most:
+            if size > most or likely < UNLIKELY:
                 break
             while fed < size:
                 row = _row(self._streak + fed - 1)

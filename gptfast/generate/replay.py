@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from array import array
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,12 @@ class _Watch(TorchFunctionMode):
         return result
 
 
+def integers(n: int) -> tuple[array[int], Tensor]:
+    """n int64 zeros, and a tensor of the same memory: an element of an array is written in 0.05 us, a tensor in 5."""
+    memory = array("q", bytes(8 * n))
+    return memory, torch.frombuffer(memory, dtype=torch.int64)
+
+
 def _memory(t: Tensor) -> int:
     return t.untyped_storage().data_ptr()
 
@@ -100,9 +107,9 @@ class Replay:
 
     def __init__(self, model: GPT, cache: KVCache, tokens: int = 1) -> None:
         self.key = _key(model, cache, tokens)
-        self.ids = torch.zeros(cache.batch, tokens, dtype=torch.int64)
-        self.positions = torch.zeros(cache.batch, tokens, dtype=torch.int64)
-        self.tokens, self._ahead = tokens, torch.arange(tokens, dtype=torch.int32)
+        self.tokens = tokens
+        (self._ids, ids), (self._positions, positions) = integers(cache.batch * tokens), integers(cache.batch * tokens)
+        self.ids, self.positions = ids.view(cache.batch, tokens), positions.view(cache.batch, tokens)
         self.seconds: float | None = None  # what `draws` takes
         self.running = torch.ones(cache.batch, dtype=torch.int32)
         self._running: list[bool] | None = None  # what it holds
@@ -141,7 +148,9 @@ class Replay:
 
     def step(self, tokens: Tensor) -> Tensor:
         """tokens: (B, T) int64, each row's last ones; T = 1 may be left out."""
-        self._feed(tokens.view(self.ids.shape))
+        assert self._cache is not None
+        self.ids.copy_(tokens.view(self.ids.shape))
+        self.positions.copy_(self._cache.lengths[:, None] + torch.arange(self.tokens))
         self._plan.run(torch.get_num_threads())
         return self.logits.float()
 
@@ -156,9 +165,11 @@ class Replay:
         if self._masked != masked:
             (ids, logprobs), launches, self._drawn_with = record(lambda: sampler.draw(self.logits, masked))
             self._drawing, self._masked = (Plan([*self._bound, *launches]), ids, logprobs), masked
-        assert self._drawing is not None
+        assert self._drawing is not None and self._cache is not None
         plan, ids, logprobs = self._drawing
-        self._feed(torch.tensor(tokens))
+        length = int(self._cache.lengths.item())
+        for i, token in enumerate(tokens):
+            self._ids[i], self._positions[i] = token, length + i
         plan.run(torch.get_num_threads())
         return ids.tolist(), None if logprobs is None else logprobs.tolist()
 
@@ -166,11 +177,6 @@ class Replay:
         """What `draws` took just now. `seconds` follows by a tenth at most: an interrupted step says little of it."""
         before = self.seconds or seconds
         self.seconds = min(max(seconds, 0.9 * before), 1.1 * before)
-
-    def _feed(self, tokens: Tensor) -> None:
-        assert self._cache is not None
-        self.ids.copy_(tokens)
-        torch.add(self._cache.lengths[:, None], self._ahead, out=self.positions)
 
     def draw(
         self, sampler: Sampler, tokens: list[int], running: list[bool], step: int

@@ -111,13 +111,13 @@ class Sampler:
                 self.steady = False
         return self.draw(logits, masked)
 
-    def spread(self, tokens: int, history: Tensor | None) -> Sampler:
-        """The only row's settings for so many of its tokens at once, each a row of `draw`; `steps` is the caller's.
+    def spread(self, steps: Tensor, history: Tensor | None) -> Sampler:
+        """The only row's settings for several of its tokens at once, each a row of `draw`: those of these numbers.
 
         history: (tokens, longest), where penalties need it
         """
-        wide = copy.copy(self)
-        wide.seeds, wide.steps = self.seeds.repeat(tokens), self.steps.repeat(tokens)
+        wide, tokens = copy.copy(self), len(steps)
+        wide.seeds, wide.steps = self.seeds.repeat(tokens), steps
         if self.logit_bias is not None:
             wide.logit_bias = self.logit_bias.view(-1)
         if history is not None:

@@ -65,10 +65,10 @@ class PromptLookup:
     max_draft             tokens proposed at once
     """
 
-    def __init__(self, max_ngram: int = 3, max_draft: int = MOST, *, min_ngram: int = 1) -> None:
+    def __init__(self, max_ngram: int = 3, max_draft: int = MOST, *, min_ngram: int = 2) -> None:
         if not 1 <= min_ngram <= max_ngram:
             raise ValueError(f"PromptLookup: expected 1 <= min_ngram <= max_ngram, got {min_ngram} and {max_ngram}")
-        self.max_ngram, self.min_ngram, self.max_draft = max_ngram, min_ngram, _draft_length(max_draft)
+        self.lengths, self.max_draft = range(max_ngram, min_ngram - 1, -1), _draft_length(max_draft)
 
     def begin(self, vocabulary: int) -> Draft:
         return _Lookup(self)
@@ -78,8 +78,7 @@ class _Lookup:
     """A text and its index: for each n-gram the place behind it, the last one before the text's end."""
 
     def __init__(self, how: PromptLookup) -> None:
-        self.max_draft = how.max_draft
-        self.lengths = range(how.max_ngram, how.min_ngram - 1, -1)
+        self.lengths, self.max_draft = how.lengths, how.max_draft
         self.places: list[dict[tuple[int, ...], int]] = [{} for _ in self.lengths]
         self.text: list[int] = []
         self.next: int | None = None  # the place whose token is the guess

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from time import perf_counter
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gptfast.generate.cache import KVCache
-from gptfast.generate.replay import NotReplayable, Replay, Replays
+from gptfast.generate.replay import NotReplayable, Replay, Replays, integers
 from gptfast.generate.sampler import Sampler
 
 SIZES = (1, 2, 4, 8, 16)  # tokens fed at once. Each is recorded when it is first wanted.
@@ -23,7 +24,7 @@ class Steps:
         self.model, self.sampler, self.replays = model, sampler, replays
         self._taken: dict[int, Replay] = {}  # by the tokens they feed
         self._wide: dict[int, Sampler] = {}
-        self._ahead = torch.arange(SIZES[-1])
+        self._numbers, self._steps = integers(SIZES[-1])
         self._history: Tensor | None = None  # (SIZES[-1], longest): row i is the text up to the step's token i
         self._behind: tuple[int, list[int], int] | None = None  # of the last step: number, tokens drawn and fed
 
@@ -32,7 +33,7 @@ class Steps:
         end tokens forbidden, or none."""
         if step < self.sampler.min_new:
             most = min(most, self.sampler.min_new - step)
-        most = min(most, cache.capacity - int(cache.lengths[0]))
+        most = min(most, cache.capacity - int(cache.lengths.item()))
         return max(size for size in SIZES if size <= max(most, 1))
 
     def draw(
@@ -98,21 +99,26 @@ class Steps:
         if own.penalised:
             self._write_history(tokens, step)
         if size not in self._wide:
-            self._wide[size] = own.spread(size, None if self._history is None else self._history[:size])
-        wide = self._wide[size]
-        torch.add(self._ahead[:size], step, out=wide.steps)
-        return wide
+            history = None if self._history is None else self._history[:size]
+            self._wide[size] = own.spread(self._steps[:size], history)
+        for i in range(size):
+            self._numbers[i] = step + i
+        return self._wide[size]
 
     def _write_history(self, tokens: list[int], step: int) -> None:
         """Row i of the history becomes the text up to tokens[i], the first of which every row has already."""
         own = self.sampler
         assert own.history is not None
         if self._history is None:
-            self._history = own.history.repeat(SIZES[-1], 1)
+            self._memory, history = integers(SIZES[-1] * own.history.shape[1])
+            self._history = history.view(SIZES[-1], -1)
+            self._history.copy_(own.history)
             own.history = self._history[:1]  # what it draws by itself is written there
+        # From the last step's number on, rows may hold guesses.
         before, drawn, fed = self._behind or (step, [], 1)
         text, end = drawn[: step - before], max(step + len(tokens), before + fed) - 1
-        rows = [text + (tokens[1 : i + 1] if i < len(tokens) else []) for i in range(SIZES[-1])]
-        width, begin = end - before, int(own.prompt_lengths[0]) + before
-        if width:
-            self._history[:, begin : begin + width] = torch.tensor([r + [-1] * (width - len(r)) for r in rows])
+        width, place = end - before, int(own.prompt_lengths.item()) + before
+        for i in range(SIZES[-1]):
+            row = text + tokens[1 : i + 1] if i < len(tokens) else text
+            self._memory[place : place + width] = array("q", row + [-1] * (width - len(row)))
+            place += self._history.shape[1]
