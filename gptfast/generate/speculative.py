@@ -214,10 +214,12 @@ class Speculation:
         self._read = step
         guesses = self.draft.propose(most) if (most := min(self.pace.wanted(MOST), left)) else []
         guessing_s = perf_counter() - begin
-        if wrong := [t for t in guesses if not 0 <= t < self.vocabulary]:
-            raise ValueError(f"speculation: expected drafts of tokens from 0 to {self.vocabulary - 1}, got {wrong[0]}")
-        size = self.steps.largest(self.pace.size(min(len(guesses) + 1, left)), cache, step)
+        size = self.pace.size(min(len(guesses) + 1, left)) if guesses else 1
+        if size > 1:
+            size = self.steps.largest(size, cache, step)
         fed = guesses[: size - 1]
+        if wrong := [t for t in fed if not 0 <= t < self.vocabulary]:
+            raise ValueError(f"speculation: expected drafts of tokens from 0 to {self.vocabulary - 1}, got {wrong[0]}")
         drawn: list[int] = []
         try:
             for token, logprob in self.steps.draw(cache, [tokens[-1], *fed], step, left >= WORTH_RECORDING):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from time import perf_counter
 from typing import Any
 
@@ -37,18 +37,25 @@ class Steps:
         return max(size for size in SIZES if size <= max(most, 1))
 
     def draw(
-        self, cache: KVCache, tokens: Sequence[int], step: int, record: bool = True
-    ) -> Iterator[tuple[int, float | None]]:
+        self, cache: KVCache, tokens: list[int], step: int, record: bool = True
+    ) -> Iterable[tuple[int, float | None]]:
         """Feeds these tokens behind what the cache holds; gives the token drawn after each, and its log-prob.
 
         What is drawn after tokens[i] has number step + i, and means something only where tokens[:i + 1] is the text:
         ask no further than that. The caller advances the cache. record: whether a step may be recorded now.
         """
-        drawn: list[int] = []
-        for token, logprob in self._drawn(cache, list(tokens), step, record):
-            drawn.append(token)
-            self._behind = step, drawn, len(tokens)
-            yield token, logprob
+        replay = self._recorded(cache, len(tokens), record)
+        if replay is not None and self.sampler.steady:
+            try:
+                sampler = self._sampler(tokens, step)
+                begin = perf_counter()
+                ids, logprobs = replay.draws(sampler, tokens, step < self.sampler.min_new)
+                replay.took(perf_counter() - begin)
+                self._behind = step, ids, len(tokens)
+                return zip(ids, logprobs or [None] * len(ids))
+            except NotReplayable:
+                self.sampler.steady = False
+        return self._one_by_one(cache, tokens, step, replay)
 
     def seconds(self, size: int) -> float | None:
         """What a step of so many tokens takes, where that is known."""
@@ -61,26 +68,20 @@ class Steps:
             self.replays.give(replay)
         self._taken.clear()
 
-    def _drawn(self, cache: KVCache, tokens: list[int], step: int, record: bool) -> Iterator[tuple[int, float | None]]:
-        replay = self._recorded(cache, len(tokens), record)
-        if replay is not None and self.sampler.steady:
-            try:
-                sampler = self._sampler(tokens, step)
-                begin = perf_counter()
-                ids, logprobs = replay.draws(sampler, tokens, step < self.sampler.min_new)
-                replay.took(perf_counter() - begin)
-                yield from zip(ids, logprobs or [None] * len(ids))
-                return
-            except NotReplayable:
-                self.sampler.steady = False
+    def _one_by_one(
+        self, cache: KVCache, tokens: list[int], step: int, replay: Replay | None
+    ) -> Iterator[tuple[int, float | None]]:
+        """Each token is drawn when it is asked for: a processor sees what it would without the tokens behind."""
         if self._history is not None:
             self._write_history(tokens, step)
         ids = torch.tensor([tokens], dtype=torch.int64, device=cache.lengths.device)
         logits = self.model(ids, cache=cache)[0] if replay is None else replay.step(ids)
+        drawn: list[int] = []
+        self._behind = step, drawn, len(tokens)
         for i in range(len(tokens)):
-            # One by one: a processor sees what it would without the tokens behind.
-            drawn, logprobs = self.sampler(logits[i : i + 1], step + i)
-            yield drawn[0], None if logprobs is None else logprobs[0]
+            (token,), logprobs = self.sampler(logits[i : i + 1], step + i)
+            drawn.append(token)
+            yield token, None if logprobs is None else logprobs[0]
 
     def _recorded(self, cache: KVCache, size: int, record: bool) -> Replay | None:
         found = self._taken.get(size)
