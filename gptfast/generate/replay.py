@@ -57,10 +57,12 @@ class _Watch(TorchFunctionMode):
         return result
 
 
-def integers(n: int) -> tuple[array[int], Tensor]:
-    """n int64 zeros, and a tensor of the same memory: an element of an array is written in 0.05 us, a tensor in 5."""
-    memory = array("q", bytes(8 * n))
-    return memory, torch.frombuffer(memory, dtype=torch.int64)
+def integers(n: int, dtype: torch.dtype = torch.int64) -> tuple[array[int], Tensor]:
+    """n zeros, int64 or int32, and a tensor of the same memory. An element of an array is written in 0.05 us; of a
+    tensor in 5, and where a model's weights have just passed through the caches in 140.
+    """
+    memory = array("q" if dtype == torch.int64 else "i", bytes(dtype.itemsize * n))
+    return memory, torch.frombuffer(memory, dtype=dtype)
 
 
 def _memory(t: Tensor) -> int:

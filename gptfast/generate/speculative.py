@@ -172,7 +172,7 @@ class _Written:
         while len(guesses) < most:
             size = self.steps.largest(len(missing), self.cache, 0)
             *_, (guess, _) = self.steps.draw(self.cache, missing[:size], 0)
-            self.cache.advance(size)
+            self.steps.advance(self.cache, size)
             missing = missing[size:]
             if not missing:
                 if guess < 0:  # its logits hold NaN
@@ -227,7 +227,7 @@ class Speculation:
                 if not take(token, logprob) or guesses[len(drawn) - 1 : len(drawn)] != [token]:
                     break
         finally:
-            cache.advance(len(drawn))
+            self.steps.advance(cache, len(drawn))
             self.drafted += len(fed)
             self.accepted += min(self.pace.learn(guesses, drawn, guessing_s), len(fed))
 

@@ -25,6 +25,7 @@ class Steps:
         self._taken: dict[int, Replay] = {}  # by the tokens they feed
         self._wide: dict[int, Sampler] = {}
         self._numbers, self._steps = integers(SIZES[-1])
+        self._lengths: Tensor | None = None  # of the cache; its memory is self._count
         self._history: Tensor | None = None  # (SIZES[-1], longest): row i is the text up to the step's token i
         self._behind: tuple[int, list[int], int] | None = None  # of the last step: number, tokens drawn and fed
 
@@ -44,6 +45,9 @@ class Steps:
         What is drawn after tokens[i] has number step + i, and means something only where tokens[:i + 1] is the text:
         ask no further than that. The caller advances the cache. record: whether a step may be recorded now.
         """
+        if cache.lengths is not self._lengths and cache.lengths.device.type == "cpu":
+            self._count, lengths = integers(1, torch.int32)
+            cache.lengths = self._lengths = lengths.copy_(cache.lengths)
         replay = self._recorded(cache, len(tokens), record)
         if replay is not None and self.sampler.steady:
             try:
@@ -56,6 +60,13 @@ class Steps:
             except NotReplayable:
                 self.sampler.steady = False
         return self._one_by_one(cache, tokens, step, replay)
+
+    def advance(self, cache: KVCache, tokens: int) -> None:
+        """Counts so many of the tokens that were fed."""
+        if cache.lengths is self._lengths:
+            self._count[0] += tokens
+        else:
+            cache.advance(tokens)
 
     def seconds(self, size: int) -> float | None:
         """What a step of so many tokens takes, where that is known."""
