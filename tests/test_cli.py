@@ -133,6 +133,9 @@ def test_errors_are_one_sentence(fails: Callable[..., str], arguments: tuple[str
         (("--backend", "tpu"), "expected one of reference, cpu, triton, cuda"),
         (("--temperature", "-1"), "temperature"),
         (("--prompt", ""), "at least one prompt token"),
+        (("--speculation", "magic"), "expected speculation None, 'prompt-lookup'"),
+        (("--speculation", "prompt-lookup", "--draft", "smollm2"), "either --speculation or --draft"),
+        (("--draft", "nope"), "no model at 'nope'"),
     ],
 )
 def test_errors_of_a_model_are_one_sentence(

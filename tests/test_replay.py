@@ -98,6 +98,30 @@ def test_a_step_with_a_16_bit_cache(kept: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip((*cache.k, *cache.v), (*other.k, *other.v)))
 
 
+@pytest.mark.parametrize("tokens", [2, 4, 16])
+@pytest.mark.parametrize("lengths", [[3], [126], [130, 1, 60]], ids=str)
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "q8_0", "q4_1"])
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_several_tokens_at_once_are_bitwise_equal_to_one_by_one(
+    name: str, kind: str, lengths: list[int], tokens: int
+) -> None:
+    """Some of them counted, as after guesses that were partly right."""
+    model = model_of(name, kind)
+    cache = prefilled(model, lengths, 300)
+    other = cache.select(range(len(lengths)))
+    several, one = Replay(model, cache, tokens), Replay(model, other)
+    several.bind(cache)
+    one.bind(other)
+    for kept in (1, tokens // 2, tokens):
+        ids = torch.randint(97, (len(lengths), tokens), generator=torch.Generator().manual_seed(kept))
+        found = several.step(ids).view(len(lengths), tokens, -1)
+        for i in range(kept):
+            assert torch.equal(found[:, i], one.step(ids[:, i])), i
+            other.advance(1)
+        cache.advance(kept)
+
+
 @torch.no_grad()
 def test_a_step_serves_other_caches_and_grown_ones_not() -> None:
     model = model_of("llama", "q4_1")

@@ -13,7 +13,7 @@ import typer
 
 import gptfast
 from gptfast.cli.console import out, reported, settings, waiting, write
-from gptfast.generate import Generation, LanguageModel, load
+from gptfast.generate import DraftModel, Generation, LanguageModel, load
 
 app = typer.Typer(
     help="GPT models made fast with fused kernels.",
@@ -44,6 +44,10 @@ Repetition = Annotated[float, typer.Option(help="Above 1: tokens that were there
 Presence = Annotated[float, typer.Option(help="Taken off the logit of tokens written before.")]
 Frequency = Annotated[float, typer.Option(help="Taken off it for each time.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed writes the same text; drawn where not given.")]
+Speculation = Annotated[
+    str | None, typer.Option(help="prompt-lookup: guesses from the text so far; same text, sooner.")
+]
+DraftOption = Annotated[str | None, typer.Option(help="A smaller model with the same tokens that guesses; same text.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text. May be given several times.")]
 
 
@@ -70,6 +74,16 @@ def open_model(
         return load(model, weights=weights, activations=activations, kv_cache=kv_cache, backend=backend, device=device)
 
 
+def _speculation(name: str | None, draft: str | None, *how: str | None) -> Any:
+    """What --speculation and --draft ask for."""
+    if draft is None:
+        return name
+    if name is not None:
+        raise ValueError(f"expected either --speculation or --draft, got {name} and {draft}")
+    activations, backend, device = how
+    return DraftModel(open_model(draft, None, activations, None, backend, device, None))
+
+
 @app.command()
 @reported
 def generate(
@@ -94,6 +108,8 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Don't end at the model's end token.")] = False,
     parse_special: Annotated[bool, typer.Option("--parse-special", help="<|name|> means the token.")] = False,
     logprobs: Annotated[bool, typer.Option("--logprobs", help="With --json: log-probabilities.")] = False,
+    speculation: Speculation = None,
+    draft: DraftOption = None,
     weights: Weights = None,
     activations: Activations = None,
     kv_cache: KVCacheDtype = None,
@@ -122,6 +138,7 @@ def generate(
         stop=stop or (),
         ignore_eos=ignore_eos,
         parse_special=parse_special,
+        speculation=_speculation(speculation, draft, activations, backend, device),
     )
     messages = [{"role": "system", "content": system}] * (system is not None) + [{"role": "user", "content": text}]
     start = lm.chat_prompt(messages) if chat else text
@@ -175,6 +192,7 @@ def stats_line(lm: LanguageModel, generation: Generation) -> str:
         f"prefill {s.prefill_tokens_per_s:.0f}/s",
     ]
     parts += [f"decode {s.decode_tokens_per_s:.1f}/s"] if s.decode_tokens else []
+    parts += [f"{s.accepted} of {s.drafted} guesses right"] if s.drafted else []
     parts += [f"ends by {generation.finish_reason}", f"seed {generation.seed}", f"backend {lm.backend}"]
     return " · ".join(parts)
 
@@ -192,6 +210,8 @@ def chat(
     repetition_penalty: Repetition = 1.0,
     seed: Seed = None,
     stop: Stop = None,
+    speculation: Speculation = None,
+    draft: DraftOption = None,
     weights: Weights = None,
     activations: Activations = None,
     kv_cache: KVCacheDtype = None,
@@ -213,7 +233,7 @@ def chat(
         seed=seed,
         stop=stop or (),
     )
-    Chat(lm, system, options).run()
+    Chat(lm, system, options, _speculation(speculation, draft, activations, backend, device)).run()
 
 
 @app.command()

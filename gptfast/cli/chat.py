@@ -25,8 +25,8 @@ HELP = """[bold]/reset[/]              forget the conversation
 class Chat:
     """One conversation. The keys and values of earlier turns are kept, so that a turn costs its own tokens only."""
 
-    def __init__(self, lm: LanguageModel, system: str | None, options: dict[str, Any]) -> None:
-        self.lm, self.system, self.options = lm, system, options
+    def __init__(self, lm: LanguageModel, system: str | None, options: dict[str, Any], speculation: Any = None) -> None:
+        self.lm, self.system, self.options, self.speculation = lm, system, options, speculation
         self.quiet = not sys.stdin.isatty()
         self.cache = lm.new_cache()
         self.messages: list[dict[str, str]] = []
@@ -64,7 +64,8 @@ class Chat:
         turn = [*self.messages, {"role": "user", "content": text}]
         try:
             with waiting("reading") as wait:
-                stream = self.lm.stream_chat(turn, cache=self.cache, progress=wait.progress, **self.options)
+                more: dict[str, Any] = dict(cache=self.cache, progress=wait.progress, speculation=self.speculation)
+                stream = self.lm.stream_chat(turn, **more, **self.options)
                 try:
                     for piece in stream:
                         wait.stop()

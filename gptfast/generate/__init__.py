@@ -7,5 +7,19 @@ from gptfast.generate.language_model import LanguageModel, Stream
 from gptfast.generate.load import load
 from gptfast.generate.prompt_cache import PromptCache
 from gptfast.generate.results import Generation, Score, Stats
+from gptfast.generate.speculative import Draft, Drafter, DraftModel, PromptLookup
 
-__all__ = ["Generation", "KVCache", "LanguageModel", "PromptCache", "Score", "Stats", "Stream", "load"]
+__all__ = [
+    "Draft",
+    "DraftModel",
+    "Drafter",
+    "Generation",
+    "KVCache",
+    "LanguageModel",
+    "PromptCache",
+    "PromptLookup",
+    "Score",
+    "Stats",
+    "Stream",
+    "load",
+]

@@ -21,6 +21,7 @@ from gptfast.generate.prompt_cache import PromptCache
 from gptfast.generate.replay import Replays
 from gptfast.generate.results import Generation, Score, Stats
 from gptfast.generate.sampler import NEUTRAL, Processor, Sampler
+from gptfast.generate.speculative import Drafter, speculate
 from gptfast.generate.stop import NoText, Text
 from gptfast.model import GPT
 from gptfast.ops.dispatch import explain
@@ -132,6 +133,8 @@ class LanguageModel:
         processors=()           callables (history (B, L) int64 padded with -1, logits (B, V)) -> logits
         parse_special=False     whether text such as <|im_end|> in a prompt means the special token
         cache=None              a PromptCache whose tokens the prompt continues (see new_cache)
+        speculation=None        "prompt-lookup", DraftModel(...) or another Drafter: the same tokens, sooner where its
+                                guesses are right; for calls that write one text (gptfast.generate.speculative)
         progress=None           called with (prompt tokens computed, prompt tokens) after each chunk
 
         Returns a Generation, or a list of them for a list of prompts or n > 1 (the n of a prompt beside each other).
@@ -221,6 +224,7 @@ class LanguageModel:
         logit_bias: Mapping[int, float] | Tensor | None = None,
         parse_special: bool = False,
         cache: PromptCache | None = None,
+        speculation: str | Drafter | None = None,
         progress: Callable[[int, int], None] | None = None,
         **parameters: Any,
     ) -> Call:
@@ -268,6 +272,7 @@ class LanguageModel:
         capacity = min(-(-min(longest, max(map(len, contexts)) + BLOCK) // BLOCK) * BLOCK, self.context)
         kv = self._kv(len(distinct), capacity) if cache is None else cache.kv
         loop = Loop(self.model, kv, limits, kept=cache is not None, replays=self._replays)
+        loop.speculation = speculate(speculation, self.model, sampler, self._replays, contexts)
 
         def start() -> None:
             loop.prefill(distinct, progress)
@@ -332,6 +337,8 @@ class LanguageModel:
             prefill_tokens=call.loop.prefill_tokens,
             decode_tokens=max(0, new - len(call.rows)),
             cache_bytes=call.loop.cache.nbytes,
+            drafted=call.loop.speculation.drafted if call.loop.speculation else 0,
+            accepted=call.loop.speculation.accepted if call.loop.speculation else 0,
             peak_memory_bytes=_peak_memory(self.model.device),
         )
         return [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from gptfast.generate.cache import KVCache
 from gptfast.generate.replay import NotReplayable, Replay, Replays
 from gptfast.generate.sampler import Sampler
 from gptfast.generate.stop import Text
+
+if TYPE_CHECKING:
+    from gptfast.generate.speculative import Speculation
 
 CHUNK = 512  # prompt tokens of all rows in one forward pass: many for each weight read, few enough for caches
 WORTH_RECORDING = 8  # decode steps
@@ -60,6 +64,7 @@ class Loop:
         self, model: nn.Module, cache: KVCache, limits: Limits, *, kept: bool = False, replays: Replays | None = None
     ) -> None:
         self.model, self.cache, self.limits, self.kept, self.replays = model, cache, limits, kept, replays
+        self.speculation: Speculation | None = None  # of the only row
         self._replay: Replay | None = None
         self.rows: list[Row] = []
         self.steps = self.prefill_tokens = 0
@@ -126,34 +131,49 @@ class Loop:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One new token for every running row."""
-        if self.logits is None:
-            self._leave()
-            ids, logprobs = self._next()
-        else:
+        """One new token for every running row; with speculation perhaps several."""
+        for row in self.rows:
+            row.fresh = ""
+        if self.logits is not None:
             ids, logprobs = self.sampler(self.logits, self.steps)
             self.logits = None
+        elif self.speculation is not None:
+            return self._speculate(self.speculation)
+        else:
+            self._leave()
+            ids, logprobs = self._next()
         self.steps += 1
         for i, (row, token) in enumerate(zip(self.rows, ids)):
-            row.fresh = ""
-            if row.finish is not None:
-                continue
-            if token < 0:
-                raise RuntimeError(
-                    f"row {row.index}, step {self.steps - 1}: there is no token to choose, "
-                    "because the logits hold NaN or everything is masked"
-                )
-            if logprobs is not None:
-                row.logprobs.append(logprobs[i])
-            self._accept(row, token)
+            if row.finish is None:
+                self._accept(row, token, None if logprobs is None else logprobs[i])
 
-    def _accept(self, row: Row, token: int) -> None:
+    def _speculate(self, speculation: Speculation) -> None:
+        row, limits = self.rows[0], self.limits
+        length = row.prompt_tokens + len(row.tokens)
+        left = min(limits.max_new - len(row.tokens), limits.context - length)
+        self._reserve(length + min(left, speculation.most) - 1)
+
+        def take(token: int, logprob: float | None) -> bool:
+            self.steps += 1
+            self._accept(row, token, logprob)
+            return row.finish is None
+
+        speculation.step(self.cache, row.tokens, left, take)
+
+    def _accept(self, row: Row, token: int, logprob: float | None) -> None:
+        if token < 0:
+            raise RuntimeError(
+                f"row {row.index}, step {self.steps - 1}: there is no token to choose, "
+                "because the logits hold NaN or everything is masked"
+            )
+        if logprob is not None:
+            row.logprobs.append(logprob)
         row.tokens.append(token)
         n, limits = len(row.tokens), self.limits
         if token in limits.stop_ids:
             row.finish = "stop"
         else:
-            row.fresh = row.text.push(token, match=n >= limits.min_new)
+            row.fresh += row.text.push(token, match=n >= limits.min_new)
             if row.text.stopped:
                 row.finish = "stop"
             elif n >= limits.max_new:
@@ -201,6 +221,8 @@ class Loop:
 
     def close(self) -> None:
         """Gives back what other calls may use."""
+        if self.speculation is not None:
+            self.speculation.close()
         if self._replay is not None and self.replays is not None:
             self.replays.give(self._replay)
             self._replay = None

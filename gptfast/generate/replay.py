@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from array import array
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from gptfast.generate.sampler import Sampler
 
 log = logging.getLogger("gptfast")
-KEPT = 4  # recorded steps that wait for the next call
+KEPT = 4  # recorded steps of one number of tokens that wait for the next call
 
 # Functions whose result is new memory and yet no part of the computation: fresh memory, and values read to be checked.
 HARMLESS = {"empty", "new_empty", "min", "max", "aminmax", "all", "ge", "le", "eq", "__eq__", "__and__", "__or__"}
@@ -54,6 +55,14 @@ class _Watch(TorchFunctionMode):
         if written:
             raise NotReplayable(f"{func.__name__} ran between the kernels of a step")
         return result
+
+
+def integers(n: int, dtype: torch.dtype = torch.int64) -> tuple[array[int], Tensor]:
+    """n zeros, int64 or int32, and a tensor of the same memory. An element of an array is written in 0.05 us; of a
+    tensor in 5, and where a model's weights have just passed through the caches in 140.
+    """
+    memory = array("q" if dtype == torch.int64 else "i", bytes(dtype.itemsize * n))
+    return memory, torch.frombuffer(memory, dtype=dtype)
 
 
 def _memory(t: Tensor) -> int:
@@ -90,29 +99,34 @@ class Recorded:
 
 
 class Replay:
-    """A recorded decode step of one model for caches of one batch and capacity.
+    """A recorded decode step of one model for caches of one batch and capacity, and so many tokens of each row.
 
-    bind(cache) lays out the plan; then step(tokens) gives the logits (B, V) fp32 that model(ids, cache) would, for the
-    token of each row. The caller advances the cache; the logits are overwritten by the next step.
+    bind(cache) lays out the plan; then step(tokens) gives the logits (B T, V) fp32 that model(ids, cache) would, a row
+    for each token. The caller advances the cache; the logits are overwritten by the next step.
 
     Raises NotReplayable where a step isn't made of kernels alone.
     """
 
-    def __init__(self, model: GPT, cache: KVCache) -> None:
-        self.key = _key(model, cache)
-        self.ids = torch.zeros(cache.batch, 1, dtype=torch.int64)
-        self.positions = torch.zeros(cache.batch, 1, dtype=torch.int64)
+    def __init__(self, model: GPT, cache: KVCache, tokens: int = 1) -> None:
+        self.key = _key(model, cache, tokens)
+        self.tokens = tokens
+        (self._ids, ids), (self._positions, positions) = integers(cache.batch * tokens), integers(cache.batch * tokens)
+        self.ids, self.positions = ids.view(cache.batch, tokens), positions.view(cache.batch, tokens)
+        self.seconds: float | None = None  # what `draws` takes
         self.running = torch.ones(cache.batch, dtype=torch.int32)
         self._running: list[bool] | None = None  # what it holds
         tables = model.rope_tables(cache.capacity, model.device) if model.config.positions == "rope" else None
         # A step like any other: what it writes behind the lengths is overwritten by the first that is replayed.
-        self.logits, launches, made = record(lambda: model.logits(self.ids, cache, positions=self.positions)[:, -1])
+        self.logits, launches, made = record(
+            lambda: model.logits(self.ids, cache, positions=self.positions).view(self.ids.numel(), -1)
+        )
         self._launches = fused(launches)
         self._recorded, self._keep = _pointers(cache), (model, tables, made)
         self._cache: KVCache | None = None
         self._plan: Any = None
         self._bound: list[Launch] = []
         self._drawing: tuple[Any, Tensor, Tensor | None] | None = None  # a plan, its tokens and their log-probs
+        self._masked: bool | None = None  # how the plan of `draws` draws; None: there is none
 
     def bind(self, cache: KVCache) -> None:
         """Makes the following steps work on this cache."""
@@ -127,7 +141,7 @@ class Replay:
 
     def unbind(self) -> None:
         """Lets go of the cache."""
-        self._plan = self._drawing = None  # before the memory that they point to
+        self._plan = self._drawing = self._masked = None  # before the memory that they point to
         self._cache = None
 
     def bound(self, cache: KVCache) -> bool:
@@ -135,12 +149,36 @@ class Replay:
         return self._cache is cache and self.key[:2] == (cache.batch, cache.capacity)
 
     def step(self, tokens: Tensor) -> Tensor:
-        """tokens: (B,) int64, each row's last one."""
+        """tokens: (B, T) int64, each row's last ones; T = 1 may be left out."""
         assert self._cache is not None
-        self.ids[:, 0] = tokens
-        self.positions[:, 0] = self._cache.lengths
+        self.ids.copy_(tokens.view(self.ids.shape))
+        self.positions.copy_(self._cache.lengths[:, None] + torch.arange(self.tokens))
         self._plan.run(torch.get_num_threads())
         return self.logits.float()
+
+    def draws(self, sampler: Sampler, tokens: list[int], masked: bool) -> tuple[list[int], list[float] | None]:
+        """A step of the cache's only row and a token drawn after each of its T, in one call; the caller advances the
+        cache. sampler: one row for each of the tokens, the same until this is bound anew.
+
+        Raises NotReplayable, with nothing done, where the sampler does more than launch a kernel.
+        """
+        from gptfast.kernels.cpu import Plan
+
+        if self._masked != masked:
+            (ids, logprobs), launches, self._drawn_with = record(lambda: sampler.draw(self.logits, masked))
+            self._drawing, self._masked = (Plan([*self._bound, *launches]), ids, logprobs), masked
+        assert self._drawing is not None and self._cache is not None
+        plan, ids, logprobs = self._drawing
+        length = int(self._cache.lengths.item())
+        for i, token in enumerate(tokens):
+            self._ids[i], self._positions[i] = token, length + i
+        plan.run(torch.get_num_threads())
+        return ids.tolist(), None if logprobs is None else logprobs.tolist()
+
+    def took(self, seconds: float) -> None:
+        """What `draws` took just now. `seconds` follows by a tenth at most: an interrupted step says little of it."""
+        before = self.seconds or seconds
+        self.seconds = min(max(seconds, 0.9 * before), 1.1 * before)
 
     def draw(
         self, sampler: Sampler, tokens: list[int], running: list[bool], step: int
@@ -191,9 +229,12 @@ class Replays:
         self._refused: set[tuple[Any, ...]] = set()
         self._lock = threading.Lock()
 
-    def take(self, cache: KVCache, record: bool) -> Replay | None:
-        """One bound to this cache, recorded now if there is none and `record` says so; None where there can't be."""
-        key = _key(self.model, cache)
+    def take(self, cache: KVCache, record: bool, tokens: int = 1) -> Replay | None:
+        """One bound to this cache, recorded now if there is none and `record` says so; None where there can't be.
+
+        tokens: of each row, for which the cache has room
+        """
+        key = _key(self.model, cache, tokens)
         with self._lock:
             found = next((r for r in self._free if r.key == key), None)
             if found is not None:
@@ -201,7 +242,7 @@ class Replays:
             elif not record or key in self._refused or not _replayable(self.model, cache):
                 return None
         try:
-            found = found or Replay(self.model, cache)
+            found = found or Replay(self.model, cache, tokens)
         except NotReplayable as reason:
             log.debug("decoding is not replayed: %s", reason)
             self._refused.add(key)
@@ -213,13 +254,14 @@ class Replays:
         """Takes one back, for the next call."""
         replay.unbind()
         with self._lock:
-            self._free = [*self._free, replay][-KEPT:]
+            alike = [r for r in self._free if r.tokens == replay.tokens]
+            self._free = [r for r in self._free if r not in alike[: 1 - KEPT]] + [replay]
 
 
-def _key(model: GPT, cache: KVCache) -> tuple[Any, ...]:
+def _key(model: GPT, cache: KVCache, tokens: int) -> tuple[Any, ...]:
     """What a recorded step is good for."""
     settings = model.activations, model.backend, os.environ.get("GPTFAST_BACKEND")
-    return cache.batch, cache.capacity, cache.dtype, *settings
+    return cache.batch, cache.capacity, tokens, cache.dtype, *settings
 
 
 def _replayable(model: GPT, cache: KVCache) -> bool:

@@ -16,6 +16,8 @@ class Stats:
     prefill_tokens: int = 0  # prompt tokens computed: equal prompts once, those in a cache not at all
     decode_tokens: int = 0  # new tokens of all rows without each row's first
     cache_bytes: int = 0  # of the KV cache at the end
+    drafted: int = 0  # guesses that speculation had the model look at
+    accepted: int = 0  # those that were right
     peak_memory_bytes: int = 0  # the process's peak so far: resident memory on CPU, allocated device memory on CUDA
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -109,6 +110,19 @@ class Sampler:
             except NotReplayable:
                 self.steady = False
         return self.draw(logits, masked)
+
+    def spread(self, steps: Tensor, history: Tensor | None) -> Sampler:
+        """The only row's settings for several of its tokens at once, each a row of `draw`: those of these numbers.
+
+        history: (tokens, longest), where penalties need it
+        """
+        wide, tokens = copy.copy(self), len(steps)
+        wide.seeds, wide.steps = self.seeds.repeat(tokens), steps
+        if self.logit_bias is not None:
+            wide.logit_bias = self.logit_bias.view(-1)
+        if history is not None:
+            wide.history, wide.prompt_lengths = history, self.prompt_lengths.repeat(tokens)
+        return wide
 
     def select(self, keep: list[int]) -> None:
         """Keeps these rows only."""
