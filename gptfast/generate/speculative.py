@@ -117,6 +117,7 @@ class DraftModel:
 
     def __init__(self, model: LanguageModel | GPT, max_draft: int = 7) -> None:
         self.model = model if isinstance(model, GPT) else model.model
+        self.cache_dtype = model.dtype if isinstance(model, GPT) else model.cache_dtype
         self.max_draft, self.replays = _draft_length(max_draft), Replays(self.model)
 
     def begin(self, vocabulary: int) -> Draft:
@@ -134,7 +135,7 @@ class _Written:
     def __init__(self, how: DraftModel) -> None:
         self.model, self.max_draft, self.context = how.model, how.max_draft, how.model.config.context
         device = self.model.device
-        self.cache = KVCache(self.model.config, 1, min(BLOCK, self.context), self.model.dtype, device)
+        self.cache = KVCache(self.model.config, 1, min(BLOCK, self.context), how.cache_dtype, device)
         alone: dict[str, Any] = dict(longest=0, vocabulary=self.model.config.vocab_size, device=device)
         greedy = Sampler([0], {"temperature": 0.0}, [[]], backend=self.model.backend, **alone)
         self.steps = Steps(self.model, greedy, how.replays)
