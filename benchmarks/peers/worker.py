@@ -110,4 +110,5 @@ class Worker:
             lines = self._said.read().strip().splitlines() or ["ended without a word"]
             raise RuntimeError(lines[-1])
         self._process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # now it is off the cores
         return json.loads(reply)
