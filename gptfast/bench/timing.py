@@ -10,7 +10,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-MIN_SAMPLE_S = 1e-3  # a sample repeats its call until it takes this long: the clock and one interruption don't show
+MIN_SAMPLE_S = 3e-3  # a sample repeats its call until it takes this long: the clock and one interruption don't show
+# Untimed before each sample: after the pause below the cores' clock is down and weights have left the caches, for every
+# contender. Figures: LOG.md, "warm before it is timed".
+WARM_S = 3e-3
 # Asleep between contenders. Idle threads of OpenMP spin for some milliseconds after their work, ours for 0.1: without
 # the pause they spin on the cores that the next contender wants. Figures: LOG.md, "idle threads that spin".
 SETTLE_S = 10e-3
@@ -38,13 +41,14 @@ def interleave(
     rounds: int = 20,
     *,
     min_sample_s: float = MIN_SAMPLE_S,
+    warm_s: float = WARM_S,
     settle_s: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds per call of each contender, one sample a round; sample i of all of them is from round i.
 
-    A sample is: pause, one call untimed (it wakes the threads and fills the caches), then enough timed calls to last
-    `min_sample_s`. Each round starts with another contender, so that none is always the one after a certain other.
+    A sample is: pause, untimed calls for `warm_s` and at least one (they wake the threads, fill the caches and raise the
+    clock), then enough timed calls to last `min_sample_s`. Each round starts with another contender, so that none is always the one after a certain other.
     """
     if rounds < 1:
         raise ValueError(f"interleave: expected at least 1 round, got {rounds}")
@@ -57,7 +61,10 @@ def interleave(
         first = i % len(names) if names else 0
         for name in names[first:] + names[:first]:
             time.sleep(SETTLE_S if settle_s is None else settle_s)
+            warm = clock() + warm_s
             contenders[name]()
+            while clock() < warm:
+                contenders[name]()
             while (taken := _timed(contenders[name], repeats[name], clock)) < min_sample_s:
                 repeats[name] = _more(repeats[name], taken, min_sample_s)
             samples[name].append(taken / repeats[name])
