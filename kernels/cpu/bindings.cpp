@@ -154,6 +154,16 @@ class Plan {
     replay(recording_, threads);
   }
 
+  // Runs it: (begin, end, came, wait) as Trace has them, `wait` with a last axis of two.
+  py::tuple trace(int threads) {
+    Trace times;
+    {
+      py::gil_scoped_release unlocked;
+      replay(recording_, threads, &times);
+    }
+    return py::make_tuple(times.begin, times.end, times.came, times.wait);
+  }
+
  private:
   struct alignas(64) Line {
     char bytes[64];
@@ -242,7 +252,8 @@ PYBIND11_MODULE(_cpu, m) {
       "Appends this thread's launches as (op, threads, fields) to a list that the caller keeps, until record(None).");
   py::class_<Plan>(m, "Plan", "Launches laid out to be run one after another without Python.")
       .def(py::init<py::list>(), py::arg("launches"))
-      .def("run", &Plan::run, py::arg("threads"));
+      .def("run", &Plan::run, py::arg("threads"))
+      .def("trace", &Plan::trace, py::arg("threads"), "Runs it and returns its times: see Trace in parallel.h.");
   py::class_<Prepared>(m, "Prepared",
                        "A launch with all its fields set but some pointers and int64, which each call gives.")
       .def(py::init<std::string, py::tuple, py::dict>(), py::arg("op"), py::arg("given"), py::arg("fields"))

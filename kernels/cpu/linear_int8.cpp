@@ -17,6 +17,9 @@ constexpr int tile_rows(int bits) {  // AVX2: 8 or 12 whole-number sums of 16 re
   return VEC_BYTES == 32 && bits == 8 ? 3 : 4;
 }
 #endif
+// Panels that one row reads in turn, far apart and without prefetches: with AVX2 a core doesn't see far enough ahead in
+// one stream, and fetching by instruction is slower there than the hardware's own. (AVX-512: one stream, fetched.)
+constexpr int STREAMS = VEC_BYTES == 32 ? 3 : 1;
 constexpr int64_t BLOCK = 1 << 19;  // bytes of x that stay in L2 while the weights pass
 constexpr int64_t AHEAD = 2560;     // bytes: DRAM latency at one thread's share of the bandwidth
 
@@ -218,6 +221,49 @@ __attribute__((noinline)) void tile(const Linear& a, const Activations<MR, plane
   }
 }
 
+// Outputs of one row in STREAMS panels, `apart` from each other. The same sums as a tile's.
+template <class Block>
+__attribute__((noinline)) void streams(const Linear& a, const Activations<1, planes(Block::BITS)>* x, int64_t panel,
+                                       int64_t apart) {
+  constexpr int PLANES = planes(Block::BITS), STORED = sizeof(Block::q) / 64;
+  const int64_t groups = a.depth / GROUP;
+  const Block* b = (const Block*)a.weight + panel * groups;
+  f32v f[STREAMS][PARTS] = {};
+#pragma GCC unroll 1
+  for (int64_t g = 0; g < groups; g++, b++, x++) {
+#pragma GCC unroll 8
+    for (int n = 0; n < STREAMS; n++) {
+      const Block* from = b + n * apart * groups;
+      Dot s[PLANES][PARTS];
+#pragma GCC unroll 8
+      for (int v = 0; v < PARTS; v++)
+#pragma GCC unroll 2
+        for (int p = 0; p < PLANES; p++) s[p][v] = start(Block::OFFSET && p == 0 ? x->second[0] : 0);
+#pragma GCC unroll 8
+      for (int j = 0; j < QUADS; j++)
+#pragma GCC unroll 8
+        for (int v = 0; v < PARTS; v++) {
+          u8v w = load_bytes(from->q[j % STORED] + v * sizeof(u8v));
+          if constexpr (Block::BITS == 4) w = j < STORED ? low(w) : high(w);
+#pragma GCC unroll 2
+          for (int p = 0; p < PLANES; p++) s[p][v] = dot(s[p][v], w, x->q[0][p] + 4 * j);
+        }
+#pragma GCC unroll 8
+      for (int v = 0; v < PARTS; v++) {
+        i32v sum = finish(s[0][v], Block::OFFSET ? x->second[0] : 0, 0);
+        if constexpr (PLANES == 2) sum += finish(s[1][v], 0, 1);
+        f[n][v] = add_group<Block>(f[n][v], sum, scales(*from, v), shifts(*from, v), x->scale[0], x->second[0]);
+      }
+    }
+  }
+  for (int n = 0; n < STREAMS; n++) {
+    const int64_t first = (panel + n * apart) * PANEL;
+    float outputs[PANEL];
+    for (int v = 0; v < PARTS; v++) store(outputs + v * LANES, f[n][v]);
+    store_outputs(a, 0, first, outputs, (int)min<int64_t>(PANEL, a.cols - first));
+  }
+}
+
 }  // namespace
 
 // x is first quantised: together in the workspace, or, without one, by every worker for itself.
@@ -249,6 +295,16 @@ void linear_int8(const Linear& a, Worker& worker) {
         });
       });
     });
+    if (STREAMS > 1 && a.rows == 1 && panels >= STREAMS) {
+      const int64_t apart = panels / STREAMS;
+      worker.each(panels - (STREAMS - 1) * apart, [&](int64_t task) {  // the last ones: panels that are left over
+        if (task == 0 && !shared) write_others(a, made);
+        const auto* x = (const Activations<1, PLANES>*)memory;
+        task < apart ? streams<Block>(a, x, task, apart)
+                     : tile<Block, 1, 1>(a, x, 0, task + (STREAMS - 1) * apart, false);
+      });
+      return;
+    }
     worker.each(across * blocks.count, [&](int64_t task) {
       if (task == 0 && !shared) write_others(a, made);
       const int64_t first = task % across * ABREAST, last = min(first + ABREAST, panels);

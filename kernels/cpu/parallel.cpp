@@ -6,6 +6,7 @@
 #endif
 
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <new>
 #include <system_error>
@@ -39,6 +40,11 @@ void wait_while(const std::atomic<T>& value, T old) {
     pause();
   }
   while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+}
+
+int64_t nanoseconds() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
 }
 
 int this_core() {
@@ -86,6 +92,7 @@ struct Team {
   std::atomic<const void*> args{nullptr};
   std::atomic<int> count{0}, caller_core{0};
   std::atomic<uint64_t> ticket{1};
+  std::atomic<Trace*> trace{nullptr};
   uint64_t next_ticket = 1;
   Board board;
   int size = 1;                              // threads that exist, the caller included
@@ -119,7 +126,8 @@ struct Team {
   void work(int id, uint32_t now) {
     const Body do_it = body.load(std::memory_order_relaxed);
     const void* on = args.load(std::memory_order_relaxed);
-    Worker worker{id, count.load(std::memory_order_relaxed), ticket.load(std::memory_order_relaxed)};
+    Worker worker{id, count.load(std::memory_order_relaxed), ticket.load(std::memory_order_relaxed),
+                  trace.load(std::memory_order_relaxed)};
     const int caller = caller_core.load(std::memory_order_relaxed);
     std::atomic_thread_fence(std::memory_order_acquire);
     if (epoch.load(std::memory_order_relaxed) != now || id >= worker.count) return;
@@ -174,15 +182,17 @@ struct Team {
   };
 
   // `phases`: how many tickets the launch may use. wait = false: args outlive it.
-  void run(Body do_it, const void* on, int threads, uint64_t phases, bool wait) {
-    Worker worker{0, threads, next_ticket};
+  void run(Body do_it, const void* on, int threads, uint64_t phases, bool wait, Trace* times) {
+    Worker worker{0, threads, next_ticket, times};
     next_ticket += phases;
+    if (times) times->first = worker.ticket;
     std::atomic_thread_fence(std::memory_order_release);
     body.store(do_it, std::memory_order_relaxed);
     args.store(on, std::memory_order_relaxed);
     count.store(threads, std::memory_order_relaxed);
     caller_core.store(this_core(), std::memory_order_relaxed);
     ticket.store(worker.ticket, std::memory_order_relaxed);
+    trace.store(times, std::memory_order_relaxed);
     epoch.fetch_add(1);
     epoch.notify_all();
     const Closing closing{*this, threads < Board::LANES ? threads : Board::LANES, wait};
@@ -230,7 +240,7 @@ struct Arena {
 };
 thread_local Arena arena;
 
-void start(Body body, const void* args, int threads, uint64_t phases, bool wait) {
+void start(Body body, const void* args, int threads, uint64_t phases, bool wait, Trace* trace = nullptr) {
   static const int most = cores() < MAX_THREADS ? cores() : MAX_THREADS;
   if (threads > most) threads = most;
   Team& mine = the_team();
@@ -244,7 +254,7 @@ void start(Body body, const void* args, int threads, uint64_t phases, bool wait)
     ~Free() { team.busy.store(false, std::memory_order_release); }
   } free{mine};
   mine.grow(threads);
-  mine.run(body, args, threads < mine.size ? threads : mine.size, phases, wait);
+  mine.run(body, args, threads < mine.size ? threads : mine.size, phases, wait, trace);
 }
 
 // Every step begins with its own ticket, so that workers agree on the numbers whatever each of them skipped. A step for
@@ -252,9 +262,11 @@ void start(Body body, const void* args, int threads, uint64_t phases, bool wait)
 void play(const void* args, Worker& worker) {
   const Recording& recording = *(const Recording*)args;
   const uint64_t first = worker.ticket;
+  Trace* const trace = worker.trace;
   for (size_t i = 0; i < recording.count; i++) {
     const Step& step = recording.steps[i];
     worker.ticket = first + i * PHASES;
+    if (trace) trace->came[i * trace->workers + worker.id] = nanoseconds();
     if (step.threads > 1)
       step.body(step.args, worker);
     else
@@ -263,6 +275,7 @@ void play(const void* args, Worker& worker) {
         step.body(step.args, alone);
       });
   }
+  if (trace) trace->came[recording.count * trace->workers + worker.id] = nanoseconds();
 }
 
 }  // namespace
@@ -280,6 +293,14 @@ int64_t Worker::claim(int lane, int64_t runs) {
 }
 
 void Worker::finish(int64_t mine, int64_t total) {
+  if (!trace) return complete(mine, total);
+  auto& wait = trace->wait[(ticket - trace->first) * trace->workers + id];
+  wait[0] = nanoseconds();
+  complete(mine, total);
+  wait[1] = nanoseconds();
+}
+
+void Worker::complete(int64_t mine, int64_t total) {
   Board& board = team->board;
   const uint64_t now = ticket++;
   if (mine) {
@@ -318,8 +339,15 @@ void* Worker::scratch(size_t bytes) {
 
 void run(Body body, const void* args, int threads) { start(body, args, threads, PHASES, true); }
 
-void replay(const Recording& recording, int threads) {
-  start(play, &recording, threads, recording.count * PHASES, false);
+void replay(const Recording& recording, int threads, Trace* trace) {
+  if (trace) {
+    trace->workers = threads;
+    trace->came.assign((recording.count + 1) * threads, 0);
+    trace->wait.assign(recording.count * PHASES * threads, {});
+    trace->begin = nanoseconds();
+  }
+  start(play, &recording, threads, recording.count * PHASES, trace != nullptr, trace);
+  if (trace) trace->end = nanoseconds();
 }
 
 void release() {

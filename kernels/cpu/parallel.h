@@ -2,14 +2,19 @@
 // multiple data): it walks through its phases, and each phase's tasks are shared out among the threads that have come.
 // Nobody waits for a thread that hasn't, and no result may depend on who did what or on how many workers there are.
 #pragma once
+#include <array>
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace gptfast {
 
+struct Trace;
+
 struct Worker {
-  int id, count;        // 0 <= id < count
-  uint64_t ticket = 0;  // the next phase's number, greater than that of any phase before it
+  int id, count;           // 0 <= id < count
+  uint64_t ticket = 0;     // the next phase's number, greater than that of any phase before it
+  Trace* trace = nullptr;  // takes the times of a replay
 
   // Calls f(begin, end) for runs of about `grain` of the n tasks until none is left: first of this worker's own
   // contiguous share, then of the others'. Returns when all n are done, by whomever. A worker that comes too late finds
@@ -49,6 +54,7 @@ struct Worker {
   friend struct Board;
   int64_t claim(int lane, int64_t runs);     // the next run of a lane, or -1
   void finish(int64_t mine, int64_t total);  // counts the runs done here and waits until all are; then the next phase
+  void complete(int64_t mine, int64_t total);
 };
 
 // Phases that one launch may have.
@@ -73,9 +79,19 @@ struct Recording {
   size_t count;
 };
 
+// Where the time of a replay went, in nanoseconds of the steady clock; 0 where a worker was not there.
+struct Trace {
+  int workers = 0;
+  uint64_t first = 0;                        // ticket
+  int64_t begin = 0, end = 0;                // of the launch, for its caller
+  std::vector<int64_t> came;                 // [step][worker], and once more: when it was through
+  std::vector<std::array<int64_t, 2>> wait;  // [step][phase][worker]: from its last task to the end of everybody's
+};
+
 // Runs the steps one after another in a single launch. A late thread may still look at them and at their arguments
-// afterwards: they stay where they are until release() has returned.
-void replay(const Recording& recording, int threads);
+// afterwards: they stay where they are until release() has returned. With a trace it waits for late threads; where the
+// team is busy or of one thread, the trace holds `begin` and `end` alone.
+void replay(const Recording& recording, int threads, Trace* trace = nullptr);
 void release();
 
 }  // namespace gptfast
