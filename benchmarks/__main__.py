@@ -1,6 +1,6 @@
 """`python -m benchmarks`: every op case, then whole-model generation, recorded in results/<machine>/*.csv.
 
-Give a name to run one: ops, generate, quality, scaling, speculation; what follows it are its own options.
+Give a name to run one: ops, gaps, generate, quality, scaling, speculation; what follows it are its own options.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from benchmarks import generate, ops, quality, scaling, speculation
+from benchmarks import gaps, generate, ops, quality, scaling, speculation
 
 ALL = {
     "ops": ops.main,
+    "gaps": gaps.main,
     "generate": generate.main,
     "quality": quality.main,
     "scaling": scaling.main,

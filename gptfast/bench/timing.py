@@ -47,8 +47,9 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds per call of each contender, one sample a round; sample i of all of them is from round i.
 
-    A sample is: pause, untimed calls for `warm_s` and at least one (they wake the threads, fill the caches and raise the
-    clock), then enough timed calls to last `min_sample_s`. Each round starts with another contender, so that none is always the one after a certain other.
+    A sample is: pause, untimed calls for `warm_s` and at least one (they wake the threads, fill the caches and raise
+    the clock), then enough timed calls to last `min_sample_s`. Each round starts with another contender, so that none
+    is always the one after a certain other.
     """
     if rounds < 1:
         raise ValueError(f"interleave: expected at least 1 round, got {rounds}")
