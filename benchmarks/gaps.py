@@ -149,9 +149,9 @@ def measure(lm: gptfast.LanguageModel, context: int, new: int) -> list[StepTrace
     prompt = [100 + i % 1000 for i in range(context)]
     options: dict[str, Any] = dict(max_new_tokens=new, min_new_tokens=0, temperature=0.0, seed=1)
     lm.generate(prompt, **options)
-    with tracing() as steps:
+    with tracing() as traced:
         lm.generate(prompt, **options)
-    return steps[4:]  # the first ones wake the threads
+    return traced.steps()[4:]  # the first ones wake the threads
 
 
 def main(argv: Sequence[str] = ()) -> int:

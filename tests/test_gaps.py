@@ -53,11 +53,12 @@ def test_a_real_trace_covers_its_step(two_threads: None) -> None:
     x, w = torch.randn(4096, 768), torch.randn(768)
     recorded = Recorded(lambda: rms_norm(x, w))
     wanted = recorded.result.clone()
-    with tracing() as steps:
+    with tracing() as traced:
         for _ in range(3):
             replay._run(recorded._plan, [("rms_norm", 2, {})])
+    steps = traced.steps()
     assert torch.equal(recorded.result, wanted)
-    assert replay._traces is None and len(steps) == 3
+    assert replay._tracing is None and len(steps) == 3
     if len(os.sched_getaffinity(0)) < 2:
         return  # alone, nobody waits: there is nothing but the beginning and the end
     for taken in steps:

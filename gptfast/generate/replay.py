@@ -78,37 +78,51 @@ class StepTrace:
     waits: list[list[list[tuple[int, int]]]]  # [launch][thread]: from its last task to the end of everybody's
 
 
-_traces: list[StepTrace] | None = None
+class Tracing:
+    """The replayed steps since it began."""
+
+    def __init__(self) -> None:
+        self._taken: list[tuple[list[Launch], int, Any]] = []
+
+    def run(self, plan: Any, launches: list[Launch]) -> None:
+        threads = torch.get_num_threads()
+        self._taken.append((launches, threads, plan.trace(threads)))  # read later: that takes as long as a step
+
+    def steps(self) -> list[StepTrace]:
+        return [_step_trace(*taken) for taken in self._taken]
+
+
+_tracing: Tracing | None = None
 
 
 @contextmanager
-def tracing() -> Iterator[list[StepTrace]]:
-    """Inside, every replayed step adds its times to the list. A traced step takes a few percent longer."""
-    global _traces
-    before, _traces = _traces, []
+def tracing() -> Iterator[Tracing]:
+    """Inside, the times of every replayed step are taken, which makes it a few percent longer."""
+    global _tracing
+    before, _tracing = _tracing, Tracing()
     try:
-        yield _traces
+        yield _tracing
     finally:
-        _traces = before
+        _tracing = before
+
+
+def _step_trace(launches: list[Launch], threads: int, times: Any) -> StepTrace:
+    n, wait, came = len(launches), times.wait, times.came
+    each = len(wait) // n  # times of one launch: its phases, and in each the threads
+    waits = [
+        [[(a, b) for a, b in wait[i * each + t : (i + 1) * each : threads] if a] for t in range(threads)]
+        for i in range(n)
+    ]
+    return StepTrace(
+        launches, times.begin, times.end, [came[i : i + threads] for i in range(0, len(came), threads)], waits
+    )
 
 
 def _run(plan: Any, launches: list[Launch]) -> None:
-    threads = torch.get_num_threads()
-    if _traces is None:
-        plan.run(threads)
-        return
-    begin, end, came, wait = plan.trace(threads)
-    by_launch = range(len(launches))
-    phases = len(wait) // (len(launches) * threads)
-    waits = [
-        [
-            [(a, b) for a, b in wait[i * phases * threads + t : (i + 1) * phases * threads : threads] if a]
-            for t in range(threads)
-        ]
-        for i in by_launch
-    ]
-    rows = [came[i : i + threads] for i in range(0, len(came), threads)]
-    _traces.append(StepTrace(launches, begin, end, rows, waits))
+    if _tracing is None:
+        plan.run(torch.get_num_threads())
+    else:
+        _tracing.run(plan, launches)
 
 
 def _memory(t: Tensor) -> int:

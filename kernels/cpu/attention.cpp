@@ -323,6 +323,10 @@ void run_strip(const Head<T, C>& head, Tile* tiles, int count, int first, int la
         k[g] = head.keys_of(c, g, from, to, x.kt + g * LANES * (head.D + 16));
         v[g] = head.values_of(c, g, from, to, x.vt + g * LANES * (head.D + 16));
       }
+      if constexpr (FETCH_CHUNK) {
+        for (int g = begin; g < end; g++) touch_rows(k[g], head.D);
+        for (int g = begin; g < end; g++) prefetch_rows(v[g], head.D, 0);
+      }
       chunk_few_rows(tiles[0], head.keys(tiles[0], c, x.bias), k, v, x.s);
       continue;
     }

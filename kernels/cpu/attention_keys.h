@@ -11,7 +11,11 @@ constexpr int BLOCK = LANES == 16 ? 8 : 4;  // x 3 accumulators + 3 + 1 fill 32 
 constexpr int FEW = LANES / 2;              // tiles of so many rows or fewer take the `few` shape
 constexpr int GROUPS = LANES == 4 ? 1 : 2;  // vectors of keys side by side in the `few` shape
 constexpr int AHEAD = 8;                    // values are prefetched so many keys ahead
-constexpr int DIM = 256;                    // the largest head
+// Decoding, keys are read across, 16 bytes of each of 16 at a time, which no prefetcher follows: with AVX2 a chunk's
+// keys are first read in order, and its values fetched meanwhile. Costs a tenth where they are in L2 already; a model's
+// weights have just passed through it.
+constexpr bool FETCH_CHUNK = VEC_BYTES == 32;
+constexpr int DIM = 256;  // the largest head
 constexpr float NONE = -__builtin_inff();
 #define NOINLINE __attribute__((noinline))
 #define UNROLL _Pragma("GCC unroll 16")
@@ -120,16 +124,25 @@ template <class T>
 INLINE void prefetch_row(const T* row, int dim) {
   for (int at = 0; at < dim * (int)sizeof(T); at += 64) __builtin_prefetch((const char*)row + at);
 }
-// Two groups ahead.
+// A group, or one so many groups ahead.
 template <class T>
-INLINE void prefetch_rows(const Rows<T>& rows, int dim) {
-  for (int i = 0; i < LANES; i++) prefetch_row(rows.at + (2 * LANES + i) * rows.stride, dim);
+INLINE void prefetch_rows(const Rows<T>& rows, int dim, int ahead) {
+  for (int i = 0; i < LANES; i++) prefetch_row(rows.at + (ahead * LANES + i) * rows.stride, dim);
+}
+// Loads every line of a group.
+template <class T>
+INLINE void touch_rows(const Rows<T>& rows, int dim) {
+  for (int i = 0; i < LANES; i++)
+    for (int at = 0; at < dim * (int)sizeof(T); at += 64) {
+      const char byte = ((const char*)(rows.at + i * rows.stride))[at];
+      asm volatile("" : : "r"(byte));
+    }
 }
 
 // kt[d][LANES] = LANES keys.
 template <class T>
 NOINLINE void pack_k(const Rows<T>& k, int dim, float* kt) {
-  prefetch_rows(k, dim);
+  prefetch_rows(k, dim, 2);
   Quads quads(k);
   int d = 0;
   for (; d + DIMS<T> <= dim; d += DIMS<T>) {
@@ -145,7 +158,7 @@ NOINLINE void pack_k(const Rows<T>& k, int dim, float* kt) {
 // sets of L1.
 template <class T>
 NOINLINE void pack_v(const Rows<T>& v, int begin, int end, int dim, float* vt) {
-  prefetch_rows(v, dim);
+  prefetch_rows(v, dim, 2);
   int d = 0;
   for (; d + LANES <= dim; d += LANES)
     for (int j = begin; j < end; j++) store(vt + d * CHUNK + j * LANES, load(v.at + j * v.stride + d));

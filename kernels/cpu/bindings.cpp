@@ -154,14 +154,11 @@ class Plan {
     replay(recording_, threads);
   }
 
-  // Runs it: (begin, end, came, wait) as Trace has them, `wait` with a last axis of two.
-  py::tuple trace(int threads) {
-    Trace times;
-    {
-      py::gil_scoped_release unlocked;
-      replay(recording_, threads, &times);
-    }
-    return py::make_tuple(times.begin, times.end, times.came, times.wait);
+  std::unique_ptr<Trace> trace(int threads) {
+    auto times = std::make_unique<Trace>();
+    py::gil_scoped_release unlocked;
+    replay(recording_, threads, times.get());
+    return times;
   }
 
  private:
@@ -253,7 +250,12 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<Plan>(m, "Plan", "Launches laid out to be run one after another without Python.")
       .def(py::init<py::list>(), py::arg("launches"))
       .def("run", &Plan::run, py::arg("threads"))
-      .def("trace", &Plan::trace, py::arg("threads"), "Runs it and returns its times: see Trace in parallel.h.");
+      .def("trace", &Plan::trace, py::arg("threads"), "Runs it and returns its times.");
+  py::class_<Trace>(m, "Trace", "Where the time of a replay went: see parallel.h.")
+      .def_readonly("begin", &Trace::begin)
+      .def_readonly("end", &Trace::end)
+      .def_readonly("came", &Trace::came)
+      .def_readonly("wait", &Trace::wait);
   py::class_<Prepared>(m, "Prepared",
                        "A launch with all its fields set but some pointers and int64, which each call gives.")
       .def(py::init<std::string, py::tuple, py::dict>(), py::arg("op"), py::arg("given"), py::arg("fields"))
