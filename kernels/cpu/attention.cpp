@@ -1,6 +1,4 @@
-#include "attention.h"
-
-#include "kernels.h"
+#include "attention_memory.h"
 #include "rope.h"
 
 // Attention without ever storing Sq x Sk. The query heads of a KV head are packed into the rows of a tile (row r is
@@ -289,22 +287,12 @@ struct Head {
   }
 };
 
-// A worker's memory, reused from strip to strip.
-struct Scratch {
-  float *kt, *vt, *s, *bias, *tiles;
-
-  static int64_t tile_floats(int64_t D) { return ROWS * (2 * round_up((int)D, LANES) + 7) + FEW * DIM; }
-  Scratch(const Attention& a, Worker& worker, int tiles_of_strip) {
-    const int64_t D = round_up((int)a.D, LANES), copied = D + 16, block = copied * CHUNK;
-    const int64_t scores = max<int64_t>(ROWS * CHUNK, LANES * copied);
-    const int64_t floats = 2 * block + scores + ROWS * CHUNK + tiles_of_strip * tile_floats(a.D);
-    kt = (float*)worker.scratch(floats * sizeof(float));
-    vt = kt + block;
-    s = vt + block;
-    bias = s + scores;
-    tiles = bias + ROWS * CHUNK;
-  }
-};
+// The most chunks of keys that a sequence has.
+int longest(const Attention& a) {
+  int chunks = 0;
+  for (int64_t b = 0; b < a.B; b++) chunks = max(chunks, (int)ceil_div(sequence(a, b).k_len, CHUNK));
+  return chunks;
+}
 
 // Chunks first .. last of the tiles of a strip, in order.
 template <class T, class C>
@@ -319,9 +307,11 @@ void run_strip(const Head<T, C>& head, Tile* tiles, int count, int first, int la
     const int begin = from / LANES, end = (int)ceil_div(to, LANES);
     if (tiles[0].few) {
       Rows<C> k[CHUNK / LANES], v[CHUNK / LANES];
+      float* values = x.packs + Scratch::copies(head.D);
+      x.forget();
       for (int g = begin; g < end; g++) {
-        k[g] = head.keys_of(c, g, from, to, x.kt + g * LANES * (head.D + 16));
-        v[g] = head.values_of(c, g, from, to, x.vt + g * LANES * (head.D + 16));
+        k[g] = head.keys_of(c, g, from, to, x.packs + g * LANES * (head.D + 16));
+        v[g] = head.values_of(c, g, from, to, values + g * LANES * (head.D + 16));
       }
       if constexpr (FETCH_CHUNK) {
         for (int g = begin; g < end; g++) touch_rows(k[g], head.D);
@@ -330,18 +320,22 @@ void run_strip(const Head<T, C>& head, Tile* tiles, int count, int first, int la
       chunk_few_rows(tiles[0], head.keys(tiles[0], c, x.bias), k, v, x.s);
       continue;
     }
-    for (int g = begin; g < end; g++) {
-      pack_k(head.keys_of(c, g, from, to, x.s), head.D, x.kt + g * head.D * LANES);
-      pack_v(head.values_of(c, g, from, to, x.s), max(from - g * LANES, 0), min(to - g * LANES, LANES), head.D,
-             x.vt + g * LANES * LANES);
+    const int slot = c % x.slots;
+    const int64_t id = head.s.b * head.a.Hk + head.hk;
+    float *kt = x.packs + slot * 2 * x.block, *vt = kt + x.block;
+    if (!x.kept[slot].has(id, c, from, to)) {
+      for (int g = begin; g < end; g++) {
+        pack_k(head.keys_of(c, g, from, to, x.s), head.D, kt + g * head.D * LANES);
+        pack_v(head.values_of(c, g, from, to, x.s), max(from - g * LANES, 0), min(to - g * LANES, LANES), head.D,
+               vt + g * LANES * LANES);
+      }
+      x.kept[slot] = {id, c, from, to};
     }
     for (int i = 0; i < count; i++) {
       const Tile& t = tiles[i];
       const Keys keys = head.keys(t, c, x.bias);
       if (keys.begin >= keys.end) continue;
-      (t.width == LANES       ? chunk_rows<1>
-       : t.width == 2 * LANES ? chunk_rows<2>
-                              : chunk_rows<3>)(t, keys, x.kt, x.vt, x.s);
+      (t.width == LANES ? chunk_rows<1> : t.width == 2 * LANES ? chunk_rows<2> : chunk_rows<3>)(t, keys, kt, vt, x.s);
     }
   }
 }
@@ -353,7 +347,7 @@ void by_strips(const Attention& a, Worker& worker) {
   const int64_t fair = a.B * a.Hk * most / (8 * worker.count);
   const int size = (int)max<int64_t>(1, min<int64_t>(min<int64_t>(TILES, STRIP_BYTES / bytes), fair));
   const int64_t heads = a.B * a.Hk, strips = ceil_div(most, size);
-  Scratch x(a, worker, size);
+  Scratch x(a, worker, size, strips > 1 ? longest(a) : 1);
   if (a.k_new && strips > 1) {
     worker.each(heads, [&](int64_t h) { append<T, C>(a, sequence(a, h / a.Hk), h % a.Hk, 0, a.Sq); });
   }
@@ -414,7 +408,7 @@ Span span(const Attention& a, int64_t b) {
 // cache), then the merge.
 template <class T, class C>
 void by_chunks(const Attention& a, Worker& worker, int64_t total) {
-  Scratch x(a, worker, 1);
+  Scratch x(a, worker, 1, 1);
   auto partial = [&](int64_t b, int64_t hk, int chunk, int tile) {
     return a.workspace + ((b * a.Hk + hk) * a.chunks + chunk) * a.partial +
            tile * ROWS * (round_up((int)a.D, LANES) + 2);

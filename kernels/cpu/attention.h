@@ -39,8 +39,18 @@ INLINE f32v score(const Terms& t, f32v s, i32v key, i32v position, f32v slope, f
   if (t.edge) s = select((key >= low) & (key < high), s, splat(NONE));
   return s;
 }
-// e^x for x <= 0: the absolute error counts, so x log2(e) may be rounded.
-INLINE f32v decay(f32v x) { return exp2(x * 1.44269504088896341f); }
+// e^x for x <= 0: the absolute error counts, so x log2(e) may be rounded. 2^y to 2 units in the last place by a
+// polynomial of degree 5; y below -127 is taken for it, where the sum of the exponents is exactly zero. NaN stays one.
+INLINE f32v decay(f32v x) {
+  const f32v y = max(splat(-127.0f), x * 1.44269504088896341f), n = round(y), f = y - n;
+  f32v p = splat(1.326472731e-3f);
+  p = fma(p, f, splat(9.671512991e-3f));
+  p = fma(p, f, splat(5.550733581e-2f));
+  p = fma(p, f, splat(2.402224243e-1f));
+  p = fma(p, f, splat(6.931470037e-1f));
+  p = fma(p, f, splat(1.0f));
+  return bitcast<f32v>(bitcast<i32v>(p) + (__builtin_convertvector(n, i32v) << 23));
+}
 INLINE f32v finite(f32v m) { return select(m == NONE, f32v{}, m); }
 
 // The rows of a tile and what is known of them so far. In the `rows` shape q and o are transposed, [d][width].
@@ -59,6 +69,17 @@ struct Keys {
   const float* bias;  // [width][CHUNK]
   int first_group() const { return begin / LANES; }
   int last_group() const { return (int)ceil_div(end, LANES); }
+};
+
+// The groups of a chunk whose scores are final as Q K gives them.
+struct Plain {
+  int begin, end;
+  Plain(const Tile& t, const Keys& k) : begin(k.last_group()), end(begin) {
+    if (k.terms.cap != 0 || k.terms.alibi || k.terms.bias) return;
+    begin = max(k.first_group(), (int)ceil_div(max(t.low[t.rows - 1] - k.start, 0), LANES));
+    end = min(k.last_group(), max(t.high[0] - k.start, 0) / LANES);
+  }
+  bool has(int group) const { return begin <= group && group < end; }
 };
 
 // In-register transpose of LANES x LANES values: the steps from `from` down to 1 swap blocks of that size.
@@ -88,9 +109,11 @@ INLINE void merge(float* m, float* l, f32v mc, f32v lc, float* a, float* b) {
 
 // ---- query rows in the lanes ----
 
+// Scores before their terms to s, and the maximum of the plain ones to m.
 template <int NV>
-NOINLINE void qk_rows(const float* qt, const float* kt, float* s, int dim, int begin, int end) {
+NOINLINE void qk_rows(const float* qt, const float* kt, float* s, int dim, int begin, int end, Plain plain, float* m) {
   constexpr int W = NV * LANES;
+  for (int v = 0; v < NV; v++) store(m + v * LANES, splat(NONE));
   for (int j = begin; j < end; j += BLOCK) {
     const float* k = kt + (j / LANES * dim) * LANES + j % LANES;
     const float* q = qt;
@@ -106,24 +129,26 @@ NOINLINE void qk_rows(const float* qt, const float* kt, float* s, int dim, int b
     UNROLL for (int i = 0; i < BLOCK; i++) {
       UNROLL for (int v = 0; v < NV; v++) store(s + (j + i) * W + v * LANES, acc[i][v]);
     }
+    if (!plain.has(j / LANES)) continue;
+    UNROLL for (int v = 0; v < NV; v++) {
+      f32v top = load(m + v * LANES);
+      UNROLL for (int i = 0; i < BLOCK; i++) top = max(top, acc[i][v]);
+      store(m + v * LANES, top);
+    }
   }
 }
 
-// Scores of the chunk to their final value, in place; their maximum to m.
+// The other scores of the chunk to their final value, in place; the maximum of all to m.
 template <int NV>
-NOINLINE void score_rows(const Tile& t, const Keys& keys, float* s, float* m) {
+NOINLINE void score_rows(const Tile& t, const Keys& keys, Plain plain, float* s, float* m) {
   constexpr int W = NV * LANES;
   f32v top[NV];
-  for (int v = 0; v < NV; v++) top[v] = splat(NONE);
+  for (int v = 0; v < NV; v++) top[v] = load(m + v * LANES);
   for (int g = keys.first_group(); g < keys.last_group(); g++) {
+    if (plain.has(g)) continue;
     Terms terms = keys.terms;
     const int from = keys.start + g * LANES;
     terms.edge = from < t.low[t.rows - 1] || from + LANES > t.high[0];
-    if (terms.cap == 0 && !terms.alibi && !terms.bias && !terms.edge) {
-      for (int j = g * LANES; j < (g + 1) * LANES; j++)
-        UNROLL for (int v = 0; v < NV; v++) top[v] = max(top[v], load(s + j * W + v * LANES));
-      continue;
-    }
     for (int v = 0; v < NV; v++) {
       const int at = v * LANES;
       const i32v low = load(t.low + at), high = load(t.high + at), position = load(t.position + at);
@@ -197,8 +222,9 @@ template <int NV>
 void chunk_rows(const Tile& t, const Keys& keys, const float* kt, const float* vt, float* s) {
   float mc[ROWS], lc[ROWS], a[ROWS], b[ROWS];
   const int skip = keys.first_group() * LANES;
-  qk_rows<NV>(t.q, kt, s, t.dim, skip, keys.last_group() * LANES);
-  score_rows<NV>(t, keys, s, mc);
+  const Plain plain(t, keys);
+  qk_rows<NV>(t.q, kt, s, t.dim, skip, keys.last_group() * LANES, plain, mc);
+  score_rows<NV>(t, keys, plain, s, mc);
   exp_rows<NV>(keys, s, mc, lc);
   for (int v = 0; v < NV * LANES; v += LANES) merge(t.m + v, t.l + v, load(mc + v), load(lc + v), a + v, b + v);
   pv_rows<NV>(s, vt, t.o, a, b, t.dim, keys.begin, keys.end);

@@ -11,9 +11,9 @@ INLINE void mlp_row(const Mlp& a, int64_t r, bool past_caches, T* y, F f) {
   const T *x = (const T*)a.x + r * a.x_stride, *other = a.other ? (const T*)a.other + r * a.other_stride : nullptr;
   int64_t c = 0;
   for (; c + 2 * LANES <= a.cols; c += 2 * LANES) {
-    const Pair p = load_pair(x + c), q = other ? load_pair(other + c) : Pair{};
+    const Pair p = load(x + c, Two{}), q = other ? load(other + c, Two{}) : Pair{};
     const Pair v = {f(p.a, q.a), f(p.b, q.b)};
-    past_caches ? stream_pair(y + c, v) : store_pair(y + c, v);
+    past_caches ? stream_pair<T>(y + c, v) : store_pair<T>(y + c, v);
   }
   for (; c < a.cols; c += LANES) {
     const int n = (int)min<int64_t>(a.cols - c, LANES);

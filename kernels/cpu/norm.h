@@ -18,37 +18,98 @@ INLINE NormRow<T> norm_row(const Norm& a, int64_t r) {
           a.rstd ? a.rstd + r : nullptr};
 }
 
+template <class T>
+INLINE const T* x_row(const Norm& a, int64_t r) {
+  return (const T*)a.x + r / a.block * a.block_stride + r % a.block * a.x_stride;
+}
+template <class T>
+INLINE const T* residual_row(const Norm& a, int64_t r) {
+  return a.residual ? (const T*)a.residual + r * a.residual_stride : nullptr;
+}
+
+// Values of one storage type in the order in which T's are loaded.
+template <class T, class W, class N>
+INLINE auto load_as(const W* p, N n) {
+  return load(p, n);
+}
+template <class T>
+INLINE Pair load_as(const float* p, Two) {
+  const f32v a = load(p), b = load(p + LANES);
+  if constexpr (sizeof(T) != sizeof(bf16) || __is_same(T, f16)) return {a, b};
+  return {__builtin_shuffle(a, b, 2 * iota()), __builtin_shuffle(a, b, 2 * iota() + 1)};
+}
+
+// From: see store_pair.
+template <class From, class T>
+INLINE void put(bool past_caches, T* p, Pair v, Two) {
+  past_caches ? stream_pair<From>(p, v) : store_pair<From>(p, v);
+}
+template <class From, class T, class N>
+INLINE void put(bool past_caches, T* p, f32v v, N n) {
+  past_caches ? stream(p, v, n) : store(p, v, n);
+}
+
+// A row of s between the passes, in the order in which T's are loaded.
+INLINE void keep_row(float* row, Pair v, Two) {
+  store(row, v.a);
+  store(row + LANES, v.b);
+}
+template <class N>
+INLINE void keep_row(float* row, f32v v, N n) {
+  store(row, v, n);
+}
+
+INLINE f32v where(f32v mask, f32v v) { return bitcast<f32v>(bitcast<i32v>(mask) & bitcast<i32v>(v)); }
+INLINE Pair where(Pair mask, Pair v) { return {where(mask.a, v.a), where(mask.b, v.b)}; }
+INLINE void add(f32v* total, f32v v) { *total += v; }
+INLINE void add(f32v* total, Pair v) { total[0] += v.a, total[1] += v.b; }
+INLINE void add_square(f32v* total, f32v v) { *total = fma(v, v, *total); }
+INLINE void add_square(f32v* total, Pair v) { add_square(total, v.a), add_square(total + 1, v.b); }
+INLINE float sum_of(const f32v* total) { return sum((total[0] + total[1]) + (total[2] + total[3])); }
+
 // Writes a row of s = dropout(x) + residual to `row` in fp32, and rounded to `sum_out` if it isn't null. Returns
 // the sum of f(s) over the row: four accumulators lane by lane, then halves, so the order depends on the length alone.
 template <class T, class F>
 INLINE float norm_sums(const Norm& a, int64_t r, bool past_caches, float* row, T* sum_out, F f) {
   const int64_t C = a.cols;
-  const T* x = (const T*)a.x + r / a.block * a.block_stride + r % a.block * a.x_stride;
-  const T* residual = a.residual ? (const T*)a.residual + r * a.residual_stride : nullptr;
-  const int32_t* keep = nullptr;
-  if (a.drop_below) keep = dropout_keep((int32_t*)(row + C), r * C, C, a.drop_below, a.stream, a.seed);
+  const T *x = x_row<T>(a, r), *residual = residual_row<T>(a, r);
+  const float* keep = nullptr;
+  if (a.drop_below) keep = (float*)dropout_keep((int32_t*)(row + C), r * C, C, a.drop_below, a.stream, a.seed);
   f32v total[4] = {};
-  each_vector(C, [&](int64_t c, auto n, int u) {
-    f32v s = load(x + c, n);
-    if (keep) s = load_mask(keep + c) ? s * a.keep_scale : f32v{};
-    if (residual) s += load(residual + c, n);
-    if (sum_out) past_caches ? stream(sum_out + c, s, n) : store(sum_out + c, s, n);
-    store(row + c, s, n);
-    total[u] += f(s, n);
+  each_pair(C, [&](int64_t c, auto n, int u) {
+    auto s = load(x + c, n);
+    if (keep) s = where(load_as<T>(keep + c, n), s * a.keep_scale);
+    if (residual) s = s + load(residual + c, n);
+    if (sum_out) put<T>(past_caches, sum_out + c, s, n);
+    keep_row(row + c, s, n);
+    add(total + u, f(s));
   });
-  return sum((total[0] + total[1]) + (total[2] + total[3]));
+  return sum_of(total);
 }
 
-// y = (row - mean) * rstd * weight + bias, rounded; mean is left out where the op has none.
+// The 4 * LANES elements from p on.
+template <class T>
+INLINE void prefetch_pairs(const T* p) {
+  for (int b = 0; b < 4 * LANES * (int)sizeof(T); b += 64) __builtin_prefetch((const char*)p + b);
+}
+
+// y = (row - mean) * rstd * weight + bias, rounded; mean is left out where the op has none. The next row of x and
+// residual is fetched meanwhile, for this pass reads nothing from memory.
 template <class T, class W, bool CENTRED>
-INLINE void norm_scale(const Norm& a, bool past_caches, const float* row, float mean, float rstd, T* y) {
+INLINE void norm_scale(const Norm& a, int64_t r, bool past_caches, const float* row, float mean, float rstd, T* y) {
   const W *weight = (const W*)a.weight, *bias = (const W*)a.bias;
-  each_vector(a.cols, [&](int64_t c, auto n, int) {
-    f32v v = load(row + c, n);
-    if constexpr (CENTRED) v -= mean;
-    v *= rstd;
-    v = bias ? fma(v, load(weight + c, n), load(bias + c, n)) : v * load(weight + c, n);
-    past_caches ? stream(y + c, v, n) : store(y + c, v, n);
+  const int64_t next = min(r + 1, a.rows - 1);
+  const T *x = x_row<T>(a, next), *residual = residual_row<T>(a, next);
+  each_pair(a.cols, [&](int64_t c, auto n, int u) {
+    if (u == 0) {
+      prefetch_pairs(x + c);
+      if (residual) prefetch_pairs(residual + c);
+    }
+    auto v = load(row + c, n);
+    if constexpr (CENTRED) v = v - mean;
+    v = v * rstd;
+    v = bias ? fma(v, load_as<T>(weight + c, n), load_as<T>(bias + c, n)) : v * load_as<T>(weight + c, n);
+    put<W>(past_caches, y + c, v, n);
   });
 }
 
@@ -57,26 +118,22 @@ INLINE void norm_scale(const Norm& a, bool past_caches, const float* row, float 
 template <class T, class W>
 INLINE void layer_norm_row(const Norm& a, int64_t r, bool past_caches, float* row, NormRow<T> out) {
   const float C = (float)a.cols;
-  const float mean = norm_sums(a, r, past_caches, row, out.sum, [](f32v s, auto) { return s; }) / C;
+  const float mean = norm_sums(a, r, past_caches, row, out.sum, [](auto s) { return s; }) / C;
   f32v square[4] = {};
-  each_vector(a.cols, [&](int64_t c, auto n, int u) {
-    const f32v d = first(load(row + c, n) - mean, n);
-    square[u] = fma(d, d, square[u]);
-  });
-  const float variance = sum((square[0] + square[1]) + (square[2] + square[3])) / C;
-  const float rstd = 1.0f / __builtin_sqrtf(variance + a.eps);
+  each_pair(a.cols, [&](int64_t c, auto n, int u) { add_square(square + u, first(load(row + c, n) - mean, n)); });
+  const float rstd = 1.0f / __builtin_sqrtf(sum_of(square) / C + a.eps);
   if (out.mean) *out.mean = mean;
   if (out.rstd) *out.rstd = rstd;
-  norm_scale<T, W, true>(a, past_caches, row, mean, rstd, out.y);
+  norm_scale<T, W, true>(a, r, past_caches, row, mean, rstd, out.y);
 }
 
 // y = s * rstd * weight with s = dropout(x) + residual, rstd = 1 / sqrt(mean(s^2) + eps) of each row in fp32.
 template <class T, class W>
 INLINE void rms_norm_row(const Norm& a, int64_t r, bool past_caches, float* row, NormRow<T> out) {
-  const float squares = norm_sums(a, r, past_caches, row, out.sum, [](f32v s, auto) { return s * s; });
+  const float squares = norm_sums(a, r, past_caches, row, out.sum, [](auto s) { return s * s; });
   const float rstd = 1.0f / __builtin_sqrtf(squares / (float)a.cols + a.eps);
   if (out.rstd) *out.rstd = rstd;
-  norm_scale<T, W, false>(a, past_caches, row, 0.0f, rstd, out.y);
+  norm_scale<T, W, false>(a, r, past_caches, row, 0.0f, rstd, out.y);
 }
 
 // Calls body(r, past_caches, row, T{}, W{}) for each row of this worker's share.

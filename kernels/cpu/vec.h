@@ -341,36 +341,64 @@ template <class T>
 INLINE void stream(T* p, f32v v, int n) {  // the last elements of a row
   store(p, v, n);
 }
-// 2 * LANES neighbours as two vectors, in an order that costs least to make: for what treats each element alone. bf16
-// is split into even and odd elements, one instruction each where widening takes two and narrowing three.
+// 2 * LANES neighbours as two vectors, in an order that costs least to make: as they lie, but for bf16 even and odd
+// elements, one instruction each where widening takes two and narrowing three. Two{} is their count.
 struct Pair {
   f32v a, b;
 };
+struct Two {};
+INLINE Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
+INLINE Pair operator-(Pair x, float y) { return {x.a - y, x.b - y}; }
+INLINE Pair operator*(Pair x, Pair y) { return {x.a * y.a, x.b * y.b}; }
+INLINE Pair operator*(Pair x, float y) { return {x.a * y, x.b * y}; }
+INLINE Pair fma(Pair x, Pair y, Pair z) { return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)}; }
+INLINE Pair first(Pair v, Two) { return v; }
 template <class T>
-INLINE Pair load_pair(const T* p) {
+INLINE Pair load(const T* p, Two) {
   return {load(p), load(p + LANES)};
 }
-INLINE Pair load_pair(const bf16* p) {
+INLINE Pair load(const bf16* p, Two) {
   u32v u;
   memcpy(&u, p, sizeof u);
   return {bitcast<f32v>(u << 16), bitcast<f32v>(u & 0xffff0000u)};
 }
-INLINE u32v narrow(Pair v, bf16) { return round_to_bf16(v.a) >> 16 | (round_to_bf16(v.b) & 0xffff0000u); }
-template <class T>
+// The upper half of a vector of pairs, rounded. Where From is bf16, v is made of bf16 values alone: the lower half of
+// each NaN is zero then, and rounding by an addition doesn't carry out of it.
+template <class From>
+INLINE u32v upper_half(f32v v) {
+  if constexpr (sizeof(From) > sizeof(bf16)) return round_to_bf16(v);
+  const u32v u = bitcast<u32v>(v);
+  return u + 0x7fff + ((u >> 16) & 1);
+}
+template <class From>
+INLINE u32v narrow(Pair v) {
+  const u32v even = upper_half<From>(v.a) >> 16, odd = upper_half<From>(v.b);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return bitcast<u32v>(_mm256_blend_epi16(bitcast<__m256i>(even), bitcast<__m256i>(odd), 0xaa));
+#else
+  return even | (odd & 0xffff0000u);
+#endif
+}
+// From: the storage type of what a value was made of, the widest of them.
+template <class From, class T>
 INLINE void store_pair(T* p, Pair v) {
   store(p, v.a);
   store(p + LANES, v.b);
 }
+template <class From>
 INLINE void store_pair(bf16* p, Pair v) {
-  const u32v u = narrow(v, bf16{});
+  const u32v u = narrow<From>(v);
   memcpy(p, &u, sizeof u);
 }
-template <class T>
+template <class From, class T>
 INLINE void stream_pair(T* p, Pair v) {
   stream(p, v.a);
   stream(p + LANES, v.b);
 }
-INLINE void stream_pair(bf16* p, Pair v) { stream((float*)p, bitcast<f32v>(narrow(v, bf16{}))); }
+template <class From>
+INLINE void stream_pair(bf16* p, Pair v) {
+  stream((float*)p, bitcast<f32v>(narrow<From>(v)));
+}
 INLINE void stream_end() {
 #if defined(__SSE2__)
   _mm_sfence();
@@ -387,6 +415,17 @@ INLINE void each_vector(int64_t C, F f) {
     f(c + LANES, All{}, 1);
     f(c + 2 * LANES, All{}, 2);
     f(c + 3 * LANES, All{}, 3);
+  }
+  for (; c + LANES <= C; c += LANES) f(c, All{}, 0);
+  if (c < C) f(c, (int)(C - c), 0);
+}
+// The same with pairs, Two{} lanes each, where the row has them; u is the accumulator of a pair's first vector.
+template <class F>
+INLINE void each_pair(int64_t C, F f) {
+  int64_t c = 0;
+  for (; c + 4 * LANES <= C; c += 4 * LANES) {
+    f(c, Two{}, 0);
+    f(c + 2 * LANES, Two{}, 2);
   }
   for (; c + LANES <= C; c += LANES) f(c, All{}, 0);
   if (c < C) f(c, (int)(C - c), 0);

@@ -130,6 +130,18 @@ def test_rotated_prefill_and_decode_have_the_same_bits(isa: None, two_threads: N
     assert torch.equal(through_cache(q, k, v, 11, **terms)[0], whole)
 
 
+@pytest.mark.parametrize("window", [(-1, -1), (300, 0)])
+def test_more_keys_than_are_kept_packed_have_the_same_bits(
+    isa: None, two_threads: None, window: tuple[int, int]
+) -> None:
+    """A head's packed keys and values are kept from strip to strip up to 4 MiB: 2,048 of 256 dims."""
+    q, k, v = (randn(1, 2100, 1, 256, seed=s) for s in (1, 2, 3))
+    whole = attention(q, k, v, causal=True, window=window, backend="cpu")
+    for S in (500, 1700):
+        part = attention(*(t[:, :S] for t in (q, k, v)), causal=True, window=window, backend="cpu")
+        assert torch.equal(part, whole[:, :S]), S
+
+
 def test_a_decoding_row_depends_on_itself_alone(isa: None) -> None:
     """Batch 8 with ragged lengths against each row alone; one thread against two."""
     lengths, room = [0, 3, 127, 128, 129, 400, 255, 640], 700
@@ -237,6 +249,17 @@ def test_huge_logits(isa: None, two_threads: None, dtype: torch.dtype) -> None:
     plain = baseline(**arguments)
     assert isinstance(plain, Tensor)
     assert (got - exact).abs().max() <= tolerance(plain, exact)
+
+
+@pytest.mark.parametrize("Sq", [1, 30])
+def test_logits_beyond_any_sense_still_pick_the_largest(isa: None, two_threads: None, Sq: int) -> None:
+    """Logits of 1e12: the weight of the largest is 1 exactly."""
+    q, k, v = qkv(1, Sq, 300)
+    out = attention(q * 1e6, k * 1e6, v, backend="cpu")
+    scores = torch.einsum("bihd,bjhd->bhij", q.double(), k.repeat_interleave(H // HK, 2).double())
+    best = scores.argmax(-1)[0]  # (H, Sq)
+    wanted = torch.stack([v[0, best[h], h // (H // HK)] for h in range(H)], 1)
+    assert torch.equal(out[0], wanted)
 
 
 def test_an_empty_row_gives_zero_and_its_sink(isa: None, two_threads: None) -> None:

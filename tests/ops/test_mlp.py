@@ -102,3 +102,18 @@ def test_x_plus_bias_is_not_rounded(isa: str) -> None:
 def test_a_wrong_argument_is_one_sentence(call: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         call(torch.zeros(2, 8))
+
+
+@pytest.mark.parametrize("bits", [0x7FFF, 0xFFFF, 0x7FC0, 0xFF81, 0x7F81])
+@pytest.mark.parametrize("column", [0, 1, 70, 129])
+def test_every_nan_stays_one_in_bf16(bits: int, column: int, isa: str) -> None:
+    """Rounding by an addition could make zero or infinity of some."""
+    x, other = torch.randn(2, 130).bfloat16(), torch.randn(2, 130).bfloat16()
+    x[0, column] = other[1, column] = torch.tensor(bits, dtype=torch.int64).to(torch.int16).view(torch.bfloat16)
+    where = x.isnan() | other.isnan()
+    for op in (swiglu, geglu):
+        assert torch.equal(op(x, other, backend="cpu").isnan(), where)
+    for approximate in ("tanh", "none"):
+        assert torch.equal(bias_gelu(x, approximate=approximate, backend="cpu").isnan(), x.isnan())
+        y = bias_gelu(x, other[1], approximate=approximate, backend="cpu")
+        assert torch.equal(y.isnan(), x.isnan() | other[1].isnan())

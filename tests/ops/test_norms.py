@@ -110,3 +110,49 @@ def test_a_wrong_argument_is_one_sentence(norm: Norm, change: dict[str, Any], se
 def test_a_wrong_bias_is_one_sentence() -> None:
     with pytest.raises(ValueError, match=r"expected bias like weight \(8,\) float32, got \(8,\) float16"):
         layer_norm(torch.zeros(2, 8), torch.ones(8), torch.zeros(8).half())
+
+
+# The bits of bf16 NaNs that rounding by an addition could turn into zero or infinity, and of fp32 ones.
+NANS = [0x7FFF, 0xFFFF, 0x7FC0, 0xFF81, 0x7F81]
+WIDE_NANS = [0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7FC0FFFF]
+
+
+def from_bits(bits: int, dtype: torch.dtype) -> torch.Tensor:
+    whole = torch.int16 if dtype == torch.bfloat16 else torch.int32
+    return torch.tensor(bits, dtype=torch.int64).to(whole).view(dtype)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("bits", NANS)
+@pytest.mark.parametrize("column", [0, 1, 70, 129])
+def test_every_nan_stays_one_in_bf16(norm: Norm, bits: int, column: int, isa: str) -> None:
+    x, residual = torch.randn(3, 130).bfloat16(), torch.randn(3, 130).bfloat16()
+    x[0, column] = residual[1, column] = from_bits(bits, torch.bfloat16)
+    y, total = norm(x, torch.ones(130).bfloat16(), residual=residual, backend="cpu")
+    assert y[:2].isnan().all() and y[2].isfinite().all()
+    where = torch.zeros(3, 130, dtype=torch.bool)
+    where[:2, column] = True
+    assert torch.equal(total.isnan(), where)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("bits", WIDE_NANS)
+@pytest.mark.parametrize("column", [0, 1, 70, 129])
+def test_every_nan_of_a_wider_weight_stays_one(norm: Norm, bits: int, column: int, isa: str) -> None:
+    weight = torch.ones(130)
+    weight[column] = from_bits(bits, torch.float32)
+    y = norm(torch.randn(3, 130).bfloat16(), weight, backend="cpu")
+    assert torch.equal(y.isnan(), weight.isnan().expand(3, 130))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("C", [16, 130, 576])
+def test_a_wider_weight_meets_its_own_elements(norm: Norm, dropout_p: float, C: int, isa: str) -> None:
+    """bf16 rows are held in another order than they lie; a weight that both dtypes can hold gives the same bits."""
+    x, weight = torch.randn(5, C).bfloat16(), torch.randn(C).bfloat16()
+    bias = {"bias": torch.randn(C).bfloat16()} if norm is layer_norm else {}
+    options: dict[str, Any] = dict(residual=torch.randn(5, C).bfloat16(), dropout_p=dropout_p, seed=5, backend="cpu")
+    narrow = norm(x, weight, **bias, **options)
+    wide = norm(x, weight.float(), **{name: b.float() for name, b in bias.items()}, **options)
+    assert all(torch.equal(a, b) for a, b in zip(narrow, wide))
