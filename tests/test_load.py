@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,3 +40,22 @@ def test_garbage_collection_rests_and_is_as_before(on: bool, fails: bool, monkey
         assert seen == [False] and gc.isenabled() == on
     finally:
         gc.enable()
+
+
+FIRST_TOKEN = """
+import os, torch, gptfast
+before = len(os.listdir("/proc/self/task"))
+lm = gptfast.load("smollm2", kv_cache="fp32")
+lm.generate(list(range(1000, 1016)), max_new_tokens=1, temperature=0)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.model
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted as Linux lists them")
+def test_the_first_token_starts_no_threads_of_pytorchs_own() -> None:
+    """They and ours would wait for one another: 0.8 s a call where a third process is busy."""
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    found = subprocess.run([sys.executable, "-c", FIRST_TOKEN], env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert int(found.stdout) <= 1, "expected one thread beside the caller: its team is two"

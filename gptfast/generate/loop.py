@@ -90,7 +90,7 @@ class Loop:
             rows = [todo[b] for b in group]
             found.append(self._feed(cache, rows, lambda n, done=done: progress(done + n, total) if progress else None))
             done += sum(map(len, rows))
-        self.logits = torch.cat(found)
+        self.logits = torch.cat(found) if len(found) > 1 else found[0]
 
     def _feed(self, cache: KVCache, todo: list[list[int]], report: Callable[[int], None]) -> Tensor:
         """Feeds right-padded chunks; the logits (B, V) after each row's last token."""
@@ -104,7 +104,7 @@ class Loop:
             chunk = self.model(ids, cache=cache, last=last)
             cache.advance(torch.tensor([len(p) for p in parts], dtype=torch.int32, device=device))
             if logits is None:
-                logits = chunk.clone()
+                logits = chunk
             else:
                 ends = torch.tensor([len(p) > 0 for p in parts], device=device)
                 logits[ends] = chunk[ends]
