@@ -1,6 +1,6 @@
 """`python -m benchmarks`: every op case, then whole-model generation, recorded in results/<machine>/*.csv.
 
-Give a name to run one: ops, generate, quality, scaling, speculation; what follows it are its own options.
+Give a name to run one: ops, generate, quality, scaling, speculation, start, hogged; what follows it are its options.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from benchmarks import generate, ops, quality, scaling, speculation
+from benchmarks import generate, hogged, ops, quality, scaling, speculation, start
 
 ALL = {
     "ops": ops.main,
@@ -16,6 +16,8 @@ ALL = {
     "quality": quality.main,
     "scaling": scaling.main,
     "speculation": speculation.main,
+    "start": start.main,
+    "hogged": hogged.main,
 }
 
 
