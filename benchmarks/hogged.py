@@ -97,7 +97,7 @@ def main(argv: Sequence[str] = ()) -> int:
         print(
             f"SmolLM2-135M, {hardware.machine().cpu}, {found['threads']} threads: {found['quiet_tokens_per_s']} "
             f"tokens/s in quiet, {found['hogged_tokens_per_s']} beside a process that keeps a core busy: "
-            f"{found['left']:.0%} (quartiles {found['left_low']:.0%} - {found['left_high']:.0%} of {found['rounds']} rounds)"
+            f"{found['left']:.0%}, quartiles {found['left_low']:.0%} - {found['left_high']:.0%}"
         )
     append_csv(results_file("hogged"), [found])
     return 0

@@ -14,6 +14,7 @@ CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 # Bytes that one thread clears. PyTorch wakes its own from 32768 elements on, and waits for them: 13 ms a tensor where
 # another process has the other core.
 SMALL = 4 << 20
+ALONE = 32768  # elements that PyTorch copies with one thread
 
 
 class KVCache:
@@ -100,6 +101,18 @@ class KVCache:
         other.lengths = self.lengths[b : b + 1]
         other.k, other.v = [k[b : b + 1] for k in self.k], [v[b : b + 1] for v in self.v]
         return other
+
+    def share(self, begin: int, end: int) -> None:
+        """Every row gets what row 0 holds of the places begin .. end - 1, and the length `end`. What lies before is
+        the same in all rows already."""
+        per_token = self.config.n_kv_head * self.config.head_dim
+        pieces = range(begin, end, max(1, ALONE // per_token))
+        for t in (*self.k, *self.v):
+            for row in t[1:]:
+                for start in pieces:
+                    place = slice(start, min(start + pieces.step, end))
+                    row[place] = t[0, place]
+        self.lengths.fill_(end)
 
     def grow(self, capacity: int) -> None:
         """Makes room for `capacity` tokens in each row, keeping what is there; views from `row` are cut loose."""
