@@ -1,6 +1,7 @@
 """`python -m benchmarks`: every op case, then whole-model generation, recorded in results/<machine>/*.csv.
 
-Give a name to run one: ops, gaps, generate, quality, scaling, speculation; what follows it are its own options.
+Give a name to run one: ops, gaps, generate, quality, scaling, speculation, start, hogged; what follows it are its
+own options.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from benchmarks import gaps, generate, ops, quality, scaling, speculation
+from benchmarks import gaps, generate, hogged, ops, quality, scaling, speculation, start
 
 ALL = {
     "ops": ops.main,
@@ -17,6 +18,8 @@ ALL = {
     "quality": quality.main,
     "scaling": scaling.main,
     "speculation": speculation.main,
+    "start": start.main,
+    "hogged": hogged.main,
 }
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,13 +46,34 @@ KINDS = {"q8_0": Kind("Q8_0", 3, 1, 8), "q4_0": Kind("Q4_0", 4, 1, 4), "q4_1": K
 
 
 class Memory:
-    """Memory for a model's packed weights, in pieces of 32 MiB: large pages, which small allocations don't get."""
+    """Memory for a model's packed weights, in pieces of 32 MiB: large pages, which small allocations don't get.
+
+    The weights made in it hold nothing before `finish`, which packs them all in one call: between two calls another
+    thread would keep Python to itself for longer than a call takes.
+    """
 
     PIECE, LINE = 32 << 20, 64
 
     def __init__(self) -> None:
         self._piece: Tensor | None = None
         self._used = 0
+        self._launches: list[tuple[str, int, dict[str, Any]]] = []
+        self._read: list[Tensor] = []
+        self.pending = 0  # bytes that `finish` would pack
+
+    def later(self, launch: tuple[str, int, dict[str, Any]], read: Tensor) -> None:
+        """Leaves a launch that packs `read` to `finish`."""
+        self._launches.append(launch)
+        self._read.append(read)
+        self.pending += read.numel()
+
+    def finish(self) -> None:
+        """Packs what was left to be packed."""
+        if self._launches:
+            from gptfast.kernels.cpu.quantize import run
+
+            run(self._launches)
+        self._launches, self._read, self.pending = [], [], 0
 
     def empty(self, shape: Sequence[int]) -> Tensor:
         """uint8 of this shape, its contents undefined; its piece lives as long as anything in it."""
@@ -101,7 +122,7 @@ class QuantizedWeight:
     @staticmethod
     def from_blocks(raw: Tensor, kind: str, shape: Sequence[int], *, memory: Memory | None = None) -> QuantizedWeight:
         """Packs GGUF blocks as a file stores them: `raw` uint8 of N * K / 32 blocks, row after row. With `memory`, the
-        packed bytes lie there."""
+        packed bytes lie there, from its `finish` on."""
         N, K = _check(kind, shape)
         k = KINDS[kind]
         if raw.dtype != torch.uint8 or raw.numel() != N * (K // GROUP) * k.block:
@@ -110,7 +131,7 @@ class QuantizedWeight:
                 f"got {raw.numel()} of {str(raw.dtype).removeprefix('torch.')}"
             )
         if raw.device.type == "cpu" and reason_missing("cpu") is None:
-            return _packed_by_kernel([raw], kind, (N, K), memory)
+            return _packed_by_kernel([raw], kind, (N, K), memory, [0])
         expected = (-(-N // PANEL), K // GROUP, PANEL * k.block)
         rows = raw.reshape(N, K // GROUP, k.block)
         if N % PANEL:
@@ -127,16 +148,24 @@ class QuantizedWeight:
 
     @staticmethod
     def from_parts(
-        parts: Sequence[Tensor], kind: str, shape: Sequence[int], *, memory: Memory | None = None
+        parts: Sequence[Tensor],
+        kind: str,
+        shape: Sequence[int],
+        *,
+        heads: Sequence[int] = (),
+        memory: Memory | None = None,
     ) -> QuantizedWeight:
         """from_blocks of matrices that stand one above the other, `shape` together, without stacking them first where
-        their rows fill panels."""
+        their rows fill panels. heads: of each part, the number of heads whose rows are stored in pairs, which
+        blocks.unpermuted would put in order; 0 where they are."""
         N, K = _check(kind, shape)
+        heads = heads or [0] * len(parts)
         row = K // GROUP * KINDS[kind].block
         whole = all(p.numel() % (row * PANEL) == 0 for p in parts[:-1]) and sum(p.numel() for p in parts) == N * row
         if whole and all(p.is_cpu and p.dtype == torch.uint8 for p in parts) and reason_missing("cpu") is None:
-            return _packed_by_kernel(parts, kind, (N, K), memory)
-        return QuantizedWeight.from_blocks(torch.cat([p.reshape(-1) for p in parts]), kind, shape, memory=memory)
+            return _packed_by_kernel(parts, kind, (N, K), memory, heads)
+        rows = [blocks.unpermuted(p.view(-1, row), h) if h else p for p, h in zip(parts, heads)]
+        return QuantizedWeight.from_blocks(torch.cat([p.reshape(-1) for p in rows]), kind, shape, memory=memory)
 
     @staticmethod
     def quantize(weight: Tensor, kind: str) -> QuantizedWeight:
@@ -260,18 +289,19 @@ class PackedWeight:
 
 
 def _packed_by_kernel(
-    parts: Sequence[Tensor], kind: str, shape: tuple[int, int], memory: Memory | None
+    parts: Sequence[Tensor], kind: str, shape: tuple[int, int], memory: Memory | None, heads: Sequence[int]
 ) -> QuantizedWeight:
     """Blocks (uint8, on the CPU) of matrices one above the other; the rows of all but the last fill panels."""
     from gptfast.kernels.cpu.quantize import pack
 
-    (N, K), k = shape, KINDS[kind]
+    (N, K), k, now = shape, KINDS[kind], Memory()
     sizes = (-(-N // PANEL), K // GROUP, PANEL * k.block)
     packed, row = torch.empty(sizes, dtype=torch.uint8) if memory is None else memory.empty(sizes), 0
-    for part in parts:
+    for part, n in zip(parts, heads):
         rows = part.numel() // (K // GROUP * k.block)
-        pack(packed[row // PANEL :], part, k.code, rows, K)
+        (memory or now).later(*pack(packed[row // PANEL :], part, k.code, rows, K, rows // n if n else 0))
         row += rows
+    now.finish()
     return QuantizedWeight(packed, kind, shape)
 
 

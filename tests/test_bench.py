@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -328,3 +328,50 @@ def test_tokens_agree_up_to_the_first_that_does_not() -> None:
     from benchmarks.generate import _equal
 
     assert _equal([[1, 2, 3], [4, 5, 6]], [[1, 9, 3], [4, 5, 6]]) == 1 + 3
+
+
+def test_a_start_is_what_comes_beyond_torch() -> None:
+    from benchmarks import start
+
+    runs: list[str] = []
+
+    def run(arguments: Sequence[str]) -> tuple[float, str]:
+        kind = "bare" if arguments[1] == start.BARE else "model" if arguments[1] == start.MODEL else "command"
+        runs.append(kind)
+        late = 10.0 if len(runs) <= 3 else 0.0  # the first round is not counted
+        said = {"bare": {"bytes": 50e6}, "model": {"import_s": 0.1, "load_s": 0.3, "first_token_s": 0.5, "bytes": 2e8}}
+        return {"bare": 2.0, "model": 3.0, "command": 2.75}[kind] + late, json.dumps(said.get(kind, ""))
+
+    found = start.row(start.measure(2, run))
+    assert runs == ["bare", "model", "command"] * 3
+    assert (found["rounds"], found["load_s"], found["first_token_s"]) == (2, 0.3, 0.5)
+    assert (found["command_s"], found["command_s_high"], found["peak_mb"]) == (0.75, 0.75, 150.0)
+    with pytest.raises(RuntimeError, match=r"got status 3: .*"):
+        start.run(["-c", "raise SystemExit(3)"])
+
+
+@pytest.mark.model
+def test_a_real_process_tells_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import start
+
+    _, said = start.run(["-c", start.MODEL])
+    found = json.loads(said)
+    assert 0 < found["import_s"] + found["load_s"] < found["first_token_s"] and found["bytes"] > 2e8
+
+
+def test_a_hog_runs_for_a_block_and_rounds_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import hogged
+
+    children: list[Any] = []
+    popen = hogged.subprocess.Popen
+    monkeypatch.setattr(hogged.subprocess, "Popen", lambda *a, **k: children.append(popen(*a, **k)) or children[-1])
+    speeds: list[bool] = []
+
+    def decode() -> float:
+        beside = bool(children) and children[-1].poll() is None
+        speeds.append(beside)
+        return 60.0 if beside else 100.0
+
+    quiet, loud = hogged.measure(decode, 2)
+    assert speeds == [False, True, False, False, True] and len(children) == 2
+    assert (quiet, loud) == ([100.0, 100.0], [60.0, 60.0]) and hogged.row(quiet, loud)["left"] == 0.6

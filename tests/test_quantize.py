@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 
+from gptfast import quantize
 from gptfast.formats import blocks
-from gptfast.quantize import KINDS, PackedWeight, QuantizedWeight
+from gptfast.quantize import KINDS, Memory, PackedWeight, QuantizedWeight
 
 
 def random_blocks(N: int, K: int, kind: str) -> torch.Tensor:
@@ -38,6 +39,38 @@ def test_parts_are_stacked(kind: str, sizes: tuple[int, ...]) -> None:
     assert torch.equal(found.packed, QuantizedWeight.from_blocks(torch.cat(parts), kind, shape).packed)
     with pytest.raises(ValueError, match="expected"):
         QuantizedWeight.from_parts(parts, kind, (shape[0] + 16, 96))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [(32, 16, 7), (20, 12, 16)], ids=["whole panels", "others"])
+@pytest.mark.parametrize("kernel", [True, False])
+def test_rows_in_pairs_are_put_in_order(
+    kind: str, sizes: tuple[int, ...], kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernel:
+        monkeypatch.setattr(quantize, "reason_missing", lambda backend: "not here")
+    parts, heads = [random_blocks(n, 96, kind) for n in sizes], (2, 1, 0)
+    found = QuantizedWeight.from_parts(parts, kind, (sum(sizes), 96), heads=heads)
+    expected = []
+    for n, part, count in zip(sizes, parts, heads):
+        rows, head = part.view(n, -1), n // count if count else 0
+        order = [h * head + 2 * i + odd for h in range(count) for odd in (0, 1) for i in range(head // 2)]
+        expected.append(rows[order] if count else rows)
+    assert torch.equal(found.to_blocks(), torch.cat(expected).reshape(-1))
+    assert all(torch.equal(blocks.permuted(e, h), p.view(len(e), -1)) for e, h, p in zip(expected, heads, parts) if h)
+
+
+def test_what_lies_in_a_models_memory_is_packed_at_the_end() -> None:
+    memory, raws = Memory(), [random_blocks(n, 96, "q8_0") for n in (48, 16, 5)]
+    weights = [QuantizedWeight.from_blocks(raw, "q8_0", (len(raw) // 102, 96), memory=memory) for raw in raws]
+    assert memory.pending == sum(map(len, raws))
+    for weight in weights:
+        weight.packed.fill_(7)
+    memory.finish()
+    assert memory.pending == 0 and all(torch.equal(w.to_blocks(), raw) for w, raw in zip(weights, raws))
+    weights[0].packed.fill_(7)
+    memory.finish()  # nothing is packed twice
+    assert int(weights[0].packed.max()) == 7
 
 
 @pytest.mark.parametrize("kind", KINDS)

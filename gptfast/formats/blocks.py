@@ -109,6 +109,19 @@ def dequantize(raw: Tensor, type: str, shape: Sequence[int]) -> Tensor:
     return out.reshape(tuple(shape))
 
 
+def unpermuted(rows: Tensor, heads: int) -> Tensor:
+    """Rows (N, ...) that GGUF files store for interleaved rotation, put in half-split order: pair (2i, 2i + 1) of each
+    head becomes (i, i + D/2). Whole rows move, so stored blocks may stand for them."""
+    order = torch.arange(rows.shape[0]).view(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+    return rows.index_select(0, order)  # copies whole rows
+
+
+def permuted(rows: Tensor, heads: int) -> Tensor:
+    """The inverse of unpermuted."""
+    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
 def _round_half_away(x: Tensor) -> Tensor:
     """C's roundf, exactly: torch.round goes to even, and adding 0.5 rounds 0.49999997 up."""
     magnitude = x.abs()

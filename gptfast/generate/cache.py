@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,10 @@ from torch import Tensor
 from gptfast.model.config import GPTConfig
 
 CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Bytes that one thread clears. PyTorch wakes its own from 32768 elements on, and waits for them: 13 ms a tensor where
+# another process has the other core.
+SMALL = 4 << 20
+ALONE = 32768  # elements that PyTorch copies with one thread
 
 
 class KVCache:
@@ -97,6 +102,18 @@ class KVCache:
         other.k, other.v = [k[b : b + 1] for k in self.k], [v[b : b + 1] for v in self.v]
         return other
 
+    def share(self, begin: int, end: int) -> None:
+        """Every row gets what row 0 holds of the places begin .. end - 1, and the length `end`. What lies before is
+        the same in all rows already."""
+        per_token = self.config.n_kv_head * self.config.head_dim
+        pieces = range(begin, end, max(1, ALONE // per_token))
+        for t in (*self.k, *self.v):
+            for row in t[1:]:
+                for start in pieces:
+                    place = slice(start, min(start + pieces.step, end))
+                    row[place] = t[0, place]
+        self.lengths.fill_(end)
+
     def grow(self, capacity: int) -> None:
         """Makes room for `capacity` tokens in each row, keeping what is there; views from `row` are cut loose."""
         if capacity <= self.capacity:
@@ -111,6 +128,10 @@ class KVCache:
 def _room(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """(batch, capacity, Hk, D), stored head by head."""
     B, S, Hk, D = shape
-    # Zeros, not empty: a masked key's weight is 0, and 0 times the NaN of fresh memory would not be. Pages of zeros
-    # cost nothing until they are written.
-    return torch.zeros((B, Hk, S, D), dtype=dtype, device=device).transpose(1, 2)
+    # Zeros, not empty: a masked key's weight is 0, and 0 times the NaN of fresh memory would not be.
+    room = torch.empty((B, Hk, S, D), dtype=dtype, device=device)
+    if room.is_cpu and room.nbytes < SMALL:
+        ctypes.memset(room.data_ptr(), 0, room.nbytes)
+    else:
+        room.zero_()
+    return room.transpose(1, 2)

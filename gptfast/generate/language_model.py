@@ -117,7 +117,8 @@ class LanguageModel:
             return explain("linear", row, weight, backend=model.backend, **how).backend
 
     def generate(self, prompt: Prompt | Sequence[Prompt], **settings: Any) -> Any:
-        """Continues a prompt (text or token ids), or each of a list of them.
+        """Continues a prompt (text or token ids), or each of a list of them. What all of them begin with, a system
+        prompt for example, is computed once.
 
         max_new_tokens=256      None: up to the end of the context
         min_new_tokens=0        no end token, stop id or stop string before there are so many

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -44,7 +47,8 @@ def load(
     """
     if kv_cache is not None and kv_cache not in CACHE_DTYPES:
         raise ValueError(f"load: expected kv_cache None or one of {', '.join(CACHE_DTYPES)}, got {kv_cache!r}")
-    model, found, name = _open(name_or_path, weights)
+    with _uncollected():
+        model, found, name = _open(name_or_path, weights)
     if device is not None:
         model = model.to(device)
     model.activations, model.backend = activations, backend
@@ -74,6 +78,19 @@ def _open(source: str | os.PathLike[str] | nn.Module, weights: str | None) -> tu
     raise FileNotFoundError(
         f"no model at {str(source)!r}: expected a .gguf file, a Hugging Face folder, or one of {', '.join(PRESETS)}"
     )
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Nobody looks for garbage in cycles meanwhile. A vocabulary's many objects set that off, a search through all that
+    PyTorch has made takes 0.1 s, and there are no cycles to be found."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _folder_tokenizer(folder: Folder) -> Tokenizer | None:

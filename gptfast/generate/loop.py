@@ -25,6 +25,8 @@ CHUNK = 512  # prompt tokens of all rows in one forward pass: many for each weig
 WORTH_RECORDING = 8  # decode steps
 BLOCK = 256  # tokens by which a KV cache grows
 
+WORTH_SHARING = 64  # prompt tokens not computed again: about what one more pass over the weights costs
+
 Progress = Callable[[int, int], None]
 
 
@@ -78,19 +80,31 @@ class Loop:
         if keep != held:
             self.cache.truncate(torch.tensor(keep, dtype=torch.int32, device=self.cache.lengths.device))
         self._reserve(max(map(len, contexts)))
+        shared, done = _shared(contexts, keep), 0
+        total = sum(map(len, contexts)) - sum(keep) - shared * (len(keep) - 1)
+
+        def report(tokens: int) -> None:
+            if progress is not None:
+                progress(done + tokens, total)
+
+        if shared:
+            begin, end = keep[0], keep[0] + shared
+            self._feed(self.cache.row(0), [contexts[0][begin:end]], report)
+            self.cache.share(begin, end)
+            keep, done = [end] * len(keep), shared
         todo = [c[k:] for c, k in zip(contexts, keep)]
-        self.prefill_tokens = total = sum(map(len, todo))
+        self.prefill_tokens = total
         longest = max(map(len, todo))
         # Padding costs as much as tokens do, and rows that begin at different places would be padded past the cache.
-        together = len(set(keep)) == 1 and 4 * total >= 3 * len(todo) * longest
+        together = len(set(keep)) == 1 and 4 * sum(map(len, todo)) >= 3 * len(todo) * longest
         groups = [list(range(len(todo)))] if together else [[b] for b in range(len(todo))]
-        done, found = 0, []
+        found = []
         for group in groups:
             cache = self.cache if len(group) == len(todo) else self.cache.row(group[0])
             rows = [todo[b] for b in group]
-            found.append(self._feed(cache, rows, lambda n, done=done: progress(done + n, total) if progress else None))
+            found.append(self._feed(cache, rows, report))
             done += sum(map(len, rows))
-        self.logits = torch.cat(found)
+        self.logits = torch.cat(found) if len(found) > 1 else found[0]
 
     def _feed(self, cache: KVCache, todo: list[list[int]], report: Callable[[int], None]) -> Tensor:
         """Feeds right-padded chunks; the logits (B, V) after each row's last token."""
@@ -104,7 +118,7 @@ class Loop:
             chunk = self.model(ids, cache=cache, last=last)
             cache.advance(torch.tensor([len(p) for p in parts], dtype=torch.int32, device=device))
             if logits is None:
-                logits = chunk.clone()
+                logits = chunk
             else:
                 ends = torch.tensor([len(p) > 0 for p in parts], device=device)
                 logits[ends] = chunk[ends]
@@ -230,3 +244,14 @@ class Loop:
     def _reserve(self, tokens: int) -> None:
         if tokens > self.cache.capacity:
             self.cache.grow(min(-(-tokens // BLOCK) * BLOCK, self.limits.context))
+
+
+def _shared(contexts: Sequence[list[int]], keep: Sequence[int]) -> int:
+    """How many tokens behind the first `keep` of each row are the same in all rows and worth computing in one of them
+    alone; each row keeps one at least for itself, whose logits are needed."""
+    if len(contexts) < 2 or len(set(keep)) > 1:
+        return 0
+    low, high, most = min(contexts), max(contexts), min(map(len, contexts)) - 1
+    common = next((i for i in range(most) if low[i] != high[i]), most)
+    shared = max(0, common - keep[0])
+    return shared if shared * (len(contexts) - 1) >= WORTH_SHARING else 0

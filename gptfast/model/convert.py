@@ -31,6 +31,7 @@ from gptfast.quantize import Memory, QuantizedWeight
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTISED = {"q8_0": "Q8_0", "q4_0": "Q4_0", "q4_1": "Q4_1"}
+PACKED_AT_ONCE = 8 << 20  # bytes, which for a moment are in memory twice
 OWN = {"q8": ("Q8_0", "Q8_0"), "q4": ("Q4_1", "Q8_0")}  # of the blocks' matrices; of the embedding and the head
 
 
@@ -40,11 +41,13 @@ class Stored(NamedTuple):
     type: str
     shape: tuple[int, ...]
     rows: Tensor  # plain: `shape`; blocks: (N, bytes of a row) uint8
+    heads: int = 0  # blocks alone: whose rows are still as blocks.unpermuted takes them, for packing will order them
 
     def float32(self) -> Tensor:
         if self.rows.dtype != torch.uint8:
             return self.rows.float()
-        return blocks.dequantize(self.rows.reshape(-1), self.type, self.shape)
+        rows = blocks.unpermuted(self.rows, self.heads) if self.heads else self.rows
+        return blocks.dequantize(rows.reshape(-1), self.type, self.shape)
 
 
 Read = Callable[[str], Stored]
@@ -126,7 +129,13 @@ def _build(
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert wanted.keys() == sources.keys(), wanted.keys() ^ sources.keys()
     dtype = stored if weights is None else DTYPES.get(weights, torch.float32)
-    memory = Memory()
+    memory, read_already = Memory(), list[str]()
+
+    def finish() -> None:
+        memory.finish()
+        while read_already:
+            forget(read_already.pop())
+
     for name, source in sources.items():
         parts = [_ordered(read(n), source, heads) for n, heads in zip(source.names, source.heads)]
         shape = _stacked_shape(parts, name)
@@ -134,8 +143,10 @@ def _build(
             raise ValueError(f"expected {' and '.join(source.names)} to make {wanted[name]}, got {shape}")
         weight = _held(name, parts, shape, weights, dtype, memory) if _is_matrix(model, name) else _plain(parts, dtype)
         _assign(model, name, weight)
-        for read_already in source.names:
-            forget(read_already)
+        read_already += source.names
+        if memory.pending >= PACKED_AT_ONCE:
+            finish()
+    finish()
     return model.eval()
 
 
@@ -152,7 +163,9 @@ def _ordered(stored: Stored, source: Source, heads: int) -> Stored:
     if heads:
         if stored.shape[0] % (2 * heads):
             raise ValueError(f"expected {source.names[0]} with rows in multiples of {2 * heads}, got {stored.shape}")
-        return stored._replace(rows=gguf_model.unpermuted(stored.rows, heads))
+        if stored.rows.dtype == torch.uint8:
+            return stored._replace(heads=heads)
+        return stored._replace(rows=blocks.unpermuted(stored.rows, heads))
     return stored
 
 
@@ -179,7 +192,8 @@ def _held(
             return QuantizedWeight.from_blocks(raw, kind.lower(), shape, memory=memory)
     elif weights is not None or parts[0].rows.dtype != torch.uint8 or len({p.type for p in parts}) > 1:
         return _plain(parts, dtype)
-    return QuantizedWeight.from_parts([p.rows for p in parts], parts[0].type.lower(), shape, memory=memory)
+    rows, heads = [p.rows for p in parts], [p.heads for p in parts]
+    return QuantizedWeight.from_parts(rows, parts[0].type.lower(), shape, heads=heads, memory=memory)
 
 
 def _assign(model: GPT, name: str, weight: Tensor | QuantizedWeight) -> None:
@@ -224,7 +238,7 @@ def save_gguf(
         wanted = "F32" if kind is not None and not _is_matrix(model, name) else kind
         type, rows, columns = _rows(_value(model, name), wanted)
         for theirs, part, heads in zip(source.names, _split(model, rows, source), source.heads):
-            part = gguf_model.permuted(part, heads) if heads else part
+            part = blocks.permuted(part, heads) if heads else part
             tensors[theirs] = part if type is None else (part.reshape(-1), type, (part.shape[0], columns))
     write_gguf(path, gguf_model.write_config(model.config) | dict(metadata or {}), tensors)
 

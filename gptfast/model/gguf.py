@@ -182,19 +182,6 @@ def names(config: GPTConfig, architecture: str) -> dict[str, Source]:
     return found
 
 
-def unpermuted(rows: Tensor, heads: int) -> Tensor:
-    """Rows (N, ...) stored for interleaved rotation, put in half-split order: pair (2i, 2i + 1) of each head becomes
-    (i, i + D/2). Whole rows move, so stored blocks may stand for them."""
-    order = torch.arange(rows.shape[0]).view(heads, -1, 2).swapaxes(1, 2).reshape(-1)
-    return rows.index_select(0, order)  # copies whole rows
-
-
-def permuted(rows: Tensor, heads: int) -> Tensor:
-    """The inverse of unpermuted."""
-    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
-    return halves.swapaxes(1, 2).reshape(rows.shape)
-
-
 def shapes(tensors: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor of an open file."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

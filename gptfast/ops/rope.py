@@ -18,7 +18,7 @@ dtype. The rotation that attention_kvcache fuses is the same sequence, so both g
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -164,7 +164,19 @@ def rope_tables(
         length = int(positions.max()) + 1 if positions.numel() else 0
     frequencies, attention_factor = rope_frequencies(dim, theta, scaling, max_position, length)
     angles = positions.unsqueeze(-1).float() * frequencies.to(positions.device)
-    return angles.cos() * attention_factor, angles.sin() * attention_factor
+    return _in_pieces(torch.cos, angles) * attention_factor, _in_pieces(torch.sin, angles) * attention_factor
+
+
+def _in_pieces(function: Callable[..., Tensor], angles: Tensor) -> Tensor:
+    """function(angles). A short table is computed piece by piece, each too short for PyTorch to share out among its
+    threads: to start them and to wait for them takes 10 to 30 ms where another process has a core, in a model's first
+    call."""
+    if not angles.is_cpu or angles.dim() != 2 or not 2048 < angles.numel() <= 1 << 15:
+        return function(angles)
+    rows, out = max(1, 2048 // angles.shape[1]), torch.empty_like(angles)
+    for piece, result in zip(angles.split(rows), out.split(rows)):
+        function(piece, out=result)
+    return out
 
 
 def rope_frequencies(

@@ -282,7 +282,7 @@ PYBIND11_MODULE(_cpu, m) {
        stream, per_row, rows, cols, logits_stride, bias_stride, mask_stride, history_cols, dtype, processed);
   BIND(advance, Advance, ids, positions, steps, lengths, drawn, running, history, prompt_lengths, rows, history_cols);
   BIND(ceilings, Ceilings, work, sink, data, copy, bytes, turns, what);
-  BIND(pack, Pack, packed, raw, rows, depth, format);
+  BIND(pack, Pack, packed, raw, rows, depth, head, format);
   BIND(dequantize, Dequantize, y, packed, ids, positions, table, rows, depth, table_stride, format);
   BIND(bias_gelu, Mlp, y, x, other, rows, cols, x_stride, other_stride, tanh, dtype);
   BIND(swiglu, Mlp, y, x, other, rows, cols, x_stride, other_stride, dtype);

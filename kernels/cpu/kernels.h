@@ -96,6 +96,7 @@ struct Pack {
   void* packed;     // panels of a quantised weight, the last one filled up with zeros
   const void* raw;  // (rows, depth / 32) GGUF blocks
   int64_t rows, depth;
+  int64_t head;  // rows of a head that the file has in pairs (2i, 2i + 1), which become i and i + head / 2; 0: in order
   int32_t format;
 };
 

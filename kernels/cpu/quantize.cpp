@@ -11,8 +11,9 @@ void pack(const Pack& a, Worker& worker) {
     worker.each(ceil_div(a.rows, PANEL), [&](int64_t panel) {
       Block* b = (Block*)a.packed + panel * groups;
       for (int row = 0; row < PANEL; row++) {
-        const int64_t n = panel * PANEL + row;
-        const uint8_t* from = (const uint8_t*)a.raw + n * groups * (HEAD + 4 * NUMBERS);
+        const int64_t n = panel * PANEL + row, at = a.head ? n % a.head : 0, half = a.head / 2;
+        const int64_t stored = a.head ? n - at + (at < half ? 2 * at : 2 * (at - half) + 1) : n;
+        const uint8_t* from = (const uint8_t*)a.raw + stored * groups * (HEAD + 4 * NUMBERS);
         for (int64_t g = 0; g < groups; g++, from += HEAD + 4 * NUMBERS) {
           static const uint8_t none[HEAD + 4 * NUMBERS] = {};
           const uint8_t* block = n < a.rows ? from : none;

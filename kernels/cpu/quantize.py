@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from gptfast import _cpu
-from gptfast.kernels.cpu import pointer, threads
+from gptfast.kernels.cpu import Plan, pointer, threads
+
+Launch = tuple[str, int, dict[str, Any]]
 
 
 def dequantize(
@@ -34,14 +39,16 @@ def dequantize(
     return y
 
 
-def pack(packed: Tensor, raw: Tensor, code: int, rows: int, depth: int) -> None:
-    """GGUF blocks, `rows` x depth / 32 of them in order, to panels."""
+def pack(packed: Tensor, raw: Tensor, code: int, rows: int, depth: int, head: int = 0) -> tuple[Launch, Tensor]:
+    """The launch that brings GGUF blocks, `rows` x depth / 32 of them, to panels, and a tensor to keep until it ran.
+
+    head: rows of a head that stand in pairs (2i, 2i + 1) and become i and i + head / 2; 0 where they stand in order
+    """
     raw = raw.contiguous()
-    _cpu.pack(
-        threads(raw.numel()),
-        packed=packed.data_ptr(),
-        raw=raw.data_ptr(),
-        rows=rows,
-        depth=depth,
-        format=code,
-    )
+    fields = {"packed": packed.data_ptr(), "raw": raw.data_ptr(), "rows": rows, "depth": depth}
+    return ("pack", threads(raw.numel()), fields | {"head": head, "format": code}), raw
+
+
+def run(launches: Sequence[Launch]) -> None:
+    """Runs them one after the other, without Python in between."""
+    Plan(list(launches)).run(torch.get_num_threads())

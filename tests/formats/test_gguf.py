@@ -84,6 +84,39 @@ def test_round_trip(tmp_path: Path) -> None:
                 assert file.raw(name).equal(entry[0]) and file.tensors[name].shape == entry[2]
 
 
+ODD_STRINGS = (
+    "",
+    "\0",
+    "\0" * 7,
+    "a\0\0\0\0\0\0\0b",
+    "x" * 255,
+    "x" * 256,
+    "é" * 128,
+    "🙂" * 70,
+    "\0" * 300,
+    "x" * 70_000,
+)
+
+
+def test_strings_of_every_length(tmp_path: Path) -> None:
+    """Beside each odd one, so many plain ones that they are read in one go; and all beside each other."""
+    lists = [[f"{i} Ġé" for i in range(1_500)] + [odd] + ["ab"] * 1_500 for odd in ODD_STRINGS]
+    metadata = {str(i): strings for i, strings in enumerate([*lists, list(ODD_STRINGS), [""] * 3_000])}
+    write_gguf(tmp_path / "a.gguf", metadata, {})
+    assert open_gguf(tmp_path / "a.gguf").metadata == metadata
+
+
+@pytest.mark.parametrize("place", range(1, 8))
+def test_a_length_may_lie_in_each_of_its_bytes(tmp_path: Path, place: int) -> None:
+    """Also where zeros in a text make up for it."""
+    lie = struct.pack("<Q", 2 | 1 << 8 * place) + b"ab"
+    for texts in ([text("\0")], [text(""), text("\0\0")], [text("cd")]):
+        content = header(0, 1) + key("x", 9, struct.pack("<IQ", 8, 1 + len(texts)) + b"".join(texts) + lie)
+        (tmp_path / "a.gguf").write_bytes(content)
+        with pytest.raises(FormatError, match=r"bytes of 'x' in the 2 bytes left|'x' of at most 4194304 bytes"):
+            open_gguf(tmp_path / "a.gguf")
+
+
 def test_views_are_no_copies_and_outlive_the_file_object(tmp_path: Path) -> None:
     write_gguf(tmp_path / "a.gguf", {}, {"x": torch.arange(8.0)})
     before = (tmp_path / "a.gguf").read_bytes()

@@ -185,3 +185,12 @@ def test_a_wrong_argument_is_one_sentence(change: dict[str, Any], sentence: str)
     }
     with pytest.raises(ValueError, match=sentence):
         rope(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("positions", [1, 64, 65, 511, 1024, 1025])
+@pytest.mark.parametrize("dim", [2, 64, 66, 6000])
+def test_short_tables_are_those_that_one_call_makes(positions: int, dim: int) -> None:
+    frequencies, _ = rope_frequencies(dim, 10000.0, length=positions)
+    angles = torch.arange(positions).unsqueeze(-1).float() * frequencies
+    cos, sin = rope_tables(positions, dim)
+    assert torch.equal(cos, angles.cos()) and torch.equal(sin, angles.sin())
