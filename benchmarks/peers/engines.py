@@ -53,11 +53,6 @@ ENGINES = (
         ("openvino==2026.4.1", "openvino-genai==2026.4.1", "nncf==3.4.0", "safetensors"),
     ),
     Engine("ctranslate2", {8: ("int8",), 32: ("float32",)}, ("ctranslate2==4.8.5", "safetensors")),
-    Engine(
-        "onnxruntime_genai",
-        {4: ("int4",), 32: ("fp32",)},
-        ("onnxruntime-genai==0.18.0", "onnx", "onnx-ir", "safetensors", "torch", "transformers"),
-    ),
     Engine("transformers", {32: ("fp32",)}),
 )
 
