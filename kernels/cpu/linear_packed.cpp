@@ -19,8 +19,8 @@ constexpr int64_t AHEAD = 1536;              // bytes of each panel: DRAM latenc
 // AVX2, one row: four streams that the hardware's prefetcher sees by itself; asked for as well they are 0.9x as fast.
 constexpr bool fetches(int abreast) { return VEC_BYTES != 32 || abreast == ABREAST; }
 
-// sums[MR][NP * PANEL] = (add ? sums : 0) + x[k][MR] * w[panel][k][PANEL], k in order. Panels lie `stride` apart. next_x:
-// how many floats further the next tile of rows lies, whose x is on its way meanwhile.
+// sums[MR][NP * PANEL] = (add ? sums : 0) + x[k][MR] * w[panel][k][PANEL], k in order. Panels lie `stride` apart. The
+// next tile of rows, whose x is on its way meanwhile, lies next_x floats further.
 template <int MR, int NP, class W>
 __attribute__((noinline)) void tile(const float* x, const W* w, int64_t stride, int64_t length, Ahead ahead,
                                     int64_t next_x, float* sums, bool add) {
