@@ -155,6 +155,17 @@ def ceilings(refresh: bool = False) -> Ceilings:
     return measured
 
 
+def read_rate(threads: int) -> float:
+    """Bytes/s that the DRAM ceiling's program reads just now: one timing, nothing kept. To be compared with what else
+    was measured in the same minutes. Raises RuntimeError where the CPU kernels are not built."""
+    here = machine()
+    if here.isa is None:
+        raise RuntimeError("memory is read by gptfast._cpu, which is not built: see gptfast.backends()")
+    global _reader
+    _reader = _reader or _Probe(here)
+    return _reader.rate("dram", threads, _reader.bytes)
+
+
 def roofline(cost: Cost, threads: int | None = None, limits: Ceilings | None = None) -> float:
     """Seconds below which a call of this cost can't come: its arithmetic and its traffic, whichever takes longer.
 
@@ -272,6 +283,9 @@ class _Probe:
             what=self.KINDS[name],
         )
         return time.perf_counter() - start
+
+
+_reader: _Probe | None = None  # its buffers are kept: new ones cost page faults
 
 
 def _better(a: Ceilings, b: Ceilings) -> Ceilings:

@@ -7,14 +7,16 @@ head_dim D, width C, MLP width F, vocabulary V.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from gptfast import ops
 from gptfast.ops.philox import dropout_keep
-from gptfast.quantize import QuantizedWeight
+from gptfast.quantize import PackedWeight, QuantizedWeight
+
+Weight: TypeAlias = Tensor | QuantizedWeight | PackedWeight
 
 
 class Cache(Protocol):
@@ -62,14 +64,14 @@ def fill_normal(weight: Tensor, std: float = 0.02) -> None:
 
 
 class Linear(Layer):
-    """x (..., K) -> (..., N): x weight^T + bias, the weight a parameter (N, K) or a QuantizedWeight.
+    """x (..., K) -> (..., N): x weight^T + bias, the weight a parameter (N, K), a QuantizedWeight or a PackedWeight.
 
     activations: None = the fast choice ("int8" with a quantised weight, "exact" with a plain one), "exact" or "int8";
         a plain weight always takes exact activations.
     """
 
     activations: str | None = None
-    weight: nn.Parameter | QuantizedWeight
+    weight: nn.Parameter | QuantizedWeight | PackedWeight
 
     def __init__(
         self,
@@ -88,18 +90,23 @@ class Linear(Layer):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def set_weight(self, weight: Tensor | QuantizedWeight) -> None:
+    def set_weight(self, weight: Weight) -> None:
         """Holds this weight from now on, as it is."""
         set_weight(self, weight)
+
+    def pack(self) -> None:
+        """Holds a float weight packed for the CPU's kernels and no longer as a parameter: it can't be trained then."""
+        if isinstance(self.weight, Tensor):
+            set_weight(self, PackedWeight.pack(self.weight.detach()))
 
     def forward(self, x: Tensor, *, skip_bias: bool = False) -> Tensor:
         """skip_bias: the caller adds the bias, fused with what follows."""
         return project(x, self.weight, None if skip_bias else self.bias, self.activations, self.backend)
 
 
-def set_weight(module: nn.Module, weight: Tensor | QuantizedWeight) -> None:
-    """Makes `weight` the module's: a parameter, or a plain attribute where it is quantised."""
-    if isinstance(weight, QuantizedWeight):
+def set_weight(module: nn.Module, weight: Weight) -> None:
+    """Makes `weight` the module's: a parameter, or a plain attribute where it is quantised or packed."""
+    if not isinstance(weight, Tensor):
         module._parameters.pop("weight", None)
         module.__dict__["weight"] = weight
     else:
@@ -107,9 +114,7 @@ def set_weight(module: nn.Module, weight: Tensor | QuantizedWeight) -> None:
         module._parameters["weight"] = nn.Parameter(weight)  # in its old place: the order of parameters stays
 
 
-def project(
-    x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None, activations: str | None, backend: str | None
-) -> Tensor:
+def project(x: Tensor, weight: Weight, bias: Tensor | None, activations: str | None, backend: str | None) -> Tensor:
     """ops.linear with the fast choice of activations where none is given."""
     if isinstance(weight, QuantizedWeight):
         return ops.linear(x, weight, bias, activations=activations or "int8", backend=backend)

@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
+import gptfast
 from gptfast.formats import blocks
 from gptfast.formats.gguf import open_gguf
 from gptfast.generate.cache import KVCache
 from gptfast.kernels import reason_missing
+from gptfast.layers import Linear
 from gptfast.model import GPT, PRESETS, GPTConfig, convert, preset
 from gptfast.ops.spec import ulp
-from gptfast.quantize import QuantizedWeight
+from gptfast.quantize import PackedWeight, QuantizedWeight
 
 LLAMA: dict[str, Any] = dict(
     n_kv_head=2, ffn_dim=96, norm="rms_norm", positions="rope", activation="swiglu", qkv_bias=False, out_bias=False,
@@ -338,3 +340,27 @@ def test_quantised_folder_is_written_as_fp32(tmp_path: Path) -> None:
     back = GPT.from_folder(tmp_path / "again")
     weight = block(small, 1).mlp.down.weight
     assert isinstance(weight, QuantizedWeight) and torch.equal(block(back, 1).mlp.down.weight, weight.dequantize())
+
+
+@needs_cpu
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_loaded_model_holds_its_float_matrices_packed_and_once(name: str, tmp_path: Path) -> None:
+    model = model_of(name)
+    model.save_folder(tmp_path / "folder")
+    loaded = gptfast.load(tmp_path / "folder").model
+    linears = [m for m in loaded.modules() if isinstance(m, Linear)]
+    assert linears and all(isinstance(m.weight, PackedWeight) for m in linears)
+    whole = all(m.out_features % 16 == 0 for m in linears)
+    assert not whole or loaded.weight_bytes() == model.weight_bytes()
+    assert not {name for name, _ in loaded.named_parameters() if name.endswith(("qkv.weight", "up.weight"))}
+    ids = text(2, 9)
+    with torch.inference_mode():
+        assert torch.allclose(loaded(ids), model(ids), atol=1e-4)
+        alone = torch.cat([in_chunks(loaded, ids[:1], [1] * 9), in_chunks(loaded, ids[1:], [4, 5])])
+        assert torch.equal(alone, loaded(ids))
+    loaded.save_folder(tmp_path / "again")
+    again = GPT.from_folder(tmp_path / "again")
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), model.parameters(), strict=True))
+    assert isinstance(block(gptfast.load(model).model, 0).attention.qkv.weight, torch.nn.Parameter), (
+        "not the user's own"
+    )

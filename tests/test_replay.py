@@ -33,8 +33,8 @@ CONFIGS = {
 
 def model_of(name: str, kind: str = "float32") -> GPT:
     torch.manual_seed(0)
-    quantised = kind.startswith("q")
-    model = GPT(CONFIGS[name], dtype=torch.float32 if quantised else getattr(torch, kind)).eval()
+    quantised, dtype = kind.startswith("q"), kind.removeprefix("packed-")
+    model = GPT(CONFIGS[name], dtype=torch.float32 if quantised else getattr(torch, dtype)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p += 0.1 * torch.randn(p.shape).to(p.dtype)
@@ -42,7 +42,7 @@ def model_of(name: str, kind: str = "float32") -> GPT:
         for module in model.modules():
             if hasattr(module, "set_weight") and module is not model.positions:
                 module.set_weight(QuantizedWeight.quantize(module.weight.detach(), kind))  # type: ignore[operator]
-    return model
+    return model.pack() if kind.startswith("packed") else model
 
 
 def prefilled(model: GPT, lengths: list[int], capacity: int, kept: torch.dtype | None = None) -> KVCache:
@@ -56,7 +56,7 @@ def prefilled(model: GPT, lengths: list[int], capacity: int, kept: torch.dtype |
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("lengths", [[3], [126], [130, 1, 60], [9, 250, 3, 127, 128, 129, 1, 40]], ids=str)
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "q8_0", "q4_1"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "packed-float32", "packed-bfloat16", "q8_0", "q4_1"])
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_steps_are_bitwise_equal(name: str, kind: str, lengths: list[int], threads: int) -> None:
@@ -100,7 +100,7 @@ def test_a_step_with_a_16_bit_cache(kept: torch.dtype) -> None:
 
 @pytest.mark.parametrize("tokens", [2, 4, 16])
 @pytest.mark.parametrize("lengths", [[3], [126], [130, 1, 60]], ids=str)
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "q8_0", "q4_1"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "packed-float32", "packed-bfloat16", "q8_0", "q4_1"])
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_several_tokens_at_once_are_bitwise_equal_to_one_by_one(

@@ -1,10 +1,11 @@
-"""CTranslate2 in int8, from the weights as fp32 in a Hugging Face folder. Its vocabulary is the ids, written out."""
+"""CTranslate2 in int8 or fp32, from the weights as fp32 in a Hugging Face folder."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import ctranslate2  # pyright: ignore[reportMissingImports]
 import numpy as np
@@ -20,6 +21,19 @@ def prepare(folder: Path, weights: str) -> None:
         return
     config = json.loads((folder / "folder" / "config.json").read_text())
     tensors = load_file(folder / "folder" / "model.safetensors")
+    spec = (_gpt2 if config["model_type"] == "gpt2" else _llama)(config, tensors)
+    # The vocabulary is the ids, written out.
+    spec.register_vocabulary([str(i) for i in range(config["vocab_size"])])
+    spec.config.unk_token, spec.config.bos_token, spec.config.eos_token = "0", "1", "2"
+    spec.config.layer_norm_epsilon = config.get("rms_norm_eps") or config["layer_norm_epsilon"]
+    spec.validate()
+    spec.optimize(quantization=weights)
+    part.mkdir(exist_ok=True)
+    spec.save(str(part))
+    part.rename(to)
+
+
+def _llama(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> TransformerDecoderModelSpec:
     spec = TransformerDecoderModelSpec.from_config(
         config["num_hidden_layers"],
         config["num_attention_heads"],
@@ -46,14 +60,36 @@ def prepare(folder: Path, weights: str) -> None:
         mlp.linear_0.weight = w["mlp.gate_proj.weight"]
         mlp.linear_0_noact.weight = w["mlp.up_proj.weight"]
         mlp.linear_1.weight = w["mlp.down_proj.weight"]
-    spec.register_vocabulary([str(i) for i in range(config["vocab_size"])])
-    spec.config.unk_token, spec.config.bos_token, spec.config.eos_token = "0", "1", "2"
-    spec.config.layer_norm_epsilon = config["rms_norm_eps"]
-    spec.validate()
-    spec.optimize(quantization=weights)
-    part.mkdir(exist_ok=True)
-    spec.save(str(part))
-    part.rename(to)
+    return spec
+
+
+def _gpt2(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> TransformerDecoderModelSpec:
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    spec = TransformerDecoderModelSpec.from_config(
+        config["n_layer"], config["n_head"], activation=common_spec.Activation.GELUTanh, pre_norm=True
+    )
+    decoder = spec.decoder
+    decoder.scale_embeddings = False
+    decoder.embeddings.weight = decoder.projection.weight = tensors["wte.weight"]
+    decoder.position_encodings.encodings = tensors["wpe.weight"]
+    _norm(decoder.layer_norm, tensors, "ln_f")
+    for i, layer in enumerate(decoder.layer):
+        attention, mlp = layer.self_attention, layer.ffn
+        _norm(attention.layer_norm, tensors, f"h.{i}.ln_1")
+        _norm(mlp.layer_norm, tensors, f"h.{i}.ln_2")
+        for linear, name in (
+            (attention.linear[0], "attn.c_attn"),
+            (attention.linear[1], "attn.c_proj"),
+            (mlp.linear_0, "mlp.c_fc"),
+            (mlp.linear_1, "mlp.c_proj"),
+        ):
+            linear.weight = np.ascontiguousarray(tensors[f"h.{i}.{name}.weight"].T)
+            linear.bias = tensors[f"h.{i}.{name}.bias"]
+    return spec
+
+
+def _norm(spec: Any, tensors: dict[str, np.ndarray], name: str) -> None:
+    spec.gamma, spec.beta = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
 
 
 def load(folder: Path, weights: str, threads: int) -> Model:

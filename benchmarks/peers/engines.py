@@ -1,4 +1,4 @@
-"""The engines, how each is installed in an environment of its own, and the model's files that they start from."""
+"""The engines, how each is installed in an environment of its own, and the weights that each is timed with."""
 
 from __future__ import annotations
 
@@ -7,33 +7,32 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 import gptfast
 from benchmarks.peers.worker import ROOT
-from gptfast import LanguageModel
-from gptfast.formats.gguf import open_gguf
-from gptfast.formats.registry import find_preset_file
-from gptfast.model.convert import save_gguf
 
 ENVIRONMENTS = ROOT / ".venv-peers"
-MODELS = ENVIRONMENTS / "models"
+BITS = (4, 8, 32)  # of a weight: engines are compared among those of the same
 
 
 @dataclass(frozen=True)
 class Engine:
-    """`name`: of its worker, <name>_worker.py, and of its environment. `requires`: from PyPI, itself first; none: this
-    environment. `build`: environment variables for pip.
+    """`name`: of its worker, <name>_worker.py, and of its environment. `weights`: what it calls them, by their bits.
+    `requires`: from PyPI, itself first; none: this environment. `build`: environment variables for pip.
     """
 
     name: str
-    weights: tuple[str, ...]
+    weights: Mapping[int, tuple[str, ...]]
     requires: tuple[str, ...] = ()
     build: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def version(self) -> str:
-        return self.requires[0].partition("==")[2] if self.requires else gptfast.__version__
+        if self.requires:
+            return self.requires[0].partition("==")[2]
+        return gptfast.__version__ if self.name == "gptfast" else metadata.version(self.name)
 
     @property
     def python(self) -> Path:
@@ -41,15 +40,20 @@ class Engine:
 
 
 ENGINES = (
-    Engine("gptfast", ("int8", "exact")),
+    Engine("gptfast", {4: ("q4",), 8: ("q8",), 32: ("fp32",)}),
     Engine(
         "llama_cpp",
-        ("Q4_1", "Q4_0", "Q8_0"),
+        {4: ("Q4_1", "Q4_0"), 8: ("Q8_0",), 32: ("F32",)},
         ("llama-cpp-python==0.3.36",),
         {"CMAKE_ARGS": "-DGGML_NATIVE=ON", "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count())},
     ),
-    Engine("openvino", ("int4", "int8"), ("openvino==2026.4.1", "openvino-genai==2026.4.1", "nncf==3.4.0")),
-    Engine("ctranslate2", ("int8",), ("ctranslate2==4.8.5", "safetensors")),
+    Engine(
+        "openvino",
+        {4: ("int4",), 8: ("int8",), 32: ("fp32",)},
+        ("openvino==2026.4.1", "openvino-genai==2026.4.1", "nncf==3.4.0", "safetensors"),
+    ),
+    Engine("ctranslate2", {8: ("int8",), 32: ("float32",)}, ("ctranslate2==4.8.5", "safetensors")),
+    Engine("transformers", {32: ("fp32",)}),
 )
 
 
@@ -64,16 +68,3 @@ def install(engine: Engine) -> str | None:
         if done.returncode:
             return (done.stderr.strip().splitlines() or [f"{command[2]} failed"])[-1]
     return None
-
-
-def write_sources(lm: LanguageModel) -> None:
-    """SmolLM2 as the engines' `prepare` wants it: model.gguf as shipped, f16.gguf, and a folder with fp32 weights."""
-    shipped = find_preset_file("smollm2")
-    MODELS.mkdir(parents=True, exist_ok=True)
-    link, half, folder = MODELS / "model.gguf", MODELS / "f16.gguf", MODELS / "folder"
-    link.unlink(missing_ok=True)
-    link.symlink_to(shipped)
-    if not half.exists():
-        save_gguf(lm.model, half, "F16", open_gguf(shipped).metadata)
-    if not folder.exists():
-        lm.model.save_folder(folder)

@@ -1,4 +1,4 @@
-"""gptfast on the package's own file, through its public functions. `weights` names the activations: int8 or exact."""
+"""gptfast through its public functions: "q4" is SmolLM2's own file as it comes, "fp32" is exact."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from benchmarks.peers.worker import Model, Timed, serve
 
 
 def prepare(folder: Path, weights: str) -> None:
-    """The file is used as it comes."""
+    """It reads the model's own files."""
 
 
 def load(folder: Path, weights: str, threads: int) -> Model:
     torch.set_num_threads(threads)
-    lm = gptfast.load(folder / "model.gguf", activations=weights)
+    comes = folder / "model.gguf"
+    lm = gptfast.load(comes if comes.exists() else folder / "folder", weights=weights)
 
     def run(prompts: list[list[int]], new: int) -> Timed:
         rows = lm.generate(prompts, max_new_tokens=new, temperature=0, ignore_eos=True)

@@ -1,5 +1,5 @@
-"""llama.cpp through the C API that llama-cpp-python binds: the package's own file (Q4_1), or what llama.cpp's own
-quantiser makes of it. Quantising 4-bit weights again harms the text, not the speed.
+"""llama.cpp through the C API that llama-cpp-python binds: the model's file where it has the weights asked for, or what
+llama.cpp's own quantiser makes of it. Quantising 4-bit weights again harms the text, not the speed.
 """
 
 from __future__ import annotations
@@ -14,12 +14,19 @@ import numpy as np
 
 from benchmarks.peers.worker import Model, Timed, serve
 
-TYPES = {"Q4_0": api.LLAMA_FTYPE_MOSTLY_Q4_0, "Q8_0": api.LLAMA_FTYPE_MOSTLY_Q8_0}
+TYPES = {
+    "Q4_0": api.LLAMA_FTYPE_MOSTLY_Q4_0,
+    "Q4_1": api.LLAMA_FTYPE_MOSTLY_Q4_1,
+    "Q8_0": api.LLAMA_FTYPE_MOSTLY_Q8_0,
+}
 CONTEXT = 2048  # tokens of all rows together
 
 
 def _file(folder: Path, weights: str) -> Path:
-    return folder / (f"llama_cpp-{weights}.gguf" if weights in TYPES else "model.gguf")
+    comes = folder / "model.gguf"
+    if weights in comes.resolve().name:
+        return comes
+    return folder / (f"llama_cpp-{weights}.gguf" if weights in TYPES else f"{weights.lower()}.gguf")
 
 
 def prepare(folder: Path, weights: str) -> None:
@@ -29,7 +36,8 @@ def prepare(folder: Path, weights: str) -> None:
     part = file.with_suffix(".part")
     options = api.llama_model_quantize_default_params()
     options.ftype, options.allow_requantize = TYPES[weights], True
-    source = folder / "model.gguf"
+    comes = folder / "model.gguf"
+    source = comes if comes.exists() else folder / "f32.gguf"
     if api.llama_model_quantize(str(source).encode(), str(part).encode(), ctypes.byref(options)):
         raise RuntimeError(f"llama_model_quantize: {source} to {weights} failed")
     part.rename(file)

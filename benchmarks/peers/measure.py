@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.generate import Workload
-from benchmarks.peers.engines import MODELS, Engine
+from benchmarks.peers.engines import Engine
+from benchmarks.peers.models import Subject
 from benchmarks.peers.worker import Timed, Worker
-from gptfast import LanguageModel
+from gptfast import LanguageModel, hardware
 from gptfast.bench import Spread, ratio
 
-WORKLOADS = {  # those of one row first: the peak of memory is theirs
-    "512": Workload("512", 512, 2),
-    "128": Workload("128", 128, 32),
-    "1024": Workload("1024", 1024, 16),
-    "8 x 128": Workload("8 x 128", 128, 16, batch=8),
-}
+READINGS = 10  # of memory, at least: the best is what decoding is compared with
 COLUMNS = {  # what is reported -> the workload, and whether its prompts or its new tokens count
     "prefill 512": ("512", "prefill"),
     "prefill 128": ("128", "prefill"),
     "decode": ("128", "decode"),
-    "decode at 1024": ("1024", "decode"),
+    "decode long": ("long", "decode"),
     "decode 8 rows": ("8 x 128", "decode"),
 }
 
@@ -35,31 +31,32 @@ class Contender:
 
     engine: Engine
     weights: str
+    bits: int
     worker: Worker
     load_s: float
     weight_bytes: int
     peak_memory: int = 0
     tokens: dict[str, list[list[int]]] = field(default_factory=dict)
-    runs: dict[str, list[Timed]] = field(default_factory=lambda: {name: [] for name in WORKLOADS})
+    runs: dict[str, list[Timed]] = field(default_factory=dict)
 
-    def rates(self, column: str) -> list[float]:
+    def rates(self, column: str, workloads: Mapping[str, Workload]) -> list[float]:
         """Tokens/s of all rows together, one figure a round."""
         name, phase = COLUMNS[column]
-        w = WORKLOADS[name]
+        w = workloads[name]
         if phase == "prefill":
             return [w.batch * w.prompt / timed.prefill_s for timed in self.runs[name]]
         return [w.batch * (w.new - 1) / timed.decode_s for timed in self.runs[name]]
 
 
-def start(engine: Engine, weights: str, threads: int, until: ExitStack) -> Contender:
+def start(subject: Subject, engine: Engine, weights: str, bits: int, threads: int, until: ExitStack) -> Contender:
     """Prepares in one process and loads in a fresh one. Raises RuntimeError with the reason where it can't."""
     if not engine.python.exists():
         raise RuntimeError("not installed: run `make bench-peers`")
-    module = f"benchmarks.peers.{engine.name}_worker"
+    module, folder = f"benchmarks.peers.{engine.name}_worker", str(subject.folder)
     with Worker(engine.python, module) as worker:
-        worker.ask("prepare", str(MODELS), weights)
+        worker.ask("prepare", folder, weights)
     worker = until.enter_context(Worker(engine.python, module))
-    return Contender(engine, weights, worker, **worker.ask("load", str(MODELS), weights, threads))
+    return Contender(engine, weights, bits, worker, **worker.ask("load", folder, weights, threads))
 
 
 def run(contender: Contender, prompts: list[list[int]], new: int) -> Timed:
@@ -71,19 +68,47 @@ def run(contender: Contender, prompts: list[list[int]], new: int) -> Timed:
     return timed
 
 
-def measure(contenders: Sequence[Contender], prompts: dict[str, list[list[int]]], rounds: int) -> None:
-    """Fills in the contenders' memory, first tokens (of a round that isn't counted) and runs."""
-    for contender in contenders:
-        for name, workload in WORKLOADS.items():
-            if workload.batch > 1 and not contender.peak_memory:
-                contender.peak_memory = contender.worker.ask("peak_memory")["bytes"]
-            contender.tokens[name] = run(contender, prompts[name], workload.new).tokens
+def warm_up(
+    contender: Contender, workloads: Mapping[str, Workload], prompts: Mapping[str, list[list[int]]]
+) -> Contender:
+    """A first run of everything, which isn't counted: the contender's memory and its first tokens."""
+    for name, workload in workloads.items():
+        if workload.batch > 1 and not contender.peak_memory:
+            contender.peak_memory = contender.worker.ask("peak_memory")["bytes"]
+        contender.tokens[name] = run(contender, prompts[name], workload.new).tokens
+    return contender
+
+
+def one_round(
+    contenders: Sequence[Contender],
+    workloads: Mapping[str, Workload],
+    prompts: Mapping[str, list[list[int]]],
+    first: int,
+    threads: int,
+) -> list[float]:
+    """Every workload on every contender, in turns that begin with number `first`; what a plain reader of memory got
+    between them, bytes/s."""
+    turn, read = first % len(contenders), []
+    for name, workload in workloads.items():
+        read.append(hardware.read_rate(threads))
+        for contender in [*contenders[turn:], *contenders[:turn]]:
+            contender.runs.setdefault(name, []).append(run(contender, prompts[name], workload.new))
+    return read
+
+
+def measure(
+    contenders: Sequence[Contender],
+    workloads: Mapping[str, Workload],
+    prompts: Mapping[str, list[list[int]]],
+    rounds: int,
+    threads: int,
+) -> float:
+    """Fills in the contenders' runs; the best of the READINGS or more, bytes/s."""
+    read: list[float] = []
     for i in range(rounds):
-        turn = i % len(contenders)
-        for name, workload in WORKLOADS.items():
-            print(f"round {i + 1} of {rounds}, {name}", file=sys.stderr, flush=True)
-            for contender in [*contenders[turn:], *contenders[:turn]]:
-                contender.runs[name].append(run(contender, prompts[name], workload.new))
+        print(f"{contenders[0].bits} bits, round {i + 1} of {rounds}", file=sys.stderr, flush=True)
+        read += one_round(contenders, workloads, prompts, i, threads)
+    return max(read + [hardware.read_rate(threads) for _ in range(len(read), READINGS)])
 
 
 def surprise(lm: LanguageModel, prompts: list[list[int]], tokens: list[list[int]]) -> float:
@@ -92,21 +117,25 @@ def surprise(lm: LanguageModel, prompts: list[list[int]], tokens: list[list[int]
     return -sum(found) / len(found)
 
 
-def rows(c: Contender, ours: Contender, read: float, nats: float) -> list[dict[str, Any]]:
-    """A contender's row for each column. `read`: bytes/s that this machine reads at most, for the share of it that
-    reading the weights once a step comes to."""
+def rows(
+    c: Contender, ours: Contender, workloads: Mapping[str, Workload], read: float, nats: float
+) -> list[dict[str, Any]]:
+    """A contender's row for each column. `ours`: gptfast with weights of as many bits. `read`: bytes/s that the reader
+    got at most, for the share of it that reading the weights once a step comes to."""
     found = []
     for column, (name, phase) in COLUMNS.items():
-        rates, base = c.rates(column), ours.rates(column)
-        speed, over = Spread.of(rates), ratio(base, rates)
-        steps_per_s = speed.median / WORKLOADS[name].batch
+        rates = c.rates(column, workloads)
+        speed, over = Spread.of(rates), ratio(ours.rates(column, workloads), rates)
+        steps_per_s = speed.median / workloads[name].batch
         percent = 100 * steps_per_s * c.weight_bytes / read if phase == "decode" else None
         found.append(
             {
+                "bits": c.bits,
                 "engine": c.engine.name,
                 "version": c.engine.version,
                 "weights": c.weights,
                 "column": column,
+                "prompt": workloads[name].prompt,
                 "rounds": len(rates),
                 "tokens_per_s": round(speed.median, 1),
                 "low": round(speed.low, 1),
@@ -114,6 +143,7 @@ def rows(c: Contender, ours: Contender, read: float, nats: float) -> list[dict[s
                 "gptfast_over": round(over.median, 3),
                 "gptfast_over_low": round(over.low, 3),
                 "gptfast_over_high": round(over.high, 3),
+                "read_gbytes_per_s": round(read / 1e9, 1),
                 "read_percent": percent and round(percent, 1),
                 "weight_mb": round(c.weight_bytes / 1e6, 1),
                 "peak_mb": round(c.peak_memory / 1e6),

@@ -12,7 +12,7 @@ from typing import Any
 Launch = tuple[str, int, dict[str, Any]]
 
 BEFORE = {"layer_norm": 1, "rms_norm": 2, "bias_gelu": 3, "swiglu": 4, "geglu": 5}  # Linear::Before in kernels.h
-LINEARS = {"linear_exact", "linear_int8"}
+LINEARS = {"linear_exact", "linear_int8", "linear_packed"}
 
 
 def fused(launches: list[Launch]) -> list[Launch]:

@@ -23,6 +23,7 @@ from gptfast.generate.results import Generation, Score, Stats
 from gptfast.generate.sampler import NEUTRAL, Processor, Sampler
 from gptfast.generate.speculative import Drafter, speculate
 from gptfast.generate.stop import NoText, Text
+from gptfast.layers import Weight
 from gptfast.model import GPT
 from gptfast.ops.dispatch import explain
 from gptfast.quantize import QuantizedWeight
@@ -104,7 +105,7 @@ class LanguageModel:
         return torch.float16 if rounded and model.dtype == torch.float32 else model.dtype
 
     @property
-    def _head(self) -> Tensor | QuantizedWeight:
+    def _head(self) -> Weight:
         return (self.model.embedding if self.model.head is None else self.model.head).weight
 
     @property

@@ -33,6 +33,9 @@ def load(
 ) -> LanguageModel:
     """A language model that is ready to generate.
 
+    Where it runs on the CPU's kernels its float matrices are packed for them and are no parameters (GPT.pack): a model
+    to train is made by GPT.from_folder and its like.
+
     name_or_path  a name of a model that comes as a package ("smollm2"), a .gguf file, a Hugging Face folder
                   (config.json, *.safetensors, tokenizer.json), a live transformers model, or a GPT
     weights       None = as stored; "fp32", "bf16", "fp16", "q8" and "q4" (gptfast's own choice of blocks), "q8_0",
@@ -52,7 +55,10 @@ def load(
     if device is not None:
         model = model.to(device)
     model.activations, model.backend = activations, backend
-    return LanguageModel(model.eval(), tokenizer or found, name=name, kv_cache=kv_cache)
+    lm = LanguageModel(model.eval(), tokenizer or found, name=name, kv_cache=kv_cache)
+    if model is not name_or_path and lm.backend == "cpu":
+        model.pack()
+    return lm
 
 
 def _open(source: str | os.PathLike[str] | nn.Module, weights: str | None) -> tuple[GPT, Tokenizer | None, str]:

@@ -27,7 +27,7 @@ from gptfast.model import huggingface
 from gptfast.model.config import GPTConfig
 from gptfast.model.gpt import GPT
 from gptfast.model.names import Source, first
-from gptfast.quantize import Memory, QuantizedWeight
+from gptfast.quantize import Memory, PackedWeight, QuantizedWeight
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTISED = {"q8_0": "Q8_0", "q4_0": "Q4_0", "q4_1": "Q4_1"}
@@ -246,6 +246,8 @@ def save_gguf(
 def _value(model: GPT, name: str) -> Tensor | QuantizedWeight:
     module, _, end = name.rpartition(".")
     value = getattr(model.get_submodule(module), end)
+    if isinstance(value, PackedWeight):
+        return value.unpack()
     assert isinstance(value, Tensor | QuantizedWeight)
     return value
 

@@ -20,12 +20,13 @@ from gptfast.layers import (
     LayerNorm,
     Linear,
     RMSNorm,
+    Weight,
     fill_normal,
     project,
 )
 from gptfast.model.config import GPTConfig
 from gptfast.ops.rope import rope_tables
-from gptfast.quantize import QuantizedWeight
+from gptfast.quantize import PackedWeight, QuantizedWeight
 
 ACTIVATIONS = (None, "exact", "int8")
 
@@ -182,7 +183,7 @@ class GPT(nn.Module):
 
     def weight_bytes(self) -> int:
         """Bytes of all weights as they are held."""
-        return sum(p.numel() * p.element_size() for p in self.parameters()) + sum(w.nbytes for w in self._quantized())
+        return sum(p.numel() * p.element_size() for p in self.parameters()) + sum(w.nbytes for w in self._packed())
 
     def bytes_per_step(self, batch: int, context: int, cache_dtype: torch.dtype | None = None) -> int:
         """The fewest bytes that a decode step moves: every weight that multiplies once, each row's keys and values."""
@@ -191,9 +192,18 @@ class GPT(nn.Module):
         skipped = sum(_nbytes(module.weight) for module in gathered)
         return self.weight_bytes() - skipped + batch * self.config.kv_bytes_read(context, cache_dtype or self.dtype)
 
-    def _quantized(self) -> list[QuantizedWeight]:
+    def _packed(self) -> list[QuantizedWeight | PackedWeight]:
         weights = [getattr(module, "weight", None) for module in self.modules()]
-        return [w for w in weights if isinstance(w, QuantizedWeight)]
+        return [w for w in weights if isinstance(w, QuantizedWeight | PackedWeight)]
+
+    def pack(self) -> GPT:
+        """Holds the float matrices of all linear layers packed for the CPU's kernels, one after another, so that never
+        more than one is there twice. They are no parameters then: for a model that only runs. An embedding that is the
+        head too stays as it is."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack()
+        return self
 
     @staticmethod
     def from_folder(path: str | os.PathLike[str], *, weights: str | None = None) -> GPT:
@@ -235,12 +245,12 @@ def _positions(ids: Tensor, cache: Cache | None) -> Tensor:
     return steps.expand(ids.shape) if cache is None else cache.lengths[:, None] + steps
 
 
-def _parameter(weight: Tensor | QuantizedWeight) -> Tensor:
+def _parameter(weight: Weight) -> Tensor:
     assert isinstance(weight, Tensor)
     return weight
 
 
-def _nbytes(weight: Tensor | QuantizedWeight) -> int:
+def _nbytes(weight: Weight) -> int:
     return weight.nbytes
 
 

@@ -1,6 +1,6 @@
 // Linear with packed float weights, panels of 16 columns as [k][16]: one output per lane, so that nothing is summed
 // across lanes. Chunks of CHUNK k in order, the chunks added in order.
-#include "linear.h"
+#include "prologue.h"
 
 namespace gptfast::ISA {
 
@@ -8,28 +8,32 @@ namespace {
 
 constexpr int64_t CHUNK = 192;  // the op page's constant: what three panels of it take, L2 delivers while rows pass
 #if defined(__AVX512F__)
-constexpr int TILE = 8, ABREAST = 3;  // rows, panels: 24 sums of 32 registers
+constexpr int TILE = 8, ABREAST = 3, ONE_ABREAST = 3;  // rows, panels, panels of one row: 24 sums of 32 registers
 #elif defined(__AVX2__)
-constexpr int TILE = 6, ABREAST = 1;  // 12 of 16
+constexpr int TILE = 6, ABREAST = 1, ONE_ABREAST = 4;  // 12 of 16
 #else
-constexpr int TILE = 3, ABREAST = 1;
+constexpr int TILE = 3, ABREAST = 1, ONE_ABREAST = 1;
 #endif
 constexpr int64_t BLOCK_TILES = 256 / TILE;  // rows whose sums stay in L2 while panels pass
 constexpr int64_t AHEAD = 1536;              // bytes of each panel: DRAM latency at a thread's share of the bandwidth
+// AVX2, one row: four streams that the hardware's prefetcher sees by itself; asked for as well they are 0.9x as fast.
+constexpr bool fetches(int abreast) { return VEC_BYTES != 32 || abreast == ABREAST; }
 
-// sums[MR][NP * PANEL] = (add ? sums : 0) + x[k][MR] * w[panel][k][PANEL], k in order. Panels lie `stride` apart.
+// sums[MR][NP * PANEL] = (add ? sums : 0) + x[k][MR] * w[panel][k][PANEL], k in order. Panels lie `stride` apart. The
+// next tile of rows, whose x is on its way meanwhile, lies next_x floats further.
 template <int MR, int NP, class W>
 __attribute__((noinline)) void tile(const float* x, const W* w, int64_t stride, int64_t length, Ahead ahead,
-                                    float* sums, bool add) {
+                                    int64_t next_x, float* sums, bool add) {
   constexpr int NV = NP * PARTS;
   f32v acc[MR][NV] = {};
   const char* next = (const char*)w + ahead.bytes;
 #pragma GCC unroll 1
   for (; length > 0; length--, x += MR, w += PANEL, next += ahead.step) {
     f32v b[NV];
+    if (VEC_BYTES == 32 && NP == ABREAST) __builtin_prefetch(x + next_x);
 #pragma GCC unroll 4
     for (int p = 0; p < NP; p++) {
-      __builtin_prefetch(next + p * stride * sizeof(W));
+      if (fetches(NP)) __builtin_prefetch(next + p * stride * sizeof(W));
 #pragma GCC unroll 4
       for (int part = 0; part < PARTS; part++) b[p * PARTS + part] = load(w + p * stride + part * LANES);
     }
@@ -44,8 +48,8 @@ __attribute__((noinline)) void tile(const float* x, const W* w, int64_t stride, 
     for (int v = 0; v < NV; v++, sums += LANES) store(sums, add ? load(sums) + acc[i][v] : acc[i][v]);
 }
 
-// Columns of NP panels from panel `first` on, for the tiles [begin, end) of rows.
-template <class W, int NP>
+// Columns of NP panels from panel `first` on, for the tiles [begin, end) of at most HIGH rows.
+template <class W, int NP, int HIGH>
 void block(const Linear& a, const float* x, const Tiles& tiles, int64_t begin, int64_t end, int64_t first,
            float* sums) {
   constexpr int COLS = NP * PANEL, LINE = PANEL * sizeof(W);
@@ -53,7 +57,7 @@ void block(const Linear& a, const float* x, const Tiles& tiles, int64_t begin, i
   const int64_t row = tiles.begin(begin);
   for (int64_t k = 0; k < a.depth; k += CHUNK)
     for (int64_t t = begin; t < end; t++)
-      with_int<1, TILE>(tiles.height(t), [&](auto rows) {
+      with_int<1, HIGH>(tiles.height(t), [&](auto rows) {
         constexpr int MR = decltype(rows)::value;
         const int64_t r = tiles.begin(t), length = min(CHUNK, a.depth - k);
         Ahead ahead = {AHEAD, LINE};
@@ -62,7 +66,7 @@ void block(const Linear& a, const float* x, const Tiles& tiles, int64_t begin, i
           ahead.bytes = length * (LINE + (t - begin) * ahead.step);
         }
         tile<MR, NP>(x + r * a.depth + k * MR, weight + k * PANEL, PANEL * a.depth, length, ahead,
-                     sums + (r - row) * COLS, k > 0);
+                     t + 1 < end ? MR * a.depth : 0, sums + (r - row) * COLS, k > 0);
       });
   const int n = (int)min<int64_t>(COLS, a.cols - first * PANEL);
   for (int64_t r = row; r < tiles.begin(end); r++) store_outputs(a, r, first * PANEL, sums + (r - row) * COLS, n);
@@ -75,26 +79,38 @@ void block(const Linear& a, const float* x, const Tiles& tiles, int64_t begin, i
 void linear_packed(const Linear& a, Worker& worker) {
   constexpr int64_t SUMS = BLOCK_TILES * TILE * ABREAST * PANEL;
   const Tiles tiles(a.rows, TILE), blocks(tiles.count, BLOCK_TILES);
-  float* sums = (float*)worker.scratch((SUMS + (a.workspace ? 0 : a.rows * a.depth)) * sizeof(float));
-  float* x = a.workspace ? (float*)a.workspace : sums + SUMS;
-  prepare(a.workspace, tiles.count, worker, [&](int64_t begin, int64_t end) {
+  const bool shared = a.workspace;
+  const int64_t floats = x_floats(a, shared ? TILE : a.rows);
+  float* sums = (float*)worker.scratch((SUMS + floats + (shared ? 0 : a.rows * a.depth)) * sizeof(float));
+  float *made = sums + SUMS, *x = shared ? (float*)a.workspace : made + floats;
+  prepare(shared, tiles.count, worker, [&](int64_t begin, int64_t end) {
     with_storage(a.dtype, [&](auto t) {
-      for (int64_t i = begin; i < end; i++)
-        interleave_rows((const decltype(t)*)a.x + tiles.begin(i) * a.x_stride, a.x_stride, a.depth, tiles.height(i),
-                        x + tiles.begin(i) * a.depth);
+      for (int64_t i = begin; i < end; i++) {
+        const int rows = tiles.height(i);
+        const auto from = x_rows<decltype(t)>(a, tiles.begin(i), rows, shared, made);
+        interleave_rows(from.x, from.stride, a.depth, rows, x + tiles.begin(i) * a.depth);
+      }
     });
   });
   const int64_t panels = ceil_div(a.cols, PANEL);
   with_storage(a.format, [&](auto w) {
     using W = decltype(w);
-    worker.each(ceil_div(panels, ABREAST) * blocks.count, [&](int64_t task) {
-      const int64_t first = task / blocks.count * ABREAST, b = blocks.begin(task % blocks.count),
-                    e = blocks.begin(task % blocks.count + 1);
-      if (first + ABREAST <= panels)
-        block<W, ABREAST>(a, x, tiles, b, e, first, sums);
-      else
-        for (int64_t p = first; p < panels; p++) block<W, 1>(a, x, tiles, b, e, p, sums);
-    });
+    auto columns = [&](auto np, auto high) {
+      constexpr int NP = decltype(np)::value, HIGH = decltype(high)::value;
+      worker.each(ceil_div(panels, NP) * blocks.count, [&](int64_t task) {
+        if (task == 0 && !shared) write_others(a, made);
+        const int64_t first = task / blocks.count * NP, b = blocks.begin(task % blocks.count),
+                      e = blocks.begin(task % blocks.count + 1);
+        if (first + NP <= panels)
+          block<W, NP, HIGH>(a, x, tiles, b, e, first, sums);
+        else
+          for (int64_t p = first; p < panels; p++) block<W, 1, HIGH>(a, x, tiles, b, e, p, sums);
+      });
+    };
+    if (a.rows == 1)
+      columns(Int<ONE_ABREAST>{}, Int<1>{});
+    else
+      columns(Int<ABREAST>{}, Int<TILE>{});
   });
 }
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.quantize import QuantizedWeight
+from gptfast.quantize import PackedWeight, QuantizedWeight
 
 BEFORE = {"layer_norm": 1, "rms_norm": 2, "bias_gelu": 3, "swiglu": 4, "geglu": 5}  # Linear::Before of kernels.h
 
@@ -40,18 +40,17 @@ def launch(call: Callable[[], Any]) -> tuple[Any, tuple[str, int, dict[str, Any]
 
 
 @pytest.mark.parametrize("op", BEFORE)
-@pytest.mark.parametrize("activations", ["int8", "exact"])
+@pytest.mark.parametrize("kind", ["int8", "exact", "packed"])
 @pytest.mark.parametrize("M", [1, 3, 8, 9, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_prologue_gives_the_bits_of_its_launch(
-    isa: str, activations: str, op: str, M: int, dtype: torch.dtype
-) -> None:
+def test_a_prologue_gives_the_bits_of_its_launch(isa: str, kind: str, op: str, M: int, dtype: torch.dtype) -> None:
     from gptfast import _cpu
 
     K, N = 96, 77
     x, other = torch.randn(M, 2 * K).to(dtype)[:, :K], torch.randn(M, K).to(dtype)
     norm_weight = torch.randn(K).to(dtype if M > 1 else torch.float32)
-    weight = QuantizedWeight.quantize(torch.randn(N, K), "q4_1")
+    values, activations = torch.randn(N, K), "int8" if kind == "int8" else "exact"
+    weight = PackedWeight.pack(values) if kind == "packed" else QuantizedWeight.quantize(values, "q4_1")
     (y, total), (_, _, source) = launch(lambda: outputs(op, x, other, norm_weight, 0.25 if M == 8 else 0.0))
     expected, (name, _, fields) = launch(lambda: ops.linear(y, weight, activations=activations, backend="cpu"))
 
