@@ -454,10 +454,10 @@ def _check_lengths(
 ) -> None:  # fmt: skip
     """Raises where a sequence doesn't fit its cache, or its pages, row or positions are not there."""
     op, Sq, before = "attention_kvcache", q.shape[1], lengths.tolist()
-    new = 0 if k is None else Sq
-    longest = max(before, default=0) + new
+    new, least = 0 if k is None else Sq, min(before) if before else 0
+    longest = (max(before) if before else 0) + new
     room = cache.shape[1] * (1 if table is None else table.shape[1])
-    if min(before, default=0) < 0 or longest > room:
+    if least < 0 or longest > room:
         raise ValueError(f"{op}: expected lengths 0 to {room - new} ({room} slots, {new} new tokens), got {before[:8]}")
     if table is not None:
         used = torch.arange(table.shape[1], device=table.device) * cache.shape[1] < (lengths + new)[:, None]
@@ -476,10 +476,8 @@ def _check_lengths(
         if cos.shape[0] < longest:
             wanted = f"(at least {longest}, at most {q.shape[3] // 2}) float32"
             raise ValueError(f"{op}: expected cos and sin {wanted}, got {shape(cos)}")
-        require(
-            k is not None or min(before, default=Sq) >= Sq,
-            lambda: f"{op}: expected lengths of at least Sq = {Sq} to rotate q without k, got {min(before)}",
-        )
+        if k is None and before and least < Sq:
+            raise ValueError(f"{op}: expected lengths of at least Sq = {Sq} to rotate q without k, got {least}")
 
 
 def cost_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, **terms: Any) -> Cost:
