@@ -12,6 +12,7 @@ from gptfast import _cpu
 from gptfast.kernels.cpu import DTYPES, empty, prepare, unsupported
 
 CHUNK = 128  # keys
+CACHE_DTYPES = {**DTYPES, torch.int8: 3}
 
 
 def supports_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, **terms: Any) -> str | None:
@@ -20,14 +21,17 @@ def supports_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, **term
     return _unsupported(q, k, v, terms)
 
 
-def supports_attention_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, **terms: Any) -> str | None:
+def supports_attention_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, **terms: Any
+) -> str | None:
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.stride(-1) != 1:
             return f"the last dimension of {name} must be contiguous, not of stride {cache.stride(-1)}"
     if k_cache.dtype != q.dtype != torch.float32:
         mine, kept = (str(t.dtype).removeprefix("torch.") for t in (q, k_cache))
         return f"it takes caches of another dtype than q's with float32 queries only, not {mine} with {kept}"
-    return _unsupported(q, k_cache, v_cache, terms)
+    held = (k_cache, v_cache) if k_scale is None or v_scale is None else (k_scale, v_scale)
+    return _unsupported(q, *held, terms)
 
 
 def _unsupported(q: Tensor, k: Tensor, v: Tensor, terms: dict[str, Any]) -> str | None:
@@ -90,6 +94,8 @@ def prepare_attention_kvcache(
     *,
     k: Tensor | None,
     v: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     block_table: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
@@ -112,6 +118,9 @@ def prepare_attention_kvcache(
         inputs |= {"k_cache": ("k_cache", None), "v_cache": ("v_cache", None), "k_new": ("k", _rows)}
         inputs["v_new"] = "v", _rows
         extra |= {"k_new_strides": _strides(_rows(k)), "v_new_strides": _strides(_rows(v))}
+    if k_scale is not None and v_scale is not None:
+        inputs |= {"k_scale": ("k_scale", None), "v_scale": ("v_scale", None)}
+        extra |= {"k_scale_strides": k_scale.stride(), "v_scale_strides": v_scale.stride()}
     if cos is not None:
         inputs |= {"cos": ("cos", _floats), "sin": ("sin", _floats)}
         extra |= {"rotary": 2 * cos.shape[1], "interleaved": interleaved}
@@ -131,6 +140,7 @@ def prepare_attention_kvcache(
     threads, floats, numbers = _numbers(_rows(q), k_cache, v_cache, B, Sq, room, **terms)
     outputs = {"out": (sizes, q.dtype)} | ({"lse": ((B, H, Sq), torch.float32)} if return_lse else {})
     given: dict[str, Any] = dict(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, lengths=lengths, cos=cos, sin=sin)
+    given |= dict(k_scale=k_scale, v_scale=v_scale)
     given |= dict(block_table=block_table, alibi_slopes=alibi_slopes, sinks=sinks)
     given |= dict(cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad)
     return prepare(
@@ -172,7 +182,7 @@ def _numbers(
         **{
             "softcap": softcap,
             "dtype": DTYPES[q.dtype],
-            "cache_dtype": DTYPES[k.dtype],
+            "cache_dtype": CACHE_DTYPES[k.dtype],
             "causal": causal,
             "left": window[0],
             "right": window[1],
