@@ -20,11 +20,13 @@ Weight: TypeAlias = Tensor | QuantizedWeight | PackedWeight
 
 
 class Cache(Protocol):
-    """What a layer needs of a KV cache: for each layer, k and v (B, capacity, Hk, D) of any float dtype; lengths (B,)
-    int32."""
+    """What a layer needs of a KV cache: for each layer, k and v (B, capacity, Hk, D) of any float dtype, or int8 with
+    their scales (B, capacity, Hk) fp32; lengths (B,) int32."""
 
     k: list[Tensor]
     v: list[Tensor]
+    k_scale: list[Tensor] | None
+    v_scale: list[Tensor] | None
     lengths: Tensor
 
 
@@ -277,9 +279,12 @@ class Attention(Layer):
             q, k = self.q_norm(q), self.k_norm(k)
         if cache is not None:
             cos, sin = tables if tables is not None else (None, None)
+            scales = {}
+            if cache.k_scale is not None and cache.v_scale is not None:
+                scales = {"k_scale": cache.k_scale[layer], "v_scale": cache.v_scale[layer]}
             mixed = ops.attention_kvcache(
                 *(q, cache.k[layer], cache.v[layer], cache.lengths),
-                **dict(k=k, v=v, window=self.window, cos=cos, sin=sin, backend=self.backend),
+                **dict(k=k, v=v, window=self.window, cos=cos, sin=sin, backend=self.backend, **scales),
             )
         else:
             if tables is not None:

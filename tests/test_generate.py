@@ -427,17 +427,20 @@ def test_a_model_that_is_not_there(name: str) -> None:
         gptfast.load(name)
 
 
+KEPT = (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16), ("int8", torch.int8))
+
+
 def test_a_model_as_it_stands(lm: LanguageModel, tmp_path: Path) -> None:
     again = gptfast.load(lm.model, tokenizer=lm.tokenizer)
     assert again.generate("ab", seed=1).token_ids == lm.generate("ab", seed=1).token_ids
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+    for name, dtype in KEPT:
         kept = gptfast.load(lm.model, tokenizer=lm.tokenizer, kv_cache=name)
         assert kept.new_cache().kv.dtype == dtype
         together = kept.generate(["ab", "b"], seed=1, max_new_tokens=20)
         assert [g.token_ids for g in together] == [
             kept.generate(p, seed=1, max_new_tokens=20).token_ids for p in ("ab", "b")
         ]
-    with pytest.raises(ValueError, match="kv_cache None or one of fp32, bf16, fp16, got 'int3'"):
+    with pytest.raises(ValueError, match="kv_cache None or one of fp32, bf16, fp16, int8, got 'int3'"):
         gptfast.load(lm.model, kv_cache="int3")
     (tmp_path / "x.txt").write_text("x")
     with pytest.raises(ValueError, match=r"expected a \.gguf file or a folder with config\.json"):

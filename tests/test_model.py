@@ -77,10 +77,10 @@ def test_decode_chunks_and_batches_have_the_bits_of_prefill(name: str, dtype: to
 
 
 @needs_cpu
-@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float16, torch.int8], ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.inference_mode()
-def test_a_16_bit_cache_has_the_bits_of_prefill_too(name: str, kept: torch.dtype) -> None:
+def test_a_smaller_cache_has_the_bits_of_prefill_too(name: str, kept: torch.dtype) -> None:
     model, ids = model_of(name), text(3, 23)
     model.backend = "cpu"
     whole = in_chunks(model, ids, [23], kept)
@@ -124,11 +124,12 @@ def test_ragged_rows_padded_on_the_right(name: str) -> None:
 
 
 @needs_cpu
+@pytest.mark.parametrize("kept", [torch.float32, torch.int8], ids=str)
 @torch.inference_mode()
-def test_cache_rows() -> None:
+def test_cache_rows(kept: torch.dtype) -> None:
     model, ids = model_of("llama"), text(3, 8)
-    cache = KVCache(model.config, 3, 8)
-    assert cache.nbytes == 3 * 8 * model.config.kv_bytes_per_token(torch.float32)
+    cache = KVCache(model.config, 3, 8, kept)
+    assert cache.nbytes == 3 * 8 * model.config.kv_bytes_per_token(kept)
     model(ids[:, :6], cache)
     cache.advance(6)
     chosen = cache.select([2, 0, 2])
@@ -142,7 +143,7 @@ def test_cache_rows() -> None:
     cache.truncate(4)
     cache.grow(20)
     assert cache.capacity == 20 and cache.lengths.tolist() == [4, 4, 4]
-    assert torch.equal(model(ids[:, 4:], cache), in_chunks(model, ids, [4, 4])[:, 4:])
+    assert torch.equal(model(ids[:, 4:], cache), in_chunks(model, ids, [4, 4], kept)[:, 4:])
     cache.reset()
     assert cache.lengths.tolist() == [0, 0, 0]
 

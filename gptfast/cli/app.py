@@ -28,7 +28,7 @@ Weights = Annotated[
 ]
 Activations = Annotated[str | None, typer.Option(help="exact or int8; the fast choice where not given.")]
 KVCacheDtype = Annotated[
-    str | None, typer.Option("--kv-cache", help="fp32, bf16 or fp16; the fast choice if not given.")
+    str | None, typer.Option("--kv-cache", help="fp32, bf16, fp16 or int8; the fast choice if not given.")
 ]
 Backend = Annotated[str | None, typer.Option(help="reference, cpu, triton or cuda; the best one where not given.")]
 Device = Annotated[str | None, typer.Option(help="As PyTorch names it: cpu, cuda, cuda:1.")]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from gptfast.model.config import GPTConfig
 
-CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+Scales = list[Tensor] | None  # of each layer; None where there are none
 # Bytes that one thread clears. PyTorch wakes its own from 32768 elements on, and waits for them: 13 ms a tensor where
 # another process has the other core.
 SMALL = 4 << 20
@@ -24,7 +25,8 @@ class KVCache:
              follow one another in memory, so that decoding reads them in one stream.
     lengths  (batch,) int32: the tokens that each row holds
     dtype    of k and v. With fp32 activations a 16-bit one halves what decoding reads of them: they are rounded to
-             nearest even as they are written, in prefill as in decoding, so that both see the same.
+             nearest even as they are written, in prefill as in decoding, so that both see the same. So are those
+             of an int8 one, a quarter of fp32's size: k_scale, v_scale (batch, capacity, Hk) fp32 stand beside them.
 
     A model writes behind `lengths` and leaves them as they are; `advance` then says how many of the tokens written
     count. So rows of different lengths may be fed padded on the right: what comes next overwrites the padding.
@@ -43,6 +45,11 @@ class KVCache:
         shape = (batch, capacity, config.n_kv_head, config.head_dim)
         self.k = [_room(shape, dtype, device) for _ in range(config.n_layer)]
         self.v = [_room(shape, dtype, device) for _ in range(config.n_layer)]
+        self.k_scale: Scales = None
+        self.v_scale: Scales = None
+        if dtype == torch.int8:
+            self.k_scale = [_room(shape[:3], torch.float32, device) for _ in range(config.n_layer)]
+            self.v_scale = [_room(shape[:3], torch.float32, device) for _ in range(config.n_layer)]
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.config = config
 
@@ -62,7 +69,16 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
-        return sum(t.numel() * t.element_size() for t in (*self.k, *self.v))
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All keys and values, and their scales."""
+        for kind in (self.k, self.v, self.k_scale, self.v_scale):
+            yield from kind or ()
+
+    def _each(self, f: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], list[Tensor], Scales, Scales]:
+        scales = [None if kind is None else [f(t) for t in kind] for kind in (self.k_scale, self.v_scale)]
+        return [f(t) for t in self.k], [f(t) for t in self.v], scales[0], scales[1]
 
     def advance(self, tokens: Tensor | int) -> None:
         """Counts so many more tokens in each row: one number, or (batch,) of them."""
@@ -91,7 +107,7 @@ class KVCache:
             out[:, :used] = t[index, :used]
             return out
 
-        other.k, other.v = [chosen(k) for k in self.k], [chosen(v) for v in self.v]
+        other.k, other.v, other.k_scale, other.v_scale = self._each(chosen)
         return other
 
     def row(self, b: int) -> KVCache:
@@ -99,7 +115,7 @@ class KVCache:
         other = KVCache.__new__(KVCache)
         other.config = self.config
         other.lengths = self.lengths[b : b + 1]
-        other.k, other.v = [k[b : b + 1] for k in self.k], [v[b : b + 1] for v in self.v]
+        other.k, other.v, other.k_scale, other.v_scale = self._each(lambda t: t[b : b + 1])
         return other
 
     def share(self, begin: int, end: int) -> None:
@@ -107,7 +123,7 @@ class KVCache:
         the same in all rows already."""
         per_token = self.config.n_kv_head * self.config.head_dim
         pieces = range(begin, end, max(1, ALONE // per_token))
-        for t in (*self.k, *self.v):
+        for t in self.tensors():
             for row in t[1:]:
                 for start in pieces:
                     place = slice(start, min(start + pieces.step, end))
@@ -119,17 +135,17 @@ class KVCache:
         if capacity <= self.capacity:
             return
         used = int(self.lengths.max())
-        for tensors in (self.k, self.v):
+        for tensors in (self.k, self.v, self.k_scale or [], self.v_scale or []):
             for i, t in enumerate(tensors):
                 tensors[i] = _room((t.shape[0], capacity, *t.shape[2:]), t.dtype, t.device)
                 tensors[i][:, :used] = t[:, :used]
 
 
 def _room(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """(batch, capacity, Hk, D), stored head by head."""
-    B, S, Hk, D = shape
+    """(batch, capacity, Hk, D) or (batch, capacity, Hk), stored head by head."""
+    B, S, Hk, *rest = shape
     # Zeros, not empty: a masked key's weight is 0, and 0 times the NaN of fresh memory would not be.
-    room = torch.empty((B, Hk, S, D), dtype=dtype, device=device)
+    room = torch.empty((B, Hk, S, *rest), dtype=dtype, device=device)
     if room.is_cpu and room.nbytes < SMALL:
         ctypes.memset(room.data_ptr(), 0, room.nbytes)
     else:

@@ -74,8 +74,8 @@ class LanguageModel:
 
     model      int64 (B, T) -> fp32 logits (B, T, V)
     tokenizer  None where there is none: then prompts are token ids and texts are empty
-    kv_cache   the dtype of new KV caches: "fp32", "bf16", "fp16"; None = fp16 where activations are rounded to int8,
-               else the model's own
+    kv_cache   the dtype of new KV caches: "fp32", "bf16", "fp16", "int8"; None = fp16 where activations are rounded to
+               int8, else the model's own
     """
 
     def __init__(

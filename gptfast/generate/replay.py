@@ -336,4 +336,4 @@ def _replayable(model: GPT, cache: KVCache) -> bool:
 
 
 def _pointers(cache: KVCache) -> list[int]:
-    return [t.data_ptr() for t in (*cache.k, *cache.v, cache.lengths)]
+    return [t.data_ptr() for t in (*cache.tensors(), cache.lengths)]

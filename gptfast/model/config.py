@@ -151,12 +151,16 @@ class GPTConfig:
 
     def kv_bytes_per_token(self, dtype: torch.dtype = torch.float32) -> int:
         """Bytes that one token takes in the KV cache."""
-        return 2 * self.n_layer * self.n_kv_head * self.head_dim * dtype.itemsize
+        return 2 * self.n_layer * self._position_bytes(dtype)
 
     def kv_bytes_read(self, context: int, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of the KV cache that one row's decode step must read."""
         keys = sum(self.attended(layer, context) for layer in range(self.n_layer))
-        return 2 * keys * self.n_kv_head * self.head_dim * dtype.itemsize
+        return 2 * keys * self._position_bytes(dtype)
+
+    def _position_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of all heads' keys, or values, at one position of one layer; each head of int8 has a scale."""
+        return self.n_kv_head * (self.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0))
 
     def bytes_per_step(self, batch: int, context: int, dtype: torch.dtype = torch.float32) -> int:
         """The fewest bytes that a decode step of `batch` rows moves: every matrix once, each row's keys and values.

@@ -30,6 +30,11 @@ out; key 0 is the slot after them.
 The caches may be of another float dtype than q, k and v: these are rounded to it, to nearest even, as they are written,
 and all queries of the call see what was written. fp16 holds values up to 65,504 with 11 bits, bf16 all with 8.
 
+They may be int8 too, with k_scale and v_scale fp32, shaped like them without D and written beside them: the D values x
+of a head at a position are kept as scale = max |x| / 127 and round(x * (127 / max |x|)), computed in fp32, and count as
+one times the other, rounded to fp32. max |x| < 2^-120 counts as 0; values that aren't finite make the scale NaN. Unlike
+the rest, this costs something that can be measured: benchmarks/quality.py.
+
 Everything is computed in fp32 (fp64 for fp64) and rounded once; lse is fp32. Keys are taken in chunks of 128 counted
 from the first key, and the chunks' (maximum, sum, output) are merged in order, so a row's result depends on that row
 alone: not on the batch, the number of threads, or whether it came in a prefill or one token at a time. Values at masked
@@ -46,6 +51,7 @@ import torch
 from torch import Tensor
 
 from gptfast.ops import attention_cases, dispatch
+from gptfast.ops.attention_checks import check_heads, check_kvcache, check_lengths, check_terms, check_varlen
 from gptfast.ops.dispatch import require, shape
 from gptfast.ops.philox import dropout_keep
 from gptfast.ops.spec import Cost, Op, nbytes
@@ -193,13 +199,13 @@ def attention(
         v.shape == k.shape and v.dtype == q.dtype,
         lambda: f"attention: expected v like k {shape(k)}, got {shape(v)}",
     )
-    _check_heads("attention", q, k)
+    check_heads("attention", q, k)
     B = q.shape[0]
     if cu_seqlens_q is not None:
-        B = _check_varlen(q, k, cu_seqlens_q, cu_seqlens_k)
+        B = check_varlen(q, k, cu_seqlens_q, cu_seqlens_k)
         require(mask is None and bias is None, "attention: expected no mask and no bias with cu_seqlens_q, got one")
     require(varlen or cu_seqlens_k is None, "attention: expected cu_seqlens_q with cu_seqlens_k, got None")
-    _check_terms("attention", q, B, window, softcap, alibi_slopes, sinks)
+    check_terms("attention", q, B, window, softcap, alibi_slopes, sinks)
     require(0 <= dropout_p < 1, lambda: f"attention: expected 0 <= dropout_p < 1, got {dropout_p}")
     if mask is not None or bias is not None:
         full = (B, q.shape[2], q.shape[1], k.shape[1])
@@ -218,52 +224,6 @@ def attention(
 
 def _broadcasts(t: Tensor, full: tuple[int, ...]) -> bool:
     return t.dim() <= 4 and all(n in (1, m) for n, m in zip(reversed(t.shape), reversed(full)))
-
-
-def _check_heads(op: str, q: Tensor, k: Tensor) -> None:
-    H, Hk, D = q.shape[-2], k.shape[-2], q.shape[-1]
-    require(
-        D > 0 and Hk > 0 and H % Hk == 0,
-        lambda: f"{op}: expected D > 0 and query heads a multiple of the KV heads, got D = {D}, {H} and {Hk} heads",
-    )
-
-
-def _check_terms(
-    op: str,
-    q: Tensor,
-    B: int,
-    window: tuple[int, int],
-    softcap: float,
-    slopes: Tensor | None,
-    sinks: Tensor | None,
-) -> None:
-    H = q.shape[-2]
-    require(
-        len(window) == 2 and min(window) >= -1,
-        lambda: f"{op}: expected window (left, right), each >= -1, got {window}",
-    )
-    require(softcap >= 0, lambda: f"{op}: expected softcap >= 0, got {softcap}")
-    require(
-        slopes is None or (slopes.shape in ((H,), (B, H)) and slopes.is_floating_point()),
-        lambda: f"{op}: expected alibi_slopes ({H},) or ({B}, {H}) of floats, got {shape(slopes)}",
-    )
-    require(
-        sinks is None or (sinks.shape == (H,) and sinks.is_floating_point()),
-        lambda: f"{op}: expected sinks ({H},) of floats, got {shape(sinks)}",
-    )
-
-
-def _check_varlen(q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor | None) -> int:
-    """The number of sequences."""
-    if cu_k is None:
-        raise ValueError("attention: expected cu_seqlens_k with cu_seqlens_q, got None")
-    for name, cu, total in (("cu_seqlens_q", cu_q, q.shape[0]), ("cu_seqlens_k", cu_k, k.shape[0])):
-        if cu.dtype != torch.int32 or cu.dim() != 1 or not len(cu) == len(cu_q) >= 1:
-            raise ValueError(f"attention: expected {name} (N + 1,) int32, N the same for both, got {shape(cu)}")
-        edges = cu.tolist()
-        if edges[0] != 0 or edges[-1] != total or edges != sorted(edges):
-            raise ValueError(f"attention: expected {name} rising from 0 to {total}, got {edges[:8]}")
-    return len(cu_q) - 1
 
 
 def cost(q: Tensor, k: Tensor, v: Tensor, **terms: Any) -> Cost:
@@ -294,6 +254,8 @@ def reference_kvcache(
     *,
     k: Tensor | None = None,
     v: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     block_table: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
@@ -320,10 +282,12 @@ def reference_kvcache(
         turn = (cos[total - Sq : total], sin[total - Sq : total]) if cos is not None and sin is not None else None
         mine = _rotate(q[b], turn, interleaved)
         if k is not None and v is not None:
-            k_cache[row[length:], slot[length:]] = _rotate(k[b], turn, interleaved).to(k_cache.dtype)
-            v_cache[row[length:], slot[length:]] = v[b].to(v_cache.dtype)
+            new = row[length:], slot[length:]
+            _keep(_rotate(k[b], turn, interleaved), k_cache, k_scale, new)
+            _keep(v[b], v_cache, v_scale, new)
         first = 0 if cache_leftpad is None else int(cache_leftpad[b])
-        keys, values = k_cache[row[first:], slot[first:]], v_cache[row[first:], slot[first:]]
+        seen = row[first:], slot[first:]
+        keys, values = _kept(k_cache, k_scale, seen), _kept(v_cache, v_scale, seen)
         slopes = alibi_slopes[b] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
         out, lse = _attend(*(t[None] for t in (mine, keys, values)), causal=causal, scale=scale, window=window,
                            softcap=softcap, slopes=slopes, sinks=sinks)  # fmt: skip
@@ -332,6 +296,25 @@ def reference_kvcache(
     out = torch.cat(outs) if outs else torch.empty_like(q)
     lse = torch.cat(lses) if lses else q.new_zeros(0, q.shape[2], Sq, dtype=_wide(q))
     return (out, lse) if return_lse else out
+
+
+def _keep(x: Tensor, cache: Tensor, scale: Tensor | None, at: tuple[Tensor, Tensor]) -> None:
+    """x (S, Hk, D) to these rows and slots of a cache."""
+    if scale is None:
+        cache[at] = x.to(cache.dtype)
+        return
+    x = x.float()
+    most = x.abs().amax(-1)
+    usable = (most >= 2.0**-120) & most.isfinite()
+    inverse = torch.full_like(most, 127) / most  # 127 / most would be its reciprocal times 127, rounded twice
+    whole = (x * inverse[..., None]).round()
+    cache[at] = torch.where(usable[..., None], whole, 0).to(torch.int8)
+    scale[at] = torch.where(usable, most / 127, torch.where(most < 1, 0.0, torch.nan)).to(scale.dtype)
+
+
+def _kept(cache: Tensor, scale: Tensor | None, at: tuple[Tensor, Tensor]) -> Tensor:
+    """What is at these rows and slots of a cache."""
+    return cache[at] if scale is None else cache[at].float() * scale[at].float()[..., None]
 
 
 def _rotate(x: Tensor, turn: tuple[Tensor, Tensor] | None, interleaved: bool) -> Tensor:
@@ -356,6 +339,8 @@ def attention_kvcache(
     *,
     k: Tensor | None = None,
     v: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     block_table: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
@@ -377,109 +362,16 @@ def attention_kvcache(
     BackendError where `backend` can't serve the call.
     """
     arguments: dict[str, Any] = {
-        "q": q, "k_cache": k_cache, "v_cache": v_cache, "lengths": lengths, "k": k, "v": v, "block_table": block_table,
+        "q": q, "k_cache": k_cache, "v_cache": v_cache, "lengths": lengths, "k": k, "v": v,
+        "k_scale": k_scale, "v_scale": v_scale, "block_table": block_table,
         "causal": causal, "scale": scale, "window": tuple(window), "softcap": softcap, "alibi_slopes": alibi_slopes,
         "sinks": sinks, "cos": cos, "sin": sin, "interleaved": interleaved, "cache_batch_idx": cache_batch_idx,
         "cache_leftpad": cache_leftpad, "return_lse": return_lse,
     }  # fmt: skip
     page = "attention.attention_kvcache"
-    function = dispatch.prepared(page, backend, reference_kvcache, q, arguments, _check_kvcache)
-    _check_lengths(q, k_cache, lengths, k, block_table, cos, cache_batch_idx, cache_leftpad)
+    function = dispatch.prepared(page, backend, reference_kvcache, q, arguments, check_kvcache)
+    check_lengths(q, k_cache, lengths, k, block_table, cos, cache_batch_idx, cache_leftpad)
     return function(**arguments)
-
-
-def _check_kvcache(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    *,
-    k: Tensor | None,
-    v: Tensor | None,
-    block_table: Tensor | None,
-    window: tuple[int, int],
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    cache_batch_idx: Tensor | None,
-    cache_leftpad: Tensor | None,
-    **_: Any,
-) -> None:
-    """Raises where shapes or dtypes don't fit together."""
-    op, dtype = "attention_kvcache", q.dtype
-    require(q.dim() == 4 and q.is_floating_point(), lambda: f"{op}: expected q (B, Sq, H, D) of floats, got {shape(q)}")
-    B, Sq, _H, D = q.shape
-    require(
-        k_cache.dim() == 4 and k_cache.shape[-1] == D and k_cache.is_floating_point(),
-        lambda: f"{op}: expected k_cache (B, Smax, Hk, {D}) of floats, got {shape(k_cache)}",
-    )
-    require(
-        v_cache.shape == k_cache.shape and v_cache.dtype == k_cache.dtype,
-        lambda: f"{op}: expected v_cache like k_cache {shape(k_cache)}, got {shape(v_cache)}",
-    )
-    _check_heads(op, q, k_cache)
-    _check_terms(op, q, B, window, softcap, alibi_slopes, sinks)
-    require((k is None) == (v is None), f"{op}: expected k and v, or neither, got one of them")
-    if k is not None and v is not None:
-        wanted = (B, Sq, *k_cache.shape[2:])
-        require(
-            k.shape == v.shape == wanted and k.dtype == v.dtype == dtype,
-            lambda: f"{op}: expected k and v {wanted} {dtype}, got {shape(k)} and {shape(v)}",
-        )
-    for name, t in (("lengths", lengths), ("cache_batch_idx", cache_batch_idx), ("cache_leftpad", cache_leftpad)):
-        if t is not None and (t.shape != (B,) or t.dtype != torch.int32):
-            raise ValueError(f"{op}: expected {name} ({B},) int32, got {shape(t)}")
-    if (table := block_table) is not None:
-        if table.dim() != 2 or table.shape[0] != B or table.dtype != torch.int32:
-            raise ValueError(f"{op}: expected block_table ({B}, n) int32, got {shape(table)}")
-        require(cache_batch_idx is None, f"{op}: expected block_table or cache_batch_idx, got both")
-    elif cache_batch_idx is None and k_cache.shape[0] != B:
-        raise ValueError(f"{op}: expected a cache of {B} rows, like q, got {shape(k_cache)}")
-    require((cos is None) == (sin is None), f"{op}: expected cos and sin, or neither, got one of them")
-    if cos is not None and sin is not None:
-        fits = cos.dim() == 2 and cos.shape == sin.shape and 2 * cos.shape[1] <= D
-        require(
-            fits and cos.dtype == sin.dtype and cos.dtype in (torch.float32, torch.float64),
-            lambda: (
-                f"{op}: expected cos and sin (positions, at most {D // 2}) float32, got {shape(cos)} and {shape(sin)}"
-            ),
-        )
-
-
-def _check_lengths(
-    q: Tensor, cache: Tensor, lengths: Tensor, k: Tensor | None, table: Tensor | None, cos: Tensor | None,
-    rows: Tensor | None, pads: Tensor | None
-) -> None:  # fmt: skip
-    """Raises where a sequence doesn't fit its cache, or its pages, row or positions are not there."""
-    op, Sq, before = "attention_kvcache", q.shape[1], lengths.tolist()
-    new = 0 if k is None else Sq
-    longest = max(before, default=0) + new
-    room = cache.shape[1] * (1 if table is None else table.shape[1])
-    if min(before, default=0) < 0 or longest > room:
-        raise ValueError(f"{op}: expected lengths 0 to {room - new} ({room} slots, {new} new tokens), got {before[:8]}")
-    if table is not None:
-        used = torch.arange(table.shape[1], device=table.device) * cache.shape[1] < (lengths + new)[:, None]
-        bad = table[used & ((table < 0) | (table >= cache.shape[0]))]
-        require(
-            bad.numel() == 0,
-            lambda: f"{op}: expected pages 0 to {cache.shape[0] - 1} in block_table, got {bad[0].item()}",
-        )
-    if rows is not None:
-        index = rows.tolist()
-        if not all(0 <= i < cache.shape[0] for i in index) or (new and len(set(index)) < len(index)):
-            raise ValueError(f"{op}: expected cache_batch_idx 0 to {cache.shape[0] - 1}, each once, got {index[:8]}")
-    if pads is not None and not all(0 <= p <= n for p, n in zip(pads.tolist(), before)):
-        raise ValueError(f"{op}: expected cache_leftpad 0 to lengths {before[:8]}, got {pads.tolist()[:8]}")
-    if cos is not None:
-        if cos.shape[0] < longest:
-            wanted = f"(at least {longest}, at most {q.shape[3] // 2}) float32"
-            raise ValueError(f"{op}: expected cos and sin {wanted}, got {shape(cos)}")
-        require(
-            k is not None or min(before, default=Sq) >= Sq,
-            lambda: f"{op}: expected lengths of at least Sq = {Sq} to rotate q without k, got {min(before)}",
-        )
 
 
 def cost_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, **terms: Any) -> Cost:
@@ -487,7 +379,9 @@ def cost_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *
     totals = [n if k is None else n + q.shape[1] for n in lengths.tolist()]
     pairs = sum(_pairs(q.shape[1], n, causal, window) for n in totals)
     keys = sum(min(n, q.shape[1] + window[0]) if window[0] >= 0 else n for n in totals)
-    row = k_cache.shape[2] * k_cache.shape[3] * k_cache.element_size()
+    row = k_cache.shape[2] * (
+        k_cache.shape[3] * k_cache.element_size() + (4 if terms.get("k_scale") is not None else 0)
+    )
     return Cost(flops=4 * q.shape[-1] * q.shape[2] * pairs, bytes=nbytes(q, q, k, terms.get("v")) + 2 * keys * row)
 
 
@@ -495,6 +389,6 @@ OPS = [
     Op("attention", attention, reference, cost, attention_cases.cases, attention_cases.baseline,
        take=attention_cases.take, batch=attention_cases.batch),
     Op("attention_kvcache", attention_kvcache, reference_kvcache, cost_kvcache, attention_cases.cases_kvcache,
-       attention_cases.baseline_kvcache, mutates=("k_cache", "v_cache"), take=attention_cases.take_kvcache,
-       batch=attention_cases.batch_kvcache),
+       attention_cases.baseline_kvcache, mutates=("k_cache", "v_cache", "k_scale", "v_scale"),
+       take=attention_cases.take_kvcache, batch=attention_cases.batch_kvcache),
 ]  # fmt: skip

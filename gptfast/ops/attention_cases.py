@@ -167,6 +167,12 @@ def cases_kvcache() -> list[Case]:
                 result["sinks"] = i.randn(H, dtype=torch.float32)
             if "alibi_slopes" in terms:
                 result["alibi_slopes"] = i.rand(B, H, dtype=torch.float32)
+            if "int8" in terms:  # under fp32 queries, whatever the dtype asked for
+                result |= {n: t.float() for n, t in result.items() if t.is_floating_point()}
+                for name in ("k", "v"):
+                    held = result[f"{name}_cache"]
+                    result[f"{name}_cache"] = i.randint(-127, 128, tuple(held.shape), torch.int8)
+                    result[f"{name}_scale"] = i.rand(*held.shape[:3], dtype=torch.float32) / 64
             for kind in CACHES.keys() & set(terms):
                 result |= {name: result[name].to(CACHES[kind]) for name in ("k_cache", "v_cache")}
             return result | fixed
@@ -190,8 +196,14 @@ def cases_kvcache() -> list[Case]:
         case([0, 129], 9, 4, 1, 40, 140, *("append", "rope", "fp16"), return_lse=True),
         case([20, 260], 40, 4, 2, 32, 304, *("append", "pages", "bf16")),
         case([5, 130, 300], 1, 3, 3, 20, 300, "fp16"),
+        case([5, 0, 130], 1, 6, 2, 64, 140, *("append", "int8")),
+        case([0, 129], 9, 4, 1, 40, 140, *("append", "rope", "int8"), return_lse=True),
+        case([20, 260], 40, 4, 2, 32, 304, *("append", "pages", "int8")),
+        case([20, 140], 2, 4, 2, 100, 160, *("rows", "append", "int8")),
+        case([5, 130, 300], 1, 3, 3, 20, 300, "int8"),
         case([1023], 1, 9, 3, 64, 1024, "append", tags="bench"),
         case([1023], 1, 9, 3, 64, 1024, *("append", "bf16"), tags="bench"),
+        case([1023], 1, 9, 3, 64, 1024, *("append", "int8"), tags="bench"),
         case([8191], 1, 32, 8, 128, 8192, "append", tags="bench big"),
     ]
 

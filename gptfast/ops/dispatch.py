@@ -19,7 +19,7 @@ from torch import Tensor
 from gptfast import kernels
 
 ORDER = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-PLAIN = {type(None), bool, int, float, str}
+PLAIN = {type(None), bool, int, float, str, tuple}  # part of a key as they are
 NAMES = ("reference", *kernels.BACKENDS)
 
 log = logging.getLogger("gptfast")
@@ -79,8 +79,7 @@ def prepared(
         check(**arguments)
         choice = choose(op, backend.backend, device, arguments)[0]
         return lambda **_: choice
-    here = (os.environ.get("GPTFAST_BACKEND"), torch.is_grad_enabled(), torch.get_num_threads())
-    key = (op, backend, here, signature(arguments))
+    key = (op, backend, _preferred(), torch.is_grad_enabled(), torch.get_num_threads(), *signature(arguments))
     try:
         function = _prepared.get(key)
     except TypeError:  # what can't be part of a key fits no op: the check says what was expected
@@ -101,18 +100,30 @@ def prepared(
 _prepared: dict[Any, Callable[..., Any]] = {}
 
 
-def signature(arguments: dict[str, Any]) -> tuple[Any, ...]:
-    """All of the arguments but what the tensors hold and where; a packed weight has its own `signature`."""
-    return tuple(
-        [
-            x
-            if type(x) in PLAIN
-            else (x.shape, x.stride(), x.dtype, x.device, x.requires_grad)
-            if isinstance(x, Tensor)
-            else getattr(x, "signature", x)
-            for x in arguments.values()
-        ]
-    )
+def signature(arguments: dict[str, Any]) -> list[Any]:
+    """All of the arguments but what the tensors hold and where; a packed weight has its own `signature`.
+
+    Whether a tensor wants a gradient counts where gradients are made.
+    """
+    grad = torch.is_grad_enabled()
+    return [
+        x
+        if (kind := type(x)) in PLAIN
+        else (x.shape, x.stride(), x.dtype, x.device, grad and x.requires_grad)
+        if kind is Tensor or isinstance(x, Tensor)
+        else getattr(x, "signature", x)
+        for x in arguments.values()
+    ]
+
+
+# A mapping of bytes in CPython on POSIX: os.environ.get encodes, decodes and, for a variable that isn't there, raises
+# and catches two errors, which takes 2 us.
+_environment: dict[Any, Any] | None = getattr(os.environ, "_data", None) if os.name == "posix" else None
+
+
+def _preferred() -> Any:
+    """GPTFAST_BACKEND as part of a key: its bytes, where that is quicker."""
+    return os.environ.get("GPTFAST_BACKEND") if _environment is None else _environment.get(b"GPTFAST_BACKEND")
 
 
 def choose(

@@ -68,7 +68,7 @@ class Op:
     # What the tolerance is taken from where the baseline can't serve (it draws other random numbers).
     plain: Callable[..., Any] | None = None
     dtypes: tuple[torch.dtype, ...] = STORAGE
-    mutates: tuple[str, ...] = ()  # arguments written in place; they count as outputs
+    mutates: tuple[str, ...] = ()  # arguments written in place, where given; they count as outputs
     exact: bool = False  # outputs equal the reference's bit for bit
     # The arguments of row `b` of the batch alone, and how many rows a call has; None = no batch.
     take: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None

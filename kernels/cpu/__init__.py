@@ -8,6 +8,7 @@ perhaps `prepare_<op>`, the op for all calls with the same signature. Arguments 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -23,6 +24,7 @@ from gptfast import _cpu
 Plan = _cpu.Plan  # of recorded launches
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LARGE = 8 << 20  # bytes
+KEPT = 1 << 20  # bytes of workspace that a thread keeps, at most
 
 
 @contextmanager
@@ -30,9 +32,11 @@ def recording() -> Iterator[list[tuple[str, int, dict[str, Any]]]]:
     """Within it, this thread's launches are written to the list as they run: (kernel, threads, fields)."""
     launches: list[tuple[str, int, dict[str, Any]]] = []
     _cpu.record(launches)
+    _own.recording = True
     try:
         yield launches
     finally:
+        _own.recording = False
         _cpu.record(None)
 
 
@@ -97,6 +101,26 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return t
 
 
+class _Own(threading.local):
+    """What belongs to one thread."""
+
+    recording = False
+    workspace = torch.empty(0, dtype=torch.uint8)
+
+
+_own = _Own()
+
+
+def shared(nbytes: int) -> Tensor:
+    """Memory that the workers of a launch share and nobody needs after it: the same for all of a thread's launches.
+    A recorded one keeps its own, for a plan may run in any thread."""
+    if _own.recording or nbytes > KEPT:
+        return empty((nbytes,), torch.uint8)
+    if (kept := _own.workspace).shape[0] < nbytes:
+        kept = _own.workspace = torch.empty(nbytes, dtype=torch.uint8)
+    return kept
+
+
 def prepare(
     kernel: str,
     threads: int,
@@ -104,28 +128,29 @@ def prepare(
     inputs: Mapping[str, tuple[str, Callable[[Any], Tensor] | None]],
     arguments: dict[str, Any],
     results: int = 1,
-    **numbers: float,
+    workspace: int = 0,
+    **numbers: Any,
 ) -> Callable[..., Any]:
     """A kernel as the function of its op's arguments, for all that have the shapes, strides and dtypes of these.
 
     outputs: the fields that each call allocates, with shape and dtype; the first `results` are what it returns.
-    inputs: fields, the argument that each is, and how it is made to fit (None: as it is). numbers: all other fields.
+    inputs: fields, the argument that each is, and how it is made to fit (None: as it is). workspace: bytes that the
+    field of this name points to, which hold nothing between calls. numbers: all other fields.
     """
-    launch, address = _cpu.Prepared(kernel, (*outputs, *inputs), numbers), Tensor.data_ptr
-    makes = [
-        partial(empty if math.prod(shape) * dtype.itemsize >= LARGE else torch.empty, tuple(shape), dtype=dtype)
-        for shape, dtype in outputs.values()
-    ]
+    room = {"workspace": partial(shared, workspace)} if workspace else {}
+    launch, address = _cpu.Prepared(kernel, (*outputs, *room, *inputs), numbers), Tensor.data_ptr
+    makes = [*[_maker(shape, dtype) for shape, dtype in outputs.values()], *room.values()]
     make = makes[0]
     # What fits as it is always will: dtypes and strides stay.
     fits = [
         (name, fit if fit and fit(arguments[name]) is not arguments[name] else None) for name, fit in inputs.values()
     ]
     get = itemgetter(*[name for name, _ in fits])
+    as_given = len(fits) > 1 and not any(fit for _, fit in fits)
 
     def run(**arguments: Any) -> Any:
         made = [make() for make in makes]
-        given = [fit(arguments[name]) if fit else arguments[name] for name, fit in fits]
+        given = get(arguments) if as_given else [fit(arguments[name]) if fit else arguments[name] for name, fit in fits]
         launch(threads, *map(address, made), *map(address, given))
         return made[0] if results == 1 else tuple(made[:results])
 
@@ -134,7 +159,13 @@ def prepare(
         launch(threads, y.data_ptr(), *map(address, get(arguments)))
         return y
 
-    return run_at_once if len(makes) == 1 < len(fits) and not any(fit for _, fit in fits) else run
+    return run_at_once if len(makes) == 1 and as_given else run
+
+
+def _maker(shape: Sequence[int], dtype: torch.dtype) -> Callable[[], Tensor]:
+    if math.prod(shape) * dtype.itemsize >= LARGE:
+        return partial(empty, tuple(shape), dtype)
+    return partial(torch.empty, *shape or ((),), dtype=dtype)  # numbers one by one: 0.6 us less than a tuple of them
 
 
 def pointer(t: Tensor | None) -> int:

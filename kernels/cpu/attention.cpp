@@ -17,7 +17,7 @@ constexpr int STRIP_BYTES = 512 << 10;  // of a strip's rows: they share the L2 
 
 // One sequence of the batch: where its rows begin, in elements, and how long it is.
 struct Sequence {
-  int64_t b, q, k, v, out, lse;
+  int64_t b, q, k, v, k_scale, v_scale, out, lse;
   int q_len, k_len, position;  // position: of the first query, absolute
   int leftpad;
   const int32_t* pages;
@@ -39,6 +39,8 @@ Sequence sequence(const Attention& a, int64_t b) {
   s.pages = a.block_table ? a.block_table + b * a.table_stride : nullptr;
   s.k = a.cu_k ? k_first * a.k_strides[1] : s.pages ? 0 : slot * a.k_strides[0];
   s.v = a.cu_k ? k_first * a.v_strides[1] : s.pages ? 0 : slot * a.v_strides[0];
+  s.k_scale = s.pages ? 0 : slot * a.k_scale_strides[0];  // of caches alone, as are pages
+  s.v_scale = s.pages ? 0 : slot * a.v_scale_strides[0];
   return s;
 }
 
@@ -54,16 +56,6 @@ void visible(const Attention& a, const Sequence& s, int i, int* low, int* high) 
   if (a.right >= 0) to = min(to, here + a.right + 1);
   *low = (int)max<int64_t>(from, 0);
   *high = (int)max<int64_t>(min<int64_t>(to, s.k_len), 0);
-}
-
-// A row of dtype T in the cache's dtype C.
-template <class T, class C>
-void write_row(C* to, const T* from, int D) {
-  for (int d = 0; d < D; d += LANES) store(to + d, load(from + d, min(LANES, D - d)), min(LANES, D - d));
-}
-template <class T>
-void write_row(T* to, const T* from, int D) {
-  memcpy(to, from, D * sizeof(T));
 }
 
 // New keys (rotated) and values begin .. end of a KV head go to their slots of the cache. Who reads them first writes
@@ -82,10 +74,28 @@ void append(const Attention& a, const Sequence& s, int64_t hk, int64_t begin, in
       rope_row(turned, k_new, a.cos + turn, a.sin + turn, a.D, a.rotary, a.interleaved);
       k_new = turned;
     }
-    write_row(k, k_new, (int)a.D);
-    write_row(v, v_new, (int)a.D);
+    if constexpr (SCALED<C>) {
+      const int64_t *ks = a.k_scale_strides, *vs = a.v_scale_strides;
+      a.k_scale[slot_at(a, s, s.k_scale, ks, position) + hk * ks[2]] = quantize_row(k, k_new, (int)a.D);
+      a.v_scale[slot_at(a, s, s.v_scale, vs, position) + hk * vs[2]] = quantize_row(v, v_new, (int)a.D);
+    } else {
+      write_row(k, k_new, (int)a.D);
+      write_row(v, v_new, (int)a.D);
+    }
   }
 }
+
+// The keys or the values of one KV head of one sequence: where slot 0 lies, but for `first` elements, and the strides;
+// the same of their scales.
+template <class C>
+struct Side {
+  const C* at;
+  int64_t first;
+  const int64_t* strides;
+  const float* scale;
+  int64_t scale_first;
+  const int64_t* scale_strides;
+};
 
 // The tiles of one KV head of one sequence, on one worker: queries and outputs of dtype T, keys and values of dtype C.
 template <class T, class C>
@@ -94,7 +104,7 @@ struct Head {
   const Sequence s;
   const int64_t hk;
   const int G, D, padded;
-  const C *k, *v;
+  const Side<C> k, v;
 
   Head(const Attention& a, int64_t b, int64_t hk)
       : a(a),
@@ -103,8 +113,10 @@ struct Head {
         G((int)(a.H / a.Hk)),
         D((int)a.D),
         padded(round_up(D, LANES)),
-        k((const C*)a.k + hk * a.k_strides[2]),
-        v((const C*)a.v + hk * a.v_strides[2]) {}
+        k{(const C*)a.k + hk * a.k_strides[2],   s.k,       a.k_strides,
+          a.k_scale + hk * a.k_scale_strides[2], s.k_scale, a.k_scale_strides},
+        v{(const C*)a.v + hk * a.v_strides[2],   s.v,       a.v_strides,
+          a.v_scale + hk * a.v_scale_strides[2], s.v_scale, a.v_scale_strides} {}
 
   int rows() const { return G * s.q_len; }
   int tiles() const { return (int)ceil_div(rows(), ROWS); }
@@ -176,16 +188,18 @@ struct Head {
   // Group g of a chunk's keys or values, of which [begin, end) of the chunk are needed. Where they don't lie evenly, or
   // not all of them may be read, they are copied to `spare`, another one standing for those not needed; as are those
   // `far` apart.
-  Rows<C> group(const C* x, int64_t first, const int64_t* strides, int chunk, int g, int begin, int end, bool far,
-                void* spare) const {
+  Rows<C> group(const Side<C>& x, int chunk, int g, int begin, int end, bool far, void* spare) const {
     const int64_t from = s.leftpad + chunk * CHUNK, slot = from + g * LANES;
     const bool whole = begin <= g * LANES && end >= (g + 1) * LANES;
     if (whole && !far && (!s.pages || slot % a.page + LANES <= a.page))
-      return {x + slot_at(a, s, first, strides, slot), strides[1]};
-    const Rows<C> copy{(C*)spare, copy_stride(D)};
+      return {x.at + slot_at(a, s, x.first, x.strides, slot), x.strides[1],
+              SCALED<C> ? x.scale + slot_at(a, s, x.scale_first, x.scale_strides, slot) : nullptr, x.scale_strides[1]};
+    float* scales = (float*)((C*)spare + LANES * copy_stride(D));
+    const Rows<C> copy{(C*)spare, copy_stride(D), scales, 1};
     for (int i = 0; i < LANES; i++) {
       const int j = max(begin, min(g * LANES + i, end - 1));
-      memcpy((C*)spare + i * copy.stride, x + slot_at(a, s, first, strides, from + j), D * sizeof(C));
+      memcpy((C*)spare + i * copy.stride, x.at + slot_at(a, s, x.first, x.strides, from + j), D * sizeof(C));
+      if constexpr (SCALED<C>) scales[i] = x.scale[slot_at(a, s, x.scale_first, x.scale_strides, from + j)];
     }
     return copy;
   }
@@ -193,10 +207,10 @@ struct Head {
   // for every 16 bytes (0.7x at 8 heads of 64).
   Rows<C> keys_of(int chunk, int g, int begin, int end, void* spare) const {
     const bool far = a.k_strides[1] * sizeof(C) % 2048 == 0;
-    return group(k, s.k, a.k_strides, chunk, g, begin, end, far, spare);
+    return group(k, chunk, g, begin, end, far, spare);
   }
   Rows<C> values_of(int chunk, int g, int begin, int end, void* spare) const {
-    return group(v, s.v, a.v_strides, chunk, g, begin, end, false, spare);
+    return group(v, chunk, g, begin, end, false, spare);
   }
 
   // The tile's part of a chunk; empty where begin >= end.
@@ -464,6 +478,8 @@ void attention(const Attention& a, Worker& worker) {
     with_storage(a.dtype, [&](auto t) { run<decltype(t), decltype(t)>(a, worker); });
   else if (a.cache_dtype == BFLOAT16)
     run<float, bf16>(a, worker);
+  else if (a.cache_dtype == INT8)
+    run<float, i8>(a, worker);
   else
     run<float, f16>(a, worker);
 }

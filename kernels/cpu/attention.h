@@ -238,16 +238,19 @@ NOINLINE void qk_few(const float* q, const Rows<T>* k, int first, int last, int 
   for (int g = first / GROUPS * GROUPS; g < last; g += GROUPS) {
     auto rows = [&](int u) { return k[max(first, min(g + u, last - 1))]; };
     Quads quads[2] = {Quads(rows(0)), Quads(rows(GROUPS - 1))};
+    const f32v scales[2] = {rows(0).scales(), rows(GROUPS - 1).scales()};
     f32v acc[R][GROUPS] = {};
     int d = 0;
     NO_UNROLL for (; d + DIMS<T> <= dim; d += DIMS<T>) {
       f32v words[GROUPS][4];
       UNROLL for (int u = 0; u < GROUPS; u++) quads[u].turn(words[u], T{});
       UNROLL for (int i = 0; i < DIMS<T>; i++) {
+        f32v key[GROUPS];
+        UNROLL for (int u = 0; u < GROUPS; u++) key[u] =
+            Rows<T>::scaled(scales[u], value(words[u][i / PER_WORD<T>], i % PER_WORD<T>, T{}));
         UNROLL for (int r = 0; r < R; r++) {
           const f32v x = splat(q[r * DIM + d + i]);
-          UNROLL for (int u = 0; u < GROUPS; u++) acc[r][u] =
-              fma(x, value(words[u][i / PER_WORD<T>], i % PER_WORD<T>, T{}), acc[r][u]);
+          UNROLL for (int u = 0; u < GROUPS; u++) acc[r][u] = fma(x, key[u], acc[r][u]);
         }
       }
     }
@@ -305,7 +308,7 @@ NOINLINE void pv_few(const Rows<T>* v, int d, int n, const float* p, float* o, i
       f32v weight[R];
       UNROLL for (int r = 0; r < R; r++) weight[r] = splat(p[r * CHUNK + g * LANES + j]);
       UNROLL for (int u = 0; u < ND; u++) {
-        f32v x = ND == 1 ? load(from, n) : load(from + u * LANES);
+        f32v x = v[g].scaled(j, ND == 1 ? load(from, n) : load(from + u * LANES));
         in_register(x);
         if (u % (64 / (LANES * (int)sizeof(T))) == 0) __builtin_prefetch(from + AHEAD * v[g].stride + u * LANES);
         UNROLL for (int r = 0; r < R; r++) acc[r][u] = fma(weight[r], x, acc[r][u]);

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from gptfast import _cpu
-from gptfast.kernels.cpu import DTYPES, empty, unsupported
+from gptfast.kernels.cpu import DTYPES, empty, prepare, unsupported
 
 CHUNK = 128  # keys
+CACHE_DTYPES = {**DTYPES, torch.int8: 3}
 
 
 def supports_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, **terms: Any) -> str | None:
@@ -20,14 +21,17 @@ def supports_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, **term
     return _unsupported(q, k, v, terms)
 
 
-def supports_attention_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, **terms: Any) -> str | None:
+def supports_attention_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, **terms: Any
+) -> str | None:
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.stride(-1) != 1:
             return f"the last dimension of {name} must be contiguous, not of stride {cache.stride(-1)}"
     if k_cache.dtype != q.dtype != torch.float32:
         mine, kept = (str(t.dtype).removeprefix("torch.") for t in (q, k_cache))
         return f"it takes caches of another dtype than q's with float32 queries only, not {mine} with {kept}"
-    return _unsupported(q, k_cache, v_cache, terms)
+    held = (k_cache, v_cache) if k_scale is None or v_scale is None else (k_scale, v_scale)
+    return _unsupported(q, *held, terms)
 
 
 def _unsupported(q: Tensor, k: Tensor, v: Tensor, terms: dict[str, Any]) -> str | None:
@@ -90,6 +94,8 @@ def prepare_attention_kvcache(
     *,
     k: Tensor | None,
     v: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     block_table: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
@@ -105,55 +111,44 @@ def prepare_attention_kvcache(
     for: the kernel alone reads the lengths, and a recorded launch may be run again with longer ones."""
     B, Sq, H, _ = sizes = tuple(q.shape)
     room, extra = k_cache.shape[1], {}
-    inputs: list[tuple[str, str, Callable[[Tensor], Tensor] | None]] = [  # field, argument, how it is made to fit
-        *(("q", "q", _rows), ("k", "k_cache", None), ("v", "v_cache", None), ("lengths", "lengths", _contiguous))
-    ]
+    inputs: dict[str, tuple[str, Callable[[Tensor], Tensor] | None]] = {  # field: argument, how it is made to fit
+        **{"q": ("q", _rows), "k": ("k_cache", None), "v": ("v_cache", None), "lengths": ("lengths", _contiguous)}
+    }
     if k is not None and v is not None:
-        inputs += [
-            ("k_cache", "k_cache", None),
-            ("v_cache", "v_cache", None),
-            ("k_new", "k", _rows),
-            ("v_new", "v", _rows),
-        ]
+        inputs |= {"k_cache": ("k_cache", None), "v_cache": ("v_cache", None), "k_new": ("k", _rows)}
+        inputs["v_new"] = "v", _rows
         extra |= {"k_new_strides": _strides(_rows(k)), "v_new_strides": _strides(_rows(v))}
+    if k_scale is not None and v_scale is not None:
+        inputs |= {"k_scale": ("k_scale", None), "v_scale": ("v_scale", None)}
+        extra |= {"k_scale_strides": k_scale.stride(), "v_scale_strides": v_scale.stride()}
     if cos is not None:
-        inputs += [("cos", "cos", _floats), ("sin", "sin", _floats)]
+        inputs |= {"cos": ("cos", _floats), "sin": ("sin", _floats)}
         extra |= {"rotary": 2 * cos.shape[1], "interleaved": interleaved}
     if block_table is not None:
-        inputs.append(("block_table", "block_table", _contiguous))
+        inputs["block_table"] = "block_table", _contiguous
         extra |= {"page": room, "table_stride": block_table.shape[1]}
         room *= block_table.shape[1]
     if cache_batch_idx is not None:
-        inputs.append(("batch_index", "cache_batch_idx", _contiguous))
+        inputs["batch_index"] = "cache_batch_idx", _contiguous
     if cache_leftpad is not None:
-        inputs.append(("leftpad", "cache_leftpad", _contiguous))
+        inputs["leftpad"] = "cache_leftpad", _contiguous
     if alibi_slopes is not None:
-        inputs.append(("slopes", "alibi_slopes", _floats))
+        inputs["slopes"] = "alibi_slopes", _floats
         extra["slopes_batch"] = H if alibi_slopes.dim() == 2 else 0
     if sinks is not None:
-        inputs.append(("sinks", "sinks", _floats))
+        inputs["sinks"] = "sinks", _floats
     threads, floats, numbers = _numbers(_rows(q), k_cache, v_cache, B, Sq, room, **terms)
-    names, fp32 = ["out"], []
-    if floats:
-        names.append("workspace")
-        fp32.append((floats,))
-    if return_lse:
-        names.append("lse")
-        fp32.append((B, H, Sq))
-    names += [field for field, _, _ in inputs]
-    given: dict[str, Any] = dict(q=q, k=k, v=v, lengths=lengths, block_table=block_table, cos=cos, sin=sin, sinks=sinks)
-    given |= dict(alibi_slopes=alibi_slopes, cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad)
-    # What fits as it is always will: dtypes and strides stay.
-    fits = [(name, None if fit is None or fit(given[name]) is given[name] else fit) for _, name, fit in inputs]
-    launch, dtype = _cpu.Prepared("attention", tuple(names), numbers | extra), q.dtype
-
-    def run(**arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
-        made = [torch.empty(sizes, dtype=dtype), *[torch.empty(size) for size in fp32]]
-        tensors = [*made, *[arguments[name] if fit is None else fit(arguments[name]) for name, fit in fits]]
-        launch(threads, *[t.data_ptr() for t in tensors])
-        return (made[0], made[-1]) if return_lse else made[0]
-
-    return run
+    outputs = {"out": (sizes, q.dtype)} | ({"lse": ((B, H, Sq), torch.float32)} if return_lse else {})
+    given: dict[str, Any] = dict(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v, lengths=lengths, cos=cos, sin=sin)
+    given |= dict(k_scale=k_scale, v_scale=v_scale)
+    given |= dict(block_table=block_table, alibi_slopes=alibi_slopes, sinks=sinks)
+    given |= dict(cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad)
+    return prepare(
+        *("attention", threads, outputs, inputs, given),
+        results=len(outputs),
+        workspace=4 * floats,
+        **numbers | extra,
+    )
 
 
 def _numbers(
@@ -187,7 +182,7 @@ def _numbers(
         **{
             "softcap": softcap,
             "dtype": DTYPES[q.dtype],
-            "cache_dtype": DTYPES[k.dtype],
+            "cache_dtype": CACHE_DTYPES[k.dtype],
             "causal": causal,
             "left": window[0],
             "right": window[1],

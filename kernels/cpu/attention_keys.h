@@ -3,7 +3,32 @@
 #pragma once
 #include "vec.h"
 
-namespace gptfast::ISA::attn {
+namespace gptfast::ISA {
+
+// What an int8 cache holds: a key or value is this times the scale of its row, rounded to fp32.
+struct i8 {
+  int8_t bits;
+};
+typedef int8_t i8v __attribute__((vector_size(LANES)));
+INLINE f32v load(const i8* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  float x[LANES];
+  for (int i = 0; i < LANES; i++) x[i] = p[i].bits;
+  return load(x);
+#endif
+}
+INLINE f32v load(const i8* p, int n) {
+  i8 x[LANES] = {};
+  for (int i = 0; i < n; i++) x[i] = p[i];
+  return load(x);
+}
+INLINE float load1(const i8* p) { return p->bits; }
+
+namespace attn {
 
 constexpr int CHUNK = 128;                  // keys; gptfast/ops/attention.py says so too
 constexpr int ROWS = 3 * LANES;             // query rows of a full tile
@@ -30,14 +55,38 @@ INLINE void in_register(f32v& v) {
 #endif
 }
 
-// LANES keys or values of a head that lie evenly: row i is at + i * stride.
+template <class T>
+constexpr bool SCALED = false;
+template <>
+inline constexpr bool SCALED<i8> = true;
+
+// LANES keys or values of a head that lie evenly: row i is at + i * stride, its scale scale[i * scale_stride].
 template <class T>
 struct Rows {
   const T* at;
   int64_t stride;
+  const float* scale;  // null where T has none
+  int64_t scale_stride;
+
+  // Row j's values as they count.
+  INLINE f32v scaled(int j, f32v x) const {
+    if constexpr (SCALED<T>) x *= scale[j * scale_stride];
+    return x;
+  }
+  // One value of each row as it counts; scales: of the rows.
+  INLINE f32v scales() const {
+    float x[LANES] = {};
+    if constexpr (SCALED<T>)
+      for (int i = 0; i < LANES; i++) x[i] = scale[i * scale_stride];
+    return load(x);
+  }
+  static INLINE f32v scaled(f32v scales, f32v x) {
+    if constexpr (SCALED<T>) x *= scales;
+    return x;
+  }
 };
 
-// A word is one value of fp32, or two of a 16-bit type. Keys are turned four words at a time.
+// A word is one value of fp32, two of a 16-bit type, or four bytes. Keys are turned four words at a time.
 template <class T>
 constexpr int PER_WORD = (int)(sizeof(float) / sizeof(T));
 template <class T>
@@ -103,6 +152,7 @@ INLINE f32v value(f32v word, int, float) { return word; }
 INLINE f32v value(f32v pair, int i, bf16) {
   return bitcast<f32v>(i ? bitcast<i32v>(pair) & (int32_t)0xffff0000 : bitcast<i32v>(pair) << 16);
 }
+INLINE f32v value(f32v four, int i, i8) { return to_float(bitcast<i32v>(four) << (24 - 8 * i) >> 24); }
 INLINE f32v value(f32v pair, int i, f16) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
   const __m256i x = _mm256_castps_si256(pair);
@@ -116,7 +166,7 @@ template <class T>
 INLINE f32v column(const Rows<T>& rows, int d) {
   float x[LANES];
   for (int i = 0; i < LANES; i++) x[i] = load1(rows.at + i * rows.stride + d);
-  return load(x);
+  return rows.scaled(rows.scales(), load(x));
 }
 
 // Rows that lie apart are no stream that a machine would see.
@@ -144,12 +194,13 @@ template <class T>
 NOINLINE void pack_k(const Rows<T>& k, int dim, float* kt) {
   prefetch_rows(k, dim, 2);
   Quads quads(k);
+  const f32v scales = k.scales();
   int d = 0;
   for (; d + DIMS<T> <= dim; d += DIMS<T>) {
     f32v words[4];
     quads.turn(words, T{});
     UNROLL for (int i = 0; i < DIMS<T>; i++)
-        store(kt + (d + i) * LANES, value(words[i / PER_WORD<T>], i % PER_WORD<T>, T{}));
+        store(kt + (d + i) * LANES, k.scaled(scales, value(words[i / PER_WORD<T>], i % PER_WORD<T>, T{})));
   }
   for (; d < dim; d++) store(kt + d * LANES, column(k, d));
 }
@@ -161,9 +212,42 @@ NOINLINE void pack_v(const Rows<T>& v, int begin, int end, int dim, float* vt) {
   prefetch_rows(v, dim, 2);
   int d = 0;
   for (; d + LANES <= dim; d += LANES)
-    for (int j = begin; j < end; j++) store(vt + d * CHUNK + j * LANES, load(v.at + j * v.stride + d));
+    for (int j = begin; j < end; j++) store(vt + d * CHUNK + j * LANES, v.scaled(j, load(v.at + j * v.stride + d)));
   if (d < dim)
-    for (int j = begin; j < end; j++) store(vt + d * CHUNK + j * LANES, load(v.at + j * v.stride + d, dim - d));
+    for (int j = begin; j < end; j++)
+      store(vt + d * CHUNK + j * LANES, v.scaled(j, load(v.at + j * v.stride + d, dim - d)));
 }
 
-}  // namespace gptfast::ISA::attn
+// A row of dtype T in the cache's dtype C.
+template <class T, class C>
+void write_row(C* to, const T* from, int D) {
+  for (int d = 0; d < D; d += LANES) store(to + d, load(from + d, min(LANES, D - d)), min(LANES, D - d));
+}
+template <class T>
+void write_row(T* to, const T* from, int D) {
+  memcpy(to, from, D * sizeof(T));
+}
+
+// A row as whole numbers and their scale: scale = amax / 127, x * (127 / amax) rounded to nearest even. An amax below
+// 2^-120 counts as zero; a value that isn't finite makes the scale NaN.
+template <class T>
+float quantize_row(i8* to, const T* from, int D) {
+  i32v most = {};  // the largest magnitude by its bits, so that infinity and NaN come out on top
+  for (int d = 0; d < D; d += LANES) {
+    const i32v bits = bitcast<i32v>(abs(load(from + d, min(LANES, D - d))));
+    most = bits > most ? bits : most;
+  }
+  const float amax = max(bitcast<f32v>(most > 0x7f800000 ? i32v{} + 0x7f800000 : most));
+  const bool usable = amax >= 0x1p-120f && amax < __builtin_inff();
+  const float inverse = usable ? 127.0f / amax : 0.0f;
+  for (int d = 0; d < D; d += LANES) {
+    const f32v x = load(from + d, min(LANES, D - d)) * inverse;
+    const i32v whole = usable ? __builtin_convertvector(round(x), i32v) : i32v{};
+    const i8v bytes = __builtin_convertvector(whole, i8v);
+    memcpy(to + d, &bytes, min(LANES, D - d));
+  }
+  return usable ? amax / 127.0f : amax < 1.0f ? 0.0f : __builtin_nanf("");
+}
+
+}  // namespace attn
+}  // namespace gptfast::ISA

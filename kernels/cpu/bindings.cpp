@@ -260,10 +260,11 @@ PYBIND11_MODULE(_cpu, m) {
                        "A launch with all its fields set but some pointers and int64, which each call gives.")
       .def(py::init<std::string, py::tuple, py::dict>(), py::arg("op"), py::arg("given"), py::arg("fields"))
       .def("__call__", &Prepared::operator());
-  BIND(attention, Attention, out, lse, workspace, q, k, v, k_cache, v_cache, k_new, v_new, cos, sin, mask, bias, slopes,
-       sinks, cu_q, cu_k, lengths, leftpad, batch_index, block_table, B, Sq, Sk, H, Hk, D, q_longest, q_strides,
-       k_strides, v_strides, k_new_strides, v_new_strides, mask_strides, bias_strides, slopes_batch, page, table_stride,
-       rotary, chunks, partial, scale, softcap, dtype, cache_dtype, bias_dtype, causal, left, right, interleaved);
+  BIND(attention, Attention, out, lse, workspace, q, k, v, k_cache, v_cache, k_new, v_new, k_scale, v_scale, cos, sin,
+       mask, bias, slopes, sinks, cu_q, cu_k, lengths, leftpad, batch_index, block_table, B, Sq, Sk, H, Hk, D,
+       q_longest, q_strides, k_strides, v_strides, k_new_strides, v_new_strides, k_scale_strides, v_scale_strides,
+       mask_strides, bias_strides, slopes_batch, page, table_stride, rotary, chunks, partial, scale, softcap, dtype,
+       cache_dtype, bias_dtype, causal, left, right, interleaved);
   BIND(layer_norm, Norm, y, sum, mean, rstd, x, residual, weight, bias, rows, cols, block, block_stride, x_stride,
        residual_stride, seed, eps, keep_scale, stream, drop_below, dtype, weight_dtype);
   BIND(rms_norm, Norm, y, sum, rstd, x, residual, weight, rows, cols, block, block_stride, x_stride, residual_stride,

@@ -8,7 +8,7 @@
 namespace gptfast {
 
 // Storage dtypes, as the Python side numbers them.
-enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3 };  // INT8: of KV caches alone
 
 // One row per op: its name in C++ and Python, and its arguments in kernels.h.
 #define GPTFAST_KERNELS(KERNEL)  \
@@ -38,6 +38,7 @@ struct Attention {
   const void *q, *k, *v;      // (B, Sq, H, D), (B, Sk, Hk, D); k and v may be a cache, or pages (pages, page, Hk, D)
   void *k_cache, *v_cache;    // the same memory as k and v where k_new and v_new are appended to it
   const void *k_new, *v_new;  // (B, Sq, Hk, D)
+  float *k_scale, *v_scale;   // of an int8 cache: like k and v without D
   const float *cos, *sin;     // (positions, rotary / 2), contiguous
   const uint8_t* mask;        // broadcast to (B, H, Sq, Sk) by its strides, as is bias
   const void* bias;
@@ -50,6 +51,7 @@ struct Attention {
   int64_t q_strides[3];                            // batch, position, head
   int64_t k_strides[3], v_strides[3];              // batch or page, position, head
   int64_t k_new_strides[3], v_new_strides[3];      // batch, position, head
+  int64_t k_scale_strides[3], v_scale_strides[3];  // batch or page, position, head
   int64_t mask_strides[4], bias_strides[4];        // batch, head, query, key
   int64_t slopes_batch, page, table_stride, rotary;
   int64_t chunks, partial;  // of workspace: chunks a sequence may have, floats a chunk

@@ -41,9 +41,7 @@ def prepare_linear(
         kernel, code = "linear_packed", DTYPES[weight.dtype]
     else:
         kernel, code = "linear_int8" if activations == "int8" else "linear_exact", weight.code
-    outputs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"y": ((*x.shape[:-1], cols), dtype)}
-    if count > 8 or x.numel() > OWN:
-        outputs["workspace"] = (count * ((depth + 63) & -64) * 4,), torch.uint8
+    shared = count > 8 or x.numel() > OWN
     inputs = {"x": ("x", as_rows), "weight": ("weight", weight_fit)}
     bias_dtype = 0
     if bias is not None:
@@ -53,9 +51,10 @@ def prepare_linear(
     return prepare(
         kernel,
         threads(cols * depth),
-        outputs,
+        {"y": ((*x.shape[:-1], cols), dtype)},
         inputs,
         dict(x=x, weight=weight, bias=bias),
+        workspace=count * ((depth + 63) & -64) * 4 if shared else 0,
         rows=count,
         cols=cols,
         depth=depth,

@@ -54,8 +54,21 @@ def ints(*values: int) -> Tensor:
 
 
 def fresh_cache(B: int, room: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Empty caches, full of NaN: a slot that is read before it is written is seen."""
-    return torch.full((B, room, HK, D), torch.nan, dtype=dtype), torch.full((B, room, HK, D), torch.nan, dtype=dtype)
+    """Empty caches, full of NaN: a slot that is read before it is written is seen. Of int8 the scales are."""
+    fill = 7 if dtype == torch.int8 else torch.nan
+    return torch.full((B, room, HK, D), fill, dtype=dtype), torch.full((B, room, HK, D), fill, dtype=dtype)
+
+
+def fresh_scales(B: int, room: int) -> dict[str, Tensor]:
+    return {name: torch.full((B, room, HK), torch.nan) for name in ("k_scale", "v_scale")}
+
+
+def rounded(x: Tensor, kept: torch.dtype) -> Tensor:
+    """x as a cache of this dtype gives it back."""
+    if kept != torch.int8:
+        return x.to(kept).float()
+    most = x.abs().amax(-1, keepdim=True)
+    return (x * (torch.full_like(most, 127) / most)).round() * (most / 127)
 
 
 def through_cache(
@@ -63,6 +76,8 @@ def through_cache(
 ) -> tuple[Tensor, Tensor]:
     """A sequence (B = 1) appended to a cache (of dtype `kept`) and attended to, `step` tokens at a time."""
     k_cache, v_cache = fresh_cache(1, q.shape[1] + 3, kept or q.dtype)
+    if kept == torch.int8:
+        terms |= fresh_scales(1, q.shape[1] + 3)
     outs, lses = [], []
     for at in range(0, q.shape[1], step):
         part = slice(at, at + step)
@@ -105,15 +120,13 @@ def test_prefill_chunks_and_decode_have_the_same_bits(
 
 
 @pytest.mark.parametrize("name", TERMS)
-@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float16])
-def test_a_16_bit_cache_is_seen_rounded_in_prefill_and_decode(
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float16, torch.int8])
+def test_a_smaller_cache_is_seen_rounded_in_prefill_and_decode(
     isa: None, two_threads: None, name: str, kept: torch.dtype
 ) -> None:
     S, terms = 301, TERMS[name]
     q, k, v = qkv(1, S, S)
-    out, lse = attention(
-        q, k.to(kept).float(), v.to(kept).float(), causal=True, return_lse=True, backend="cpu", **terms
-    )
+    out, lse = attention(q, rounded(k, kept), rounded(v, kept), causal=True, return_lse=True, backend="cpu", **terms)
     for step in (S, 7, 1):
         mine, my_lse = through_cache(q, k, v, step, kept, **terms)
         assert torch.equal(mine, out), step
@@ -180,6 +193,42 @@ def test_paged_and_contiguous_have_the_same_bits(isa: None, two_threads: None, p
     assert torch.equal(cached(q, pages, lengths, k=k, v=v, block_table=table), wanted)
     for to, source in zip(pages, dense):
         assert torch.equal(to[order.flatten()].view(2, room, HK, D), source)
+
+
+@pytest.mark.parametrize("Sq", [1, 4, 40])
+@pytest.mark.parametrize("page", [1, 13, 16])
+def test_paged_int8_has_the_same_bits(isa: None, two_threads: None, page: int, Sq: int) -> None:
+    lengths, room, n = ints(20, 131), 208, 208 // page
+    q, k, v = qkv(2, Sq, Sq)
+    dense, scales = list(fresh_cache(2, room, torch.int8)), fresh_scales(2, room)
+    for t in scales.values():
+        t[0, :20], t[1, :131] = 0.01, 0.02
+    order = torch.randperm(2 * n, generator=torch.Generator().manual_seed(1)).view(2, n)
+
+    def paged(t: Tensor) -> Tensor:
+        pages = torch.empty(2 * n, page, *t.shape[2:], dtype=t.dtype)
+        pages[order.flatten()] = t.view(2 * n, page, *t.shape[2:])
+        return pages
+
+    pages, page_scales = [paged(t) for t in dense], {name: paged(t) for name, t in scales.items()}
+    wanted = cached(q, dense, lengths, k=k, v=v, **scales)
+    mine = cached(q, pages, lengths, k=k, v=v, block_table=order.to(torch.int32), **page_scales)
+    assert torch.equal(mine, wanted) and wanted.isfinite().all()
+    for to, source in zip((*pages, *page_scales.values()), (*dense, *scales.values())):
+        back = to[order.flatten()].view(source.shape)
+        assert torch.equal(back.nan_to_num(), source.nan_to_num())
+
+
+def test_int8_keeps_zeros_and_says_what_is_not_finite(isa: None) -> None:
+    q, k, v = qkv(1, 4, 4)
+    k[0, 0], k[0, 1, 0, 3], v[0, 2, 1, 5], v[0, 3] = 0, torch.inf, torch.nan, 1e-37
+    caches, scales = fresh_cache(1, 6, torch.int8), fresh_scales(1, 6)
+    cached(q, list(caches), ints(0), k=k, v=v, **scales)
+    assert (caches[0][0, 0] == 0).all() and (scales["k_scale"][0, 0] == 0).all()
+    assert (caches[1][0, 3] == 0).all() and (scales["v_scale"][0, 3] == 0).all()
+    assert scales["k_scale"][0, 1].isnan().tolist() == [True, False]
+    assert scales["v_scale"][0, 2].isnan().tolist() == [False, True]
+    assert (caches[0][0, 1, 1].abs().max(), caches[0][0, 4, 0, 0]) == (127, 7)
 
 
 def test_leftpad_and_cache_rows_have_the_same_bits(isa: None, two_threads: None) -> None:
@@ -343,6 +392,9 @@ def bad(**changes: Any) -> Callable[[], Any]:
     return lambda: attention(**{"q": q, "k": k, "v": v, **changes})
 
 
+INT8 = torch.zeros(2, 16, HK, D, dtype=torch.int8)
+
+
 def bad_cache(**changes: Any) -> Callable[[], Any]:
     q, k, v = qkv(2, 4, 4)
     caches = dict(zip(("k_cache", "v_cache"), fresh_cache(2, 16)))
@@ -374,6 +426,15 @@ ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     "k alone": (bad_cache(v=None), "expected k and v, or neither, got one of them"),
     "k shape": (bad_cache(k=randn(2, 3, HK, D)), r"expected k and v \(2, 4, 2, 40\) .* got \(2, 3, 2, 40\)"),
     "rows": (bad_cache(lengths=ints(1, 2), q=randn(2, 4, H, 8)), r"k_cache \(B, Smax, Hk, 8\)"),
+    "no scales": (
+        bad_cache(k_cache=INT8, v_cache=INT8),
+        r"expected k_scale \(2, 16, 2\) float32 with int8 caches, got None",
+    ),
+    "scales": (
+        bad_cache(v_scale=randn(2, 16, HK)),
+        r"no v_scale with caches of \(2, 16, 2, 40\) float32, got \(2, 16, 2\)",
+    ),
+    "int16": (bad_cache(k_cache=INT8.short()), "of floats or int8, got .* int16"),
     "pages": (bad_cache(block_table=ints(0, 7).view(2, 1)), "pages 0 to 1 in block_table, got 7"),
     "no page": (bad_cache(block_table=ints(0, -1).view(2, 1)), "pages 0 to 1 in block_table, got -1"),
     "twice": (bad_cache(cache_batch_idx=ints(1, 1)), r"cache_batch_idx 0 to 1, each once, got \[1, 1\]"),
