@@ -118,14 +118,18 @@ def test_any_prompts(lm: LanguageModel, prompts: list[list[int]], worth: int) ->
 
 
 @pytest.mark.parametrize("alone", [1, 100, 1 << 15])
-def test_sharing_copies_the_places_asked_for(lm: LanguageModel, alone: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_sharing_copies_the_places_asked_for(
+    lm: LanguageModel, dtype: torch.dtype, alone: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cache, "ALONE", alone)
-    kv = KVCache(lm.model.config, 3, 40)
-    before = [t.copy_(torch.randn(t.shape)).clone() for t in (*kv.k, *kv.v)]
+    kv = KVCache(lm.model.config, 3, 40, dtype=dtype)
+    before = [t.copy_(100 * torch.randn(t.shape)).clone() for t in kv.tensors()]
+    assert len(before) == (4 if dtype == torch.float32 else 8)
     kv.share(5, 32)
     assert kv.lengths.tolist() == [32] * 3
-    for t, old in zip((*kv.k, *kv.v), before):
-        assert torch.equal(t[:, 5:32], old[:1, 5:32].expand(3, -1, -1, -1)) and torch.equal(t[0], old[0])
+    for t, old in zip(kv.tensors(), before):
+        assert torch.equal(t[:, 5:32], old[:1, 5:32].expand(3, *old[0, 5:32].shape)) and torch.equal(t[0], old[0])
         assert torch.equal(t[:, :5], old[:, :5]) and torch.equal(t[:, 32:], old[:, 32:])
 
 
