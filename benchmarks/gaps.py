@@ -123,7 +123,7 @@ def plot(step: StepTrace, before: int, path: Path, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     handles = [Patch(color=colour, label=name) for name, colour in names.items()]
-    axes.legend(handles=handles, fontsize=8, frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
+    axes.legend(handles=handles, fontsize=8, frameon=False, ncols=3, loc="upper right", bbox_to_anchor=(1, -0.1))
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 

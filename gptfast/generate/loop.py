@@ -70,6 +70,8 @@ class Loop:
         self._replay: Replay | None = None
         self.rows: list[Row] = []
         self.steps = self.prefill_tokens = 0
+        self._keys: Tensor | None = None  # the cache's first layer's when its capacity was asked for
+        self._capacity = 0
         self.logits: Tensor | None = None
 
     @torch.no_grad()
@@ -143,16 +145,17 @@ class Loop:
     def running(self) -> bool:
         return any(row.finish is None for row in self.rows)
 
-    @torch.no_grad()
     def step(self) -> None:
         """One new token for every running row; with speculation perhaps several."""
         for row in self.rows:
             row.fresh = ""
         if self.logits is not None:
-            ids, logprobs = self.sampler(self.logits, self.steps)
+            with torch.no_grad():
+                ids, logprobs = self.sampler(self.logits, self.steps)
             self.logits = None
         elif self.speculation is not None:
-            return self._speculate(self.speculation)
+            with torch.no_grad():
+                return self._speculate(self.speculation)
         else:
             self._leave()
             ids, logprobs = self._next()
@@ -207,8 +210,11 @@ class Loop:
         self.rows = [self.rows[i] for i in alive]
 
     def _next(self) -> tuple[list[int], list[float] | None]:
-        """Feeds each row's last token and draws the next; a finished row's goes where nothing is kept."""
-        device = self.cache.lengths.device
+        """Feeds each row's last token and draws the next; a finished row's goes where nothing is kept.
+
+        Between two replayed steps nothing asks PyTorch: after a model's weights have passed through the caches its
+        calls take tens of microseconds each.
+        """
         self._reserve(max(row.prompt_tokens + len(row.tokens) for row in self.rows))
         last = [row.tokens[-1] for row in self.rows]
         running = [row.finish is None for row in self.rows]
@@ -218,10 +224,12 @@ class Loop:
                 return replay.draw(self.sampler, last, running, self.steps)
             except NotReplayable:
                 self.sampler.steady = False
-        tokens = torch.tensor(last, dtype=torch.int64, device=device)
-        logits = self.model(tokens[:, None], cache=self.cache)[:, -1] if replay is None else replay.step(tokens)
-        self.cache.advance(torch.tensor(running, dtype=torch.int32, device=device))
-        return self.sampler(logits, self.steps)
+        with torch.no_grad():
+            device = self.cache.lengths.device
+            tokens = torch.tensor(last, dtype=torch.int64, device=device)
+            logits = self.model(tokens[:, None], cache=self.cache)[:, -1] if replay is None else replay.step(tokens)
+            self.cache.advance(torch.tensor(running, dtype=torch.int32, device=device))
+            return self.sampler(logits, self.steps)
 
     def _recorded(self) -> Replay | None:
         """The recorded step for the present cache."""
@@ -230,7 +238,8 @@ class Loop:
         self.close()
         # Recording takes about as long as two steps that are not replayed.
         left = self.limits.max_new - min(len(row.tokens) for row in self.rows)
-        self._replay = self.replays.take(self.cache, record=left >= WORTH_RECORDING)
+        with torch.no_grad():
+            self._replay = self.replays.take(self.cache, record=left >= WORTH_RECORDING)
         return self._replay
 
     def close(self) -> None:
@@ -242,7 +251,9 @@ class Loop:
             self._replay = None
 
     def _reserve(self, tokens: int) -> None:
-        if tokens > self.cache.capacity:
+        if self._keys is not self.cache.k[0]:  # asking a tensor for its shape takes longer
+            self._keys, self._capacity = self.cache.k[0], self.cache.capacity
+        if tokens > self._capacity:
             self.cache.grow(min(-(-tokens // BLOCK) * BLOCK, self.limits.context))
 
 

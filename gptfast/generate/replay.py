@@ -7,6 +7,7 @@ arguments, and the list becomes a native plan that a team of threads walks throu
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import threading
@@ -183,6 +184,7 @@ class Replay:
         self._launches = fused(launches)
         self._recorded, self._keep = _pointers(cache), (model, tables, made)
         self._cache: KVCache | None = None
+        self._keys: Tensor | None = None  # its first layer's
         self._plan: Any = None
         self._bound: list[Launch] = []
         self._drawn: list[Launch] = []  # the launches of `draw`
@@ -198,16 +200,16 @@ class Replay:
             (op, threads, {n: moved.get(v, v) if isinstance(v, int) else v for n, v in fields.items()})
             for op, threads, fields in self._launches
         ]
-        self._plan, self._cache = Plan(self._bound), cache
+        self._plan, self._cache, self._keys = Plan(self._bound), cache, cache.k[0]
 
     def unbind(self) -> None:
         """Lets go of the cache."""
         self._plan = self._drawing = self._masked = None  # before the memory that they point to
-        self._cache = None
+        self._cache = self._keys = None
 
     def bound(self, cache: KVCache) -> bool:
         """Whether the next step would work on this cache as it is now."""
-        return self._cache is cache and self.key[:2] == (cache.batch, cache.capacity)
+        return self._cache is cache and self._keys is cache.k[0]  # a cache that has grown has others
 
     def step(self, tokens: Tensor) -> Tensor:
         """tokens: (B, T) int64, each row's last ones; T = 1 may be left out."""
@@ -257,10 +259,11 @@ class Replay:
         if running != self._running:
             self._running = list(running)
             self.running.copy_(torch.tensor(running))
-        plan, ids, logprobs = self._drawing
-        _run(plan, self._drawn)
-        return ids.tolist(), None if logprobs is None else logprobs.tolist()
+        _run(self._drawing[0], self._drawn)
+        ids, logprobs = self._drew
+        return list(ids), None if logprobs is None else list(logprobs)
 
+    @torch.no_grad()
     def _begin(self, sampler: Sampler, tokens: list[int], step: int) -> None:
         from gptfast.kernels.cpu import Plan
 
@@ -276,6 +279,12 @@ class Replay:
         fields |= {"rows": len(ids), "history_cols": 0 if history is None else history.shape[1]}
         self._drawn = [*self._bound, *launches, ("advance", 1, fields)]
         self._drawing = Plan(self._drawn), ids, logprobs
+        # A tensor's own methods take some 100 us where a model's weights have just passed through the caches.
+        n = len(ids)
+        self._drew = (
+            (ctypes.c_int64 * n).from_address(ids.data_ptr()),
+            None if logprobs is None else (ctypes.c_float * n).from_address(logprobs.data_ptr()),
+        )
         self._drawn_with = made, move
         self.ids[:, 0], self.positions[:, 0] = torch.tensor(tokens), lengths
         sampler.steps.fill_(step)
