@@ -119,7 +119,7 @@ def plot(step: StepTrace, before: int, path: Path, title: str) -> None:
             axes.broken_barh([((begin - before) / 1e3, (end - begin) / 1e3)], (thread - 0.4, 0.8), color=names[kind])
     axes.set_yticks(range(threads), [f"thread {t}" for t in range(threads)], fontsize=8)
     axes.set_xlim(0, (step.end - before) / 1e3)
-    axes.set_xlabel("microseconds after the token before; white: not in a kernel")
+    axes.set_xlabel("microseconds after the token before; white: not in a kernel", loc="left")
     axes.set_title(title, loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     handles = [Patch(color=colour, label=name) for name, colour in names.items()]
