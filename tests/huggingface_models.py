@@ -28,11 +28,15 @@ OPT: dict[str, Any] = dict(
     pad_token_id=1, bos_token_id=None, eos_token_id=None,
 )  # fmt: skip
 PHI = dict(UNGROUPED, model_type="phi", resid_pdrop=0.0, embd_pdrop=0.0, attention_dropout=0.0)
-GEMMA2 = dict(SMALL, model_type="gemma2", head_dim=16, sliding_window=9, query_pre_attn_scalar=16, attn_logit_softcapping=5.0)
+GEMMA2 = dict(
+    SMALL, model_type="gemma2", head_dim=16, sliding_window=9, query_pre_attn_scalar=16, attn_logit_softcapping=5.0
+)
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": GPT2,
-    "gpt2-gelu": dict(GPT2, activation_function="gelu", tie_word_embeddings=False, scale_attn_by_inverse_layer_idx=True),
+    "gpt2-gelu": dict(
+        GPT2, activation_function="gelu", tie_word_embeddings=False, scale_attn_by_inverse_layer_idx=True
+    ),
     "gpt_neo": GPT_NEO,
     "gpt_neox": dict(UNGROUPED, model_type="gpt_neox", rotary_pct=0.25, hidden_dropout=0.0, attention_dropout=0.0),
     "opt": OPT,
@@ -72,7 +76,7 @@ def family(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any
             noise = torch.randn(p.shape, generator=generator)
             ones = "norm" in key or ".ln_" in key
             p.copy_(noise * 0.15 + (1.0 if ones and key.endswith("weight") and "gemma" not in name else 0.0))
-    for key, p in model.named_parameters():
+    for p in model.parameters():
         p.data = p.data.to(dtype)  # the parameters only: model.to(dtype) would round rope's frequencies too
     return model.eval()
 
@@ -99,7 +103,14 @@ NO_SKIP = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
 
 
 def exact_attention(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float = 1.0, softcap: Any = None, **_: Any
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scaling: float = 1.0,
+    softcap: Any = None,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention by its formula in the dtype of q (B, H, Sq, D); mask bool, never None. Rows without a key give 0."""
     groups = q.shape[1] // k.shape[1]
