@@ -225,10 +225,10 @@ def test_every_module_left_has_a_reason(name: str) -> None:
 
 def test_options() -> None:
     model = family("llama")
-    report = gptfast.patch(model, attention=False, norm=False, rope=False, loss=False)
+    report = gptfast.patch(model, attention=False, norm=False, rope=False, loss=False, linear=False)
     assert {e.kind for e in report.patched} == {"mlp"}
     assert model.config._attn_implementation == "sdpa"
-    report = gptfast.patch(model, norm=False, mlp=False, loss=False)
+    report = gptfast.patch(model, norm=False, mlp=False, loss=False, linear=False)
     assert {e.kind for e in report.patched} == {"attention", "rope"}
     gptfast.unpatch(model)
     assert not any(RECORD in vars(m) for m in model.modules())

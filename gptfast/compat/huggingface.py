@@ -118,7 +118,11 @@ def attention(
 def _alike(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One dtype: autocast's where it is on, else the query's."""
     dtype, kind = query.dtype, query.device.type
-    if torch.is_autocast_enabled(kind) and dtype in (torch.float32, torch.bfloat16, torch.float16):
+    if (
+        torch.amp.is_autocast_available(kind)
+        and torch.is_autocast_enabled(kind)
+        and dtype in (torch.float32, torch.bfloat16, torch.float16)
+    ):
         dtype = torch.get_autocast_dtype(kind)
     if query.dtype == key.dtype == value.dtype == dtype:
         return query, key, value

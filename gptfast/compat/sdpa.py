@@ -74,7 +74,8 @@ def _fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool,
     alike = q.dim() == k.dim() == v.dim() >= 2 and q.dtype == k.dtype == v.dtype and q.is_floating_point()
     if not alike or k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[:-3] != k.shape[:-3]:
         return False
-    if torch.is_autocast_enabled(q.device.type) or q.shape[-1] == 0:
+    kind = q.device.type
+    if q.shape[-1] == 0 or (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return False  # PyTorch casts inside the call
     if q.dim() > 2 and q.shape[-3] != k.shape[-3] and not (enable_gqa and q.shape[-3] % k.shape[-3] == 0):
         return False

@@ -34,6 +34,7 @@ def patch(
     mlp: bool = True,
     rope: bool = True,
     loss: bool = True,
+    linear: bool = True,
     backend: str | None = None,
 ) -> PatchReport:
     """Puts our kernels into a model: Hugging Face's, nanoGPT's, or any nn.Module with parts that we know.
@@ -43,7 +44,8 @@ def patch(
     norm: modules that compute LayerNorm or RMSNorm over the last dimension. mlp: gelu, swiglu and geglu between
         projections, and GELUs that stand alone. rope: half-split rotary embeddings of transformers' attention modules.
     loss: the next-token loss of a transformers model that is being trained, without storing its logits; they are then
-        None in the output.
+        made only for who asks the output for them.
+    linear: projections of a few rows without gradients, as in decoding.
     backend: for all ops, as in gptfast.ops.
 
     Again on a patched model it changes nothing but a backend that differs. Raises TypeError for what is no nn.Module,
@@ -51,7 +53,7 @@ def patch(
     """
     from gptfast.patch.apply import apply
 
-    kinds = {"attention": attention, "norm": norm, "mlp": mlp, "rope": rope, "loss": loss}
+    kinds = {"attention": attention, "norm": norm, "mlp": mlp, "rope": rope, "loss": loss, "linear": linear}
     return apply(model, {kind for kind, wanted in kinds.items() if wanted}, backend)
 
 

@@ -10,9 +10,11 @@ from torch import nn
 
 from gptfast.compat import huggingface
 from gptfast.ops.dispatch import NAMES
-from gptfast.patch import attention, loss, mlps, norms, probe, rope
+from gptfast.patch import attention, linears, loss, mlps, norms, probe, rope
 from gptfast.patch.changes import Replacement, put, taken
 from gptfast.patch.report import Entry, PatchReport
+
+LINEAR = f"ops.linear for up to {linears.ROWS} rows without gradients"
 
 
 def apply(model: nn.Module, kinds: set[str], backend: str | None) -> PatchReport:
@@ -29,6 +31,8 @@ def apply(model: nn.Module, kinds: set[str], backend: str | None) -> PatchReport
             work.mlp(name, module)
         if "norm" in kinds:
             work.norm(name, module)
+        if "linear" in kinds and linears.is_projection(module):
+            work.put(name, "linear", module, linears.Linear(module, backend), LINEAR)
         if "rope" in kinds:
             work.rope(name, module)
     if "loss" in kinds:

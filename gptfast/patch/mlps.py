@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptfast import ops
 from gptfast.patch import probe
 from gptfast.patch.changes import Replacement
+from gptfast.patch.linears import is_projection, product, sizes
 
 GELUS = {"tanh": "ops.bias_gelu", "none": "ops.bias_gelu, the exact one"}
 
@@ -56,7 +56,7 @@ class PlainMLP(Replacement):
         children = self.module._modules
         up, down = children[self.form.up], children[self.form.down]
         assert up is not None and down is not None
-        h, bias = product(up, args[0])
+        h, bias = product(up, args[0], self.backend)
         if bias is not None and bias.dtype != h.dtype:  # as under autocast
             h, bias = h + bias, None
         y = down(ops.bias_gelu(h, bias, approximate=self.form.approximate, backend=self.backend))
@@ -93,29 +93,6 @@ class Activation(Replacement):
         if len(args) != 1 or kwargs:
             return self.original(*args, **kwargs)
         return ops.bias_gelu(args[0], approximate=self.approximate, backend=self.backend)
-
-
-def product(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """layer(x) as a product and the bias still to be added; whole, and None, where the layer is no plain projection."""
-    plain = "forward" not in layer.__dict__ and not layer._forward_hooks and not layer._forward_pre_hooks
-    bias = layer._parameters.get("bias")
-    if not plain or bias is None or not is_projection(layer):
-        return layer(x), None
-    weight = layer.weight
-    return F.linear(x, weight if type(layer) is nn.Linear else weight.t()), bias
-
-
-def is_projection(module: nn.Module) -> bool:
-    """An nn.Linear, or transformers' Conv1D, whose weight lies the other way round; no subclass of theirs."""
-    if type(module) is nn.Linear:
-        return True
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-
-def sizes(module: nn.Module) -> tuple[int, int]:
-    """The widths that a projection takes and gives."""
-    N, K = module.weight.shape
-    return (K, N) if type(module) is nn.Linear else (N, K)
 
 
 def recognise(module: nn.Module) -> Plain | Gated | str | None:

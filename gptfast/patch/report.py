@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Entry:
-    """One module and one of the kinds "attention", "norm", "mlp", "rope" and "loss"; `text` says what it got, or why it
+    """One module and one of the kinds "attention", "norm", "mlp", "linear", "rope" and "loss"; `text` says what it got, or why it
     was left, as a sentence."""
 
     module: str

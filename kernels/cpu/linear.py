@@ -11,7 +11,7 @@ from gptfast.kernels.cpu import DTYPES, as_rows, prepare, rows, threads, unsuppo
 from gptfast.quantize import PackedWeight, QuantizedWeight
 
 COLUMNS = 16  # up to so many rows a weight stored as (depth, cols) is used from where it lies
-CHUNK, BAND = 96, 1024  # of depth and cols, then
+CHUNK, BAND = 96, 4096  # of depth and, at most, of cols, then
 OWN = 8192  # so few elements of x, in up to 8 rows, every worker lays out for itself: sharing them would cost more
 
 
