@@ -1,4 +1,4 @@
-"""Projections of a few rows without gradients, as in decoding, by ops.linear: torch's own read the weights at half of the
+"""Projections of a few rows without gradients, as in decoding, by ops.linear: PyTorch's read the weights at half the
 speed that memory has. Nothing is copied or laid out anew, also not the weights of transformers' Conv1D, which lie the
 other way round."""
 

@@ -9,8 +9,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Entry:
-    """One module and one of the kinds "attention", "norm", "mlp", "linear", "rope" and "loss"; `text` says what it got, or why it
-    was left, as a sentence."""
+    """One module and one of the kinds "attention", "norm", "mlp", "linear", "rope" and "loss"; `text` says what it got,
+    or why it was left, as a sentence."""
 
     module: str
     kind: str
