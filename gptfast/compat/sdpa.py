@@ -13,6 +13,8 @@ wants a gradient) never reaches it. A routed block covers all.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import torch
@@ -185,9 +187,18 @@ def _flash_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, by the op's own backward on the same inputs."""
     terms = _flash_terms(query, key, is_causal, attn_mask, scale)
-    leaves = [t.detach().requires_grad_() for t in (query, key, value)]
-    with torch.enable_grad():
+
+    def gradients() -> tuple[Tensor, Tensor, Tensor]:
+        leaves = [t.detach().requires_grad_() for t in (query, key, value)]
         q, k, v = leaves[0], _cut(leaves[1], query, is_causal), _cut(leaves[2], query, is_causal)
         again = ops.attention(*(t.transpose(1, 2) for t in (q, k, v)), **terms)
-        grads = torch.autograd.grad(again, leaves, grad_out.transpose(1, 2))
-    return grads[0], grads[1], grads[2]
+        dq, dk, dv = torch.autograd.grad(again, leaves, grad_out.transpose(1, 2))
+        return dq, dk, dv
+
+    return _elsewhere().submit(gradients).result()
+
+
+@cache
+def _elsewhere() -> ThreadPoolExecutor:
+    """A thread of its own: in the one that calls an aten kernel PyTorch has switched autograd off."""
+    return ThreadPoolExecutor(1, "gptfast-sdpa")

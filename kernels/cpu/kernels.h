@@ -22,7 +22,6 @@ enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3 };  // I
   KERNEL(linear_exact, Linear)              \
   KERNEL(linear_int8, Linear)               \
   KERNEL(linear_packed, Linear)             \
-  KERNEL(linear_columns, Linear)            \
   KERNEL(dequantize, Dequantize)            \
   KERNEL(pack, Pack)                        \
   KERNEL(bias_gelu, Mlp)                    \

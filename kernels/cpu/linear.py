@@ -46,7 +46,7 @@ def prepare_linear(
     shared = count > 8 or x.numel() > OWN
     workspace = count * ((depth + 63) & -64) * 4 if shared else 0
     if isinstance(weight, Tensor) and count <= COLUMNS and weight.stride(0) == 1 and weight.stride(1) >= cols > 1:
-        kernel, weight_fit, weight_stride = "linear_columns", None, weight.stride(1)
+        weight_fit, weight_stride = None, -weight.stride(1)
         workspace = -(-depth // CHUNK) * count * -(-cols // BAND) * BAND * 4
     inputs = {"x": ("x", as_rows), "weight": ("weight", weight_fit)}
     bias_dtype = 0

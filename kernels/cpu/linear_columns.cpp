@@ -52,11 +52,12 @@ __attribute__((noinline)) void band(const float* x, const W* w, int64_t stride, 
 template <class T, class W>
 void columns(const Linear& a, Worker& worker) {
   const int64_t width = a.rows <= 2 && worker.count <= 4 ? 4 * BAND : BAND;
+  const int64_t stride = -a.weight_stride;
   const int64_t chunks = ceil_div(a.depth, CHUNK), bands = ceil_div(a.cols, width);
   auto part = [&](int64_t chunk, int64_t b) { return (float*)a.workspace + (chunk * bands + b) * a.rows * width; };
   worker.each(chunks * bands, [&](int64_t task) {
     const int64_t k = task / bands * CHUNK, length = min(CHUNK, a.depth - k), b = task % bands;
-    const W* w = (const W*)a.weight + k * a.weight_stride + b * width;
+    const W* w = (const W*)a.weight + k * stride + b * width;
     for (int64_t row = 0; row < a.rows; row += FEW)
       with_int<1, FEW>((int)min<int64_t>(FEW, a.rows - row), [&](auto rows) {
         constexpr int MR = decltype(rows)::value;
@@ -68,7 +69,7 @@ void columns(const Linear& a, Worker& worker) {
         }
         float* sums = part(task / bands, b) + row * width;
         memset(sums, 0, MR * width * sizeof(float));
-        band<MR>(x, w, a.weight_stride, length, min(width, a.cols - b * width), sums, width);
+        band<MR>(x, w, stride, length, min(width, a.cols - b * width), sums, width);
       });
   });
   constexpr int64_t PIECE = 256;
