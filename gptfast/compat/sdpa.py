@@ -192,7 +192,8 @@ def _flash_backward(
         leaves = [t.detach().requires_grad_() for t in (query, key, value)]
         q, k, v = leaves[0], _cut(leaves[1], query, is_causal), _cut(leaves[2], query, is_causal)
         again = ops.attention(*(t.transpose(1, 2) for t in (q, k, v)), **terms)
-        dq, dk, dv = torch.autograd.grad(again, leaves, grad_out.transpose(1, 2))
+        grads = torch.autograd.grad(again, leaves, grad_out.transpose(1, 2))
+        dq, dk, dv = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in grads)  # aten's own strides
         return dq, dk, dv
 
     return _elsewhere().submit(gradients).result()
