@@ -139,8 +139,10 @@ def test_training_has_the_same_losses(name: str) -> None:
     with torch.no_grad():
         allowed = 2 * tolerance(trained[1](ids).logits, trained[2](ids).logits)
     grads = [gradients(model, ids) for model in trained]
-    for got, plain, wanted in zip(*grads):
-        check(got, plain, wanted)
+    scales = [
+        g.abs().max() for g in grads[2]
+    ]  # so that one tolerance is for all: a single tensor's is a matter of luck
+    check(*(torch.cat([g / s.to(g.dtype) for g, s in zip(found, scales)]) for found in grads))
     fast, plain, _ = (torch.tensor(losses(model, 5, torch.optim.SGD)) for model in trained)
     assert (fast - plain).abs().max() <= allowed
 
@@ -161,7 +163,7 @@ def three(name: str) -> list[Any]:
 
 
 def gradients(model: Any, ids: Tensor) -> list[Tensor]:
-    """Of the loss by each parameter, those of a kind end to end: one tensor's largest error is a matter of luck."""
+    """Of the loss by the parameters, those of a kind end to end."""
     model.train()
     model(input_ids=ids, labels=ids).loss.backward()
     kinds: dict[str, list[Tensor]] = {}

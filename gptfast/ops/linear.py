@@ -154,7 +154,6 @@ def cases() -> list[Case]:
         case(7, 50, 577, "columns", bias=True),
         case(13, 1030, 200, "columns", bias=True),
         case(17, 70, 577, "columns"),
-        *(case(M, 3072, 768, "columns", tags="bench") for M in (1, 8)),
     ]
     quantised = [
         case(M, N, K, kind, activations, bias)
