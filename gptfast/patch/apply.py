@@ -65,7 +65,7 @@ class _Work:
         if (reason := taken(module)) is not None:
             self.skipped(name, kind, reason)
             return
-        there = module.__dict__.get("forward")
+        there: Any = module.__dict__.get("forward")
         if type(there) is not type(new) or there.backend != new.backend:
             put(module, "forward", new)
         self.patched(name, kind, text)

@@ -27,7 +27,7 @@ class Linear(Replacement):
 
 def few_rows(layer: nn.Module, x: Tensor, bias: bool, backend: str | None) -> Tensor | None:
     """The projection of x by ops.linear, with or without its bias, where it is for that; else None."""
-    weight = layer.weight
+    weight: Any = layer.weight
     if not x.is_cpu or x.dtype != weight.dtype or not 0 < x.numel() <= ROWS * x.shape[-1]:
         return None
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
@@ -37,7 +37,7 @@ def few_rows(layer: nn.Module, x: Tensor, bias: bool, backend: str | None) -> Te
     rows = weight if type(layer) is nn.Linear else weight.t()
     if x.shape[-1] != rows.shape[1]:
         return None  # PyTorch says what is wrong
-    return ops.linear(x, rows, layer.bias if bias else None, backend=backend)
+    return ops.linear(x, rows, layer._parameters["bias"] if bias else None, backend=backend)
 
 
 def product(layer: nn.Module, x: Tensor, backend: str | None) -> tuple[Tensor, Tensor | None]:
@@ -49,7 +49,7 @@ def product(layer: nn.Module, x: Tensor, backend: str | None) -> tuple[Tensor, T
         return layer(x), None
     if forward is not None and (h := few_rows(layer, x, False, backend)) is not None:
         return h, bias
-    weight = layer.weight
+    weight: Any = layer.weight
     return F.linear(x, weight if type(layer) is nn.Linear else weight.t()), bias
 
 
@@ -62,5 +62,6 @@ def is_projection(module: nn.Module) -> bool:
 
 def sizes(module: nn.Module) -> tuple[int, int]:
     """The widths that a projection takes and gives."""
-    N, K = module.weight.shape
+    weight: Any = module.weight
+    N, K = weight.shape
     return (K, N) if type(module) is nn.Linear else (N, K)
