@@ -294,6 +294,12 @@ PYBIND11_MODULE(_cpu, m) {
   BIND(bias_gelu, Mlp, y, x, other, rows, cols, x_stride, other_stride, tanh, dtype);
   BIND(swiglu, Mlp, y, x, other, rows, cols, x_stride, other_stride, dtype);
   BIND(geglu, Mlp, y, x, other, rows, cols, x_stride, other_stride, tanh, dtype);
+  BIND(bias_gelu_backward, MlpBackward, dx, dother, workspace, dy, x, other, rows, cols, chunk, dy_stride, x_stride,
+       other_stride, tanh, dtype);
+  BIND(swiglu_backward, MlpBackward, dx, dother, dy, x, other, rows, cols, dy_stride, x_stride, other_stride, dtype);
+  BIND(geglu_backward, MlpBackward, dx, dother, dy, x, other, rows, cols, dy_stride, x_stride, other_stride, tanh,
+       dtype);
+  BIND(embedding_backward, EmbeddingBackward, dweight, dout, ids, first, order, segments, cols, dout_stride, dtype);
   BIND(embedding, Embedding, out, ids, positions, weight, position_weight, rows, cols, weight_stride, position_stride,
        dtype);
 }

@@ -11,25 +11,29 @@ namespace gptfast {
 enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3 };  // INT8: of KV caches alone
 
 // One row per op: its name in C++ and Python, and its arguments in kernels.h.
-#define GPTFAST_KERNELS(KERNEL)             \
-  KERNEL(attention, Attention)              \
-  KERNEL(layer_norm, Norm)                  \
-  KERNEL(rms_norm, Norm)                    \
-  KERNEL(layer_norm_backward, NormBackward) \
-  KERNEL(rms_norm_backward, NormBackward)   \
-  KERNEL(rope, Rope)                        \
-  KERNEL(linear, Linear)                    \
-  KERNEL(linear_exact, Linear)              \
-  KERNEL(linear_int8, Linear)               \
-  KERNEL(linear_packed, Linear)             \
-  KERNEL(dequantize, Dequantize)            \
-  KERNEL(pack, Pack)                        \
-  KERNEL(bias_gelu, Mlp)                    \
-  KERNEL(swiglu, Mlp)                       \
-  KERNEL(geglu, Mlp)                        \
-  KERNEL(embedding, Embedding)              \
-  KERNEL(sample, Sample)                    \
-  KERNEL(advance, Advance)                  \
+#define GPTFAST_KERNELS(KERNEL)                 \
+  KERNEL(attention, Attention)                  \
+  KERNEL(layer_norm, Norm)                      \
+  KERNEL(rms_norm, Norm)                        \
+  KERNEL(layer_norm_backward, NormBackward)     \
+  KERNEL(rms_norm_backward, NormBackward)       \
+  KERNEL(rope, Rope)                            \
+  KERNEL(linear, Linear)                        \
+  KERNEL(linear_exact, Linear)                  \
+  KERNEL(linear_int8, Linear)                   \
+  KERNEL(linear_packed, Linear)                 \
+  KERNEL(dequantize, Dequantize)                \
+  KERNEL(pack, Pack)                            \
+  KERNEL(bias_gelu, Mlp)                        \
+  KERNEL(swiglu, Mlp)                           \
+  KERNEL(geglu, Mlp)                            \
+  KERNEL(bias_gelu_backward, MlpBackward)       \
+  KERNEL(swiglu_backward, MlpBackward)          \
+  KERNEL(geglu_backward, MlpBackward)           \
+  KERNEL(embedding, Embedding)                  \
+  KERNEL(embedding_backward, EmbeddingBackward) \
+  KERNEL(sample, Sample)                        \
+  KERNEL(advance, Advance)                      \
   KERNEL(ceilings, Ceilings)
 
 // Strides are in elements; the last dimension is contiguous. Pointers that don't apply are null.
@@ -170,11 +174,27 @@ struct Mlp {              // bias_gelu, swiglu and geglu
   int32_t tanh, dtype;  // tanh: GELU's approximation instead of erf
 };
 
+struct MlpBackward {           // bias_gelu_backward, swiglu_backward and geglu_backward
+  void *dx, *dother;           // (rows, cols), of x or gate and of up; dother for bias_gelu: (cols), or null
+  float* workspace;            // bias_gelu's with dother: (ceil(rows / chunk), cols)
+  const void *dy, *x, *other;  // as Mlp's
+  int64_t rows, cols, chunk, dy_stride, x_stride, other_stride;
+  int32_t tanh, dtype;
+};
+
 struct Embedding {
   void* out;                             // (rows, cols)
   const int64_t *ids, *positions;        // (rows), within the tables; positions may be null
   const void *weight, *position_weight;  // rows of cols elements
   int64_t rows, cols, weight_stride, position_stride;
+  int32_t dtype;
+};
+
+struct EmbeddingBackward {             // of one table: a row is the sum of the gradients of its places, in order
+  void* dweight;                       // (V, cols), zeros where no place has that row
+  const void* dout;                    // (places, cols)
+  const int64_t *ids, *first, *order;  // (segments), (segments + 1), (places): row ids[i] has places order[first[i] ..]
+  int64_t segments, cols, dout_stride;
   int32_t dtype;
 };
 
