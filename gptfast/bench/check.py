@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.ops.spec import Op, double, map_tensors, outputs, tolerance
+from gptfast.ops.spec import Op, double, map_tensors, outputs, tolerance, written
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def check(op: Op, arguments: Mapping[str, Any], backend: str | None = None) -> C
 def _call(op: Op, function: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
     """The outputs and the arguments written in place, on copies."""
     mine = map_tensors(torch.Tensor.clone, arguments)
-    return outputs(function(**mine)) + [mine[name] for name in op.mutates if mine.get(name) is not None]
+    return outputs(function(**mine)) + written(op, mine)
 
 
 def _compare(got: Tensor, exact: Tensor, plain: Tensor) -> Check:
