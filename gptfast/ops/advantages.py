@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.ops import dispatch
+from gptfast.ops import dispatch, library
 from gptfast.ops.dispatch import require, shape
 from gptfast.ops.spec import Case, Cost, Inputs, Op, map_tensors, nbytes
 
@@ -161,7 +161,10 @@ def gae(
     )
     _check_mask("gae", rewards, mask)
     require(0 <= gamma <= 1 and 0 <= lam <= 1, lambda: f"gae: expected gamma and lam in [0, 1], got {gamma} and {lam}")
-    arguments = dict(rewards=rewards, values=values, mask=mask, gamma=gamma, lam=lam)
+    arguments = dict(rewards=rewards.detach(), values=values.detach(), mask=mask, gamma=gamma, lam=lam)
+    backend, as_op = library.route("advantages.gae", backend, arguments)
+    if as_op:
+        return _gae(**arguments, backend=backend)
     return dispatch.run("advantages.gae", backend, gae_reference, rewards, **arguments)
 
 
@@ -203,6 +206,20 @@ def _check_mask(op: str, x: Tensor, mask: Tensor | None) -> None:
 def _take(arguments: Any, b: int) -> dict[str, Any]:
     return map_tensors(lambda t: t[b : b + 1], arguments)
 
+
+def _gae_values(backend: str | None, **arguments: Any) -> tuple[Tensor, Tensor]:
+    return dispatch.run("advantages.gae", backend, gae_reference, arguments["rewards"], **arguments)
+
+
+def _gae_shapes(rewards: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+    return rewards.new_empty(rewards.shape, dtype=wide), rewards.new_empty(rewards.shape, dtype=wide)
+
+
+_gae = library.define(
+    "gae(Tensor rewards, Tensor values, Tensor? mask, float gamma, float lam, str? backend) -> (Tensor, Tensor)",
+    *(_gae_values, _gae_shapes),
+)
 
 OPS = [
     Op("gae", gae, gae_reference, gae_cost, _gae_cases, take=_take),

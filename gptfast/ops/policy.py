@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gptfast.ops import dispatch
+from gptfast.ops import dispatch, library, policy_gradients
 from gptfast.ops.dispatch import require, shape
 from gptfast.ops.spec import Case, Cost, Inputs, Op, map_tensors, nbytes
 
@@ -112,7 +112,7 @@ def policy_loss_reference(
         loss,
         (keep & (clamped > plain)).sum().to(A.dtype) / count,
         (torch.expm1(log_ratio) - log_ratio).sum() / count,
-        mean + 1 if bool(keep.any()) else mean,
+        mean + keep.any(),
         torch.where(keep, (apart - mean).square(), 0.0).sum() / count,
         divergence,
     )
@@ -246,12 +246,17 @@ def policy_loss(
         lambda: f"policy_loss: expected normalise 'tokens' or 'sequences', got {normalise!r}",
     )
     _check_denominator("policy_loss", denominator)
-    arguments = dict(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
-    numbers = dict(clip=clip, clip_high=clip_high, beta=beta, kl=kl, normalise=normalise, denominator=denominator)
-    found = dispatch.run(
-        *("policy.policy_loss", backend, policy_loss_reference, logprobs),
-        **arguments, reference_logprobs=reference_logprobs, **numbers,
-    )  # fmt: skip
+    arguments = {
+        "logprobs": logprobs, "old_logprobs": old_logprobs.detach(), "advantages": advantages.detach(), "mask": mask,
+        "clip": clip, "clip_high": clip_high,
+        "reference_logprobs": None if reference_logprobs is None else reference_logprobs.detach(),
+        "beta": beta, "kl": kl, "normalise": normalise, "denominator": denominator,
+    }  # fmt: skip
+    backend, as_op = library.route("policy.policy_loss", backend, arguments)
+    if as_op:
+        loss, _, statistics = _policy_loss(**arguments, backend=backend)
+        return PolicyLoss(loss, *statistics.unbind())
+    found = dispatch.run("policy.policy_loss", backend, policy_loss_reference, logprobs, **arguments)
     return found if isinstance(found, dispatch.Choice) else PolicyLoss(*found)
 
 
@@ -270,14 +275,18 @@ def value_loss(
     Raises ValueError for shapes and dtypes that don't fit and numbers out of range; BackendError where `backend` can't
     serve the call.
     """
-    arguments = dict(values=values, old_values=old_values, returns=returns)
-    _check("value_loss", mask, **arguments)
+    _check("value_loss", mask, values=values, old_values=old_values, returns=returns)
     require(clip >= 0, lambda: f"value_loss: expected clip >= 0, got {clip}")
     _check_denominator("value_loss", denominator)
-    found = dispatch.run(
-        *("policy.value_loss", backend, value_loss_reference, values),
-        **arguments, mask=mask, clip=clip, denominator=denominator,
-    )  # fmt: skip
+    arguments = {
+        "values": values, "old_values": old_values.detach(), "returns": returns.detach(), "mask": mask, "clip": clip,
+        "denominator": denominator,
+    }  # fmt: skip
+    backend, as_op = library.route("policy.value_loss", backend, arguments)
+    if as_op:
+        loss, _, statistics = _value_loss(**arguments, backend=backend)
+        return ValueLoss(loss, *statistics.unbind())
+    found = dispatch.run("policy.value_loss", backend, value_loss_reference, values, **arguments)
     return found if isinstance(found, dispatch.Choice) else ValueLoss(*found)
 
 
@@ -321,8 +330,20 @@ def _take(arguments: Any, b: int) -> dict[str, Any]:
     return map_tensors(lambda t: t[b : b + 1], arguments)
 
 
+_policy_loss = policy_gradients.register(
+    "policy_loss",
+    "Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? mask, float clip, float? clip_high, "
+    "Tensor? reference_logprobs, float beta, str kl, str normalise, float? denominator",
+    *(5, policy_loss_reference),
+)
+_value_loss = policy_gradients.register(
+    "value_loss",
+    "Tensor values, Tensor old_values, Tensor returns, Tensor? mask, float clip, float? denominator",
+    *(1, value_loss_reference),
+)
+
 OPS = [
-    _op(policy_loss, policy_loss_reference, _policy_cases),
-    _op(value_loss, value_loss_reference, _value_cases),
+    _op(policy_loss, policy_loss_reference, _policy_cases, differentiable=("logprobs",), double_backward=True),
+    _op(value_loss, value_loss_reference, _value_cases, differentiable=("values",), double_backward=True),
     _op(kl_estimate, kl_estimate_reference, _kl_cases, kernels=False, take=_take),
 ]

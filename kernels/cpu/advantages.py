@@ -9,7 +9,7 @@ from gptfast.kernels.cpu.policy import alike, mask_rows, with_stride
 
 
 def supports_gae(rewards: Tensor, values: Tensor, mask: Tensor | None, gamma: float, lam: float) -> str | None:
-    return unsupported(rewards.detach(), values.detach())
+    return unsupported(rewards, values)
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor | None, gamma: float, lam: float) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,8 +40,7 @@ def supports_policy_loss(
     normalise: str,
     denominator: float | None,
 ) -> str | None:
-    others = (old_logprobs, advantages, reference_logprobs)  # which get no gradient
-    return unsupported(logprobs, *(None if t is None else t.detach() for t in others))
+    return unsupported(logprobs, old_logprobs, advantages, reference_logprobs, backward=True)
 
 
 def policy_loss(
@@ -56,7 +57,7 @@ def policy_loss(
     denominator: float | None,
     gradient: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The six results; with `gradient` the loss's by logprobs, (B, T) fp32, after them."""
+    """The six results; with `gradient` the loss, its gradient by logprobs, (B, T) in fp32, and the statistics (5)."""
     B, T = logprobs.shape
     reference = () if reference_logprobs is None else (reference_logprobs,)
     given = [with_stride(t) for t in alike(logprobs, old_logprobs, *reference)]
@@ -94,7 +95,14 @@ def policy_loss(
         sequences=normalise == "sequences",
         dtype=DTYPES[logprobs.dtype],
     )
-    return results.unbind() if by is None else (*results.unbind(), by)
+    return results.unbind() if by is None else (results[0].clone(), by, results[1:].clone())
+
+
+supports_policy_loss_forward = supports_policy_loss
+
+
+def policy_loss_forward(**arguments: Any) -> tuple[Tensor, ...]:
+    return policy_loss(**arguments, gradient=True)
 
 
 def supports_value_loss(
@@ -105,7 +113,7 @@ def supports_value_loss(
     clip: float,
     denominator: float | None,
 ) -> str | None:
-    return unsupported(values, old_values.detach(), returns.detach())
+    return unsupported(values, old_values, returns, backward=True)
 
 
 def value_loss(
@@ -117,7 +125,8 @@ def value_loss(
     denominator: float | None,
     gradient: bool = False,
 ) -> tuple[Tensor, ...]:
-    """(loss, clip_fraction); with `gradient` the loss's by values, (B, T) fp32, after them."""
+    """(loss, clip_fraction); with `gradient` the loss, its gradient by values, (B, T) in fp32, and the statistics
+    (1)."""
     B, T = values.shape
     (values, values_stride), (old, old_stride), (returns, returns_stride) = map(
         with_stride, alike(values, old_values, returns)
@@ -145,4 +154,11 @@ def value_loss(
         clip=clip,
         dtype=DTYPES[values.dtype],
     )
-    return results.unbind() if by is None else (*results.unbind(), by)
+    return results.unbind() if by is None else (results[0].clone(), by, results[1:].clone())
+
+
+supports_value_loss_forward = supports_value_loss
+
+
+def value_loss_forward(**arguments: Any) -> tuple[Tensor, ...]:
+    return value_loss(**arguments, gradient=True)
