@@ -182,7 +182,9 @@ def group_advantages(rewards: Tensor, group_size: int, *, kind: str = "grpo", ba
         lambda: f"group_advantages: expected rewards (N) of floats in groups of {group_size}, got {shape(rewards)}",
     )
     arguments = dict(rewards=rewards, group_size=group_size, kind=kind)
-    return dispatch.run("advantages.group_advantages", backend, group_advantages_reference, rewards, **arguments)
+    return dispatch.without_kernels(
+        "advantages.group_advantages", backend, group_advantages_reference, rewards, **arguments
+    )
 
 
 def whiten(x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, backend: str | None = None) -> Any:
@@ -193,7 +195,7 @@ def whiten(x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, ba
     require(x.is_floating_point(), lambda: f"whiten: expected x of floats, got {shape(x)}")
     _check_mask("whiten", x, mask)
     arguments = dict(x=x, mask=mask, shift_mean=shift_mean)
-    return dispatch.run("advantages.whiten", backend, whiten_reference, x, **arguments)
+    return dispatch.without_kernels("advantages.whiten", backend, whiten_reference, x, **arguments)
 
 
 def _check_mask(op: str, x: Tensor, mask: Tensor | None) -> None:

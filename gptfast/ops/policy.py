@@ -302,7 +302,7 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, *, kind: str = "k3
     )
     require(kind in KL_KINDS, lambda: f"kl_estimate: expected kind as one of {', '.join(KL_KINDS)}, got {kind!r}")
     arguments = dict(logprobs=logprobs, reference_logprobs=reference_logprobs, kind=kind)
-    return dispatch.run("policy.kl_estimate", backend, kl_estimate_reference, logprobs, **arguments)
+    return dispatch.without_kernels("policy.kl_estimate", backend, kl_estimate_reference, logprobs, **arguments)
 
 
 def _check(op: str, mask: Tensor | None, **tensors: Tensor | None) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from gptfast.ops import gae, group_advantages, kl_estimate, policy_loss, value_loss, whiten
+from gptfast.ops import dpo_loss, gae, group_advantages, kl_estimate, policy_loss, value_loss, whiten
 
 Array = Any
 
@@ -231,6 +231,22 @@ def test_one_advantage_a_sequence_is_that_of_all_its_tokens(isa: str) -> None:
         policy_loss(p, old, A, backend="cpu"), policy_loss(p, old, A[:, None].expand(4, 33), backend="cpu")
     ):
         assert torch.equal(a, b)
+
+
+def test_a_whole_step_compiles_without_a_break() -> None:
+    p, old = draw(1, 4, 33).float().requires_grad_(), draw(2, 4, 33).float()
+    keep = a_mask(3, 4, 33)
+
+    def step(p: torch.Tensor, old: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        advantages, returns = gae(old, old, keep)
+        policy = policy_loss(p, old, whiten(advantages, keep), keep, reference_logprobs=old, beta=0.1)
+        value = value_loss(p, old, returns, keep)
+        return policy.loss + policy.clip_fraction + value.loss + dpo_loss(p[:, 0], p[:, 1])[0]
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    a, b = step(p, old, keep), compiled(p, old, keep)
+    same(b, a.detach().numpy())
+    same(*(torch.autograd.grad(loss, p)[0] for loss in (a, b)))
 
 
 x = torch.zeros(2, 3)
