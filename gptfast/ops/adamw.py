@@ -40,6 +40,7 @@ from gptfast.ops import dispatch
 from gptfast.ops.dispatch import require, shape
 from gptfast.ops.spec import Case, Cost, Inputs, Op, nbytes
 
+_torch: Any = torch  # whose stubs leave out what begins with an underscore
 NONFINITE = ("propagate", "skip", "raise")
 
 
@@ -144,8 +145,8 @@ def baseline(
     norm = None
     if max_norm is not None:
         norm = torch.nn.utils.get_total_norm(grads, foreach=True)
-        torch._foreach_mul_(list(grads), clip_coefficient(norm, max_norm))
-    torch._fused_adamw_(
+        _torch._foreach_mul_(list(grads), clip_coefficient(norm, max_norm))
+    _torch._fused_adamw_(
         *(list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), [], _counted(steps)),
         **dict(amsgrad=False, lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=weight_decay, eps=eps),
         maximize=False,
@@ -154,7 +155,7 @@ def baseline(
 
 
 def _counted(steps: Sequence[Tensor]) -> list[Tensor]:
-    torch._foreach_add_(list(steps), 1)
+    _torch._foreach_add_(list(steps), 1)
     return list(steps)
 
 

@@ -60,5 +60,5 @@ def register(op: str, arguments: str, statistics: int, reference: Callable[..., 
     first = library.define(f"{op}({arguments}, str? backend){RESULTS}", forward, forward_fake)
     second = library.define(f"{op}_backward(Tensor dloss, Tensor gradient) -> Tensor", product, product)
     library.differentiate(first, save, gradients)
-    library.differentiate_through(second, product)
+    library.differentiate_through(second, lambda dloss, gradient: [product(dloss, gradient)])
     return first

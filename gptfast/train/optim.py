@@ -110,7 +110,8 @@ class AdamW(torch.optim.Optimizer):
         adamw(
             [_local(p) for p in params],
             [_gradient(p) for p in params],
-            *([_local(s[name]) for s in states] for name in MOMENTS),
+            [_local(s["exp_avg"]) for s in states],
+            [_local(s["exp_avg_sq"]) for s in states],
             [s["step"] for s in states],
             lr=float(group["lr"]),
             betas=group["betas"],
@@ -196,7 +197,7 @@ def clip_grad_norm_(
     if error_if_nonfinite and not math.isfinite(float(norm)):
         raise RuntimeError(f"the gradients' norm is {float(norm)}: they were not clipped")
     if grads and (coefficient := clip_coefficient(norm, max_norm)) != 1:
-        torch._foreach_mul_([_local(g) for g in grads], coefficient)
+        torch._foreach_mul_([_local(g) for g in grads], coefficient)  # pyright: ignore[reportPrivateImportUsage]
     return norm
 
 
@@ -204,7 +205,7 @@ def _wide(p: Tensor) -> torch.dtype:
     return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
-def _local(t: Tensor) -> Tensor:
+def _local(t: Any) -> Tensor:
     """This process's part of a DTensor; another tensor as it is. Without that module there are no DTensors, and it
     takes long to import."""
     module = sys.modules.get("torch.distributed.tensor")

@@ -79,7 +79,7 @@ def adamw(
     grads = [
         g if g.stride() == p.stride() else torch.empty_like(p, dtype=g.dtype).copy_(g) for p, g in zip(params, grads)
     ]
-    torch._foreach_add_(list(steps), 1)
+    torch._foreach_add_(list(steps), 1)  # pyright: ignore[reportPrivateImportUsage]
     sizes, starts = _chunks(params)
     kept = None if masters is None else _addresses(masters)
     lists = [_addresses(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs, steps)]

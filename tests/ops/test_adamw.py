@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from gptfast.ops import adamw, gradient_norm
 from gptfast.ops.spec import tolerance
 
+State = dict[str, Any]  # lists of tensors by argument
 SHAPES = ((64, 33), (33,), (), (5, 3000), (0, 4))
 
 
-def state(seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 0.1) -> dict[str, list[Tensor]]:
+def state(seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 0.1) -> State:
     generator = torch.Generator().manual_seed(seed)
     params = [torch.randn(s, generator=generator).to(dtype) for s in SHAPES]
     return {
@@ -29,11 +29,11 @@ def state(seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 0.1)
     }
 
 
-def copy(state: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+def copy(state: State) -> State:
     return {name: [t.clone() for t in tensors] for name, tensors in state.items()}
 
 
-def equal(a: dict[str, list[Tensor]], b: dict[str, list[Tensor]]) -> bool:
+def equal(a: State, b: State) -> bool:
     return all(torch.equal(x, y) for name in a for x, y in zip(a[name], b[name]))
 
 
@@ -57,7 +57,7 @@ def test_one_step_in_numpy(isa: str) -> None:
 
 def test_by_hand(isa: str) -> None:
     """p = 1, g = 2, first step: m / (1 - beta1) = 2, v / (1 - beta2) = 4, so p = 1 (1 - 0.1 * 0.5) - 0.1 * 2 / 2."""
-    one = {name: [torch.tensor([x])] for name, x in (("params", 1.0), ("grads", 2.0), ("exp_avgs", 0.0))}
+    one: State = {name: [torch.tensor([x])] for name, x in (("params", 1.0), ("grads", 2.0), ("exp_avgs", 0.0))}
     adamw(
         **one, exp_avg_sqs=[torch.zeros(1)], steps=[torch.tensor(0.0)], lr=0.1, weight_decay=0.5, eps=0, backend="cpu"
     )
@@ -75,7 +75,8 @@ def test_many_steps_stay_as_near_to_fp64_as_torch_does(isa: str) -> None:
             p.grad = g.clone()
         optimizer.step()
         adamw(**ours | {"grads": grads}, lr=0.01, backend="cpu")
-        adamw(**exact | {"grads": [g.double() for g in grads]}, lr=0.01)
+        wide: State = exact | {"grads": [g.double() for g in grads]}
+        adamw(**wide, lr=0.01)
     for a, b, e in zip(ours["params"], theirs, exact["params"]):
         if e.numel():
             assert (a.double() - e).abs().max() <= tolerance(b.detach(), e)
@@ -86,7 +87,8 @@ def test_a_list_is_its_tensors_one_by_one(isa: str) -> None:
     together, apart = state(), state()
     adamw(**together, backend="cpu")
     for i in range(len(SHAPES)):
-        adamw(**{name: [tensors[i]] for name, tensors in apart.items()}, backend="cpu")
+        one: State = {name: [tensors[i]] for name, tensors in apart.items()}
+        adamw(**one, backend="cpu")
     assert equal(together, apart)
 
 
@@ -99,7 +101,8 @@ def test_clipping_is_that_of_torch_and_leaves_the_gradients(isa: str) -> None:
     exact = np.sqrt(sum((g.double().numpy() ** 2).sum() for g in state()["grads"]))
     assert abs(norm.item() - exact) <= exact * 2.0**-24 and norm.dtype == torch.float32
     assert abs(wanted.item() - exact) <= exact * 2.0**-21
-    adamw(**t | {"grads": [p.grad for p in t["params"]]}, backend="cpu")
+    clipped: State = t | {"grads": [p.grad for p in t["params"]]}
+    adamw(**clipped, backend="cpu")
     assert all(torch.equal(a, b) for a, b in zip(s["grads"], state()["grads"]))
     for a, b in zip(s["exp_avgs"], t["exp_avgs"]):  # the coefficient is rounded elsewhere
         assert torch.allclose(a, b, rtol=2.0**-21, atol=0)
@@ -141,7 +144,7 @@ def test_a_master_keeps_what_16_bits_lose(isa: str) -> None:
     """Steps of 1e-4 from 1: bf16's next value below is 1 - 2^-8."""
     kept, lost = torch.ones(100, dtype=torch.bfloat16), torch.ones(100, dtype=torch.bfloat16)
     master = kept.float()
-    rest: list[dict[str, Any]] = [
+    rest: list[State] = [
         {"exp_avgs": [torch.zeros(100)], "exp_avg_sqs": [torch.zeros(100)], "steps": [torch.tensor(0.0)]}
         for _ in range(2)
     ]
@@ -157,14 +160,13 @@ def test_gradients_that_lie_otherwise(isa: str) -> None:
     """A transposed gradient, and parameters transposed with their moments."""
     a, b = torch.randn(64, 48), torch.randn(64, 48)
     grad = torch.randn(48, 64).mT
-    s = {"exp_avgs": [torch.zeros(64, 48)], "exp_avg_sqs": [torch.zeros(64, 48)], "steps": [torch.tensor(0.0)]}
-    t = {"exp_avgs": [torch.zeros(48, 64).mT], "exp_avg_sqs": [torch.zeros(48, 64).mT], "steps": [torch.tensor(0.0)]}
+    s, t = ([z.clone() for _ in range(2)] for z in (torch.zeros(64, 48), torch.zeros(48, 64).mT))
     b = a.mT.contiguous().mT
-    adamw([a], [grad], **s, backend="cpu")
-    adamw([b], [grad.contiguous()], **t, backend="cpu")
+    adamw([a], [grad], s[:1], s[1:], [torch.tensor(0.0)], backend="cpu")
+    adamw([b], [grad.contiguous()], t[:1], t[1:], [torch.tensor(0.0)], backend="cpu")
     assert torch.equal(a, b)
     gap = torch.randn(64, 48)[:, ::2]
-    u = {"exp_avgs": [torch.zeros(64, 24)], "exp_avg_sqs": [torch.zeros(64, 24)], "steps": [torch.tensor(0.0)]}
+    u: State = {"exp_avgs": [torch.zeros(64, 24)], "exp_avg_sqs": [torch.zeros(64, 24)], "steps": [torch.tensor(0.0)]}
     with pytest.raises(RuntimeError, match="without gaps"):
         adamw([gap], [gap], **u, backend="cpu")
     adamw([gap], [gap], **u)
@@ -200,7 +202,7 @@ def test_errors_at_the_door(change: dict[str, Any], match: str) -> None:
     s = state()
     before = copy(s)
     with pytest.raises(ValueError, match=match):
-        adamw(**s | change)  # pyright: ignore
+        adamw(**s | change)
     assert equal(s, before)
 
 

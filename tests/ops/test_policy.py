@@ -32,10 +32,13 @@ def same(got: torch.Tensor, wanted: Array) -> None:
 
 
 def oracle_policy(
-    p: Array, old: Array, A: Array, keep: Array, ref: Array, low: float, high: float, beta: float, kind: str, rows: bool
-) -> tuple[float, list[float]]:
+    arrays: list[Array], low: float, high: float, beta: float, kind: str, rows: bool
+) -> tuple[float, list[Any]]:
     """Token by token."""
-    total, count, clipped, approx, ratios, divergences, B = 0.0, 0, 0, 0.0, [], [], len(p)
+    p, old, A, keep, ref = arrays
+    total, count, clipped, approx, B = 0.0, 0, 0, 0.0, len(p)
+    ratios: list[float] = []
+    divergences: list[float] = []
     for b in range(B):
         row, n = 0.0, 0
         for t in range(p.shape[1]):
@@ -64,9 +67,8 @@ def test_policy_loss_is_its_formula(kind: str, normalise: str) -> None:
     p, ref = old + draw(4, B, T, scale=0.3), old + draw(5, B, T, scale=0.5)
     got = policy_loss(p, old, A, keep, clip=0.1, clip_high=0.3, reference_logprobs=ref, beta=0.2, kl=kind,
                       normalise=normalise)  # fmt: skip
-    wanted, statistics = oracle_policy(
-        *(x.numpy() for x in (p, old, A, keep, ref)), 0.1, 0.3, 0.2, kind, normalise == "sequences"
-    )
+    arrays: list[Array] = [x.numpy() for x in (p, old, A, keep, ref)]
+    wanted, statistics = oracle_policy(arrays, 0.1, 0.3, 0.2, kind, normalise == "sequences")
     same(got.loss, wanted)
     same(torch.stack(got[1:]), statistics)
     same(policy_loss(p, old, A, keep, denominator=7.0).loss * 7 / keep.sum(), policy_loss(p, old, A, keep).loss.numpy())

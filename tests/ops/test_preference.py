@@ -98,8 +98,9 @@ def one(*values: float) -> list[torch.Tensor]:
         (lambda: dpo_loss(*one(-10, -12, -11, -11), kind="robust", label_smoothing=0.25)[0], 0.498138869381592),
         (lambda: simpo_loss(*one(-1, -2))[0], 0.3132616875182228),  # h = 2 - 1
         (lambda: orpo_loss(*one(np.log(0.5), np.log(0.25))), -np.log(0.75)),  # odds 1 and 1/3
-        (lambda: kto_loss(*one(-1, -2), torch.tensor([True]), kl=one(0.5)[0])[0], 0.48750260351578967),  # 1/(1 + e^.05)
-        (lambda: kto_loss(*one(-2, -1), torch.tensor([False]), kl=one(0.5)[0])[0], 0.46257015465625045),  # e^.15
+        # 1 / (1 + e^0.05), 1 / (1 + e^0.15)
+        (lambda: kto_loss(*one(-1, -2), desirable=torch.tensor([True]), kl=one(0.5)[0])[0], 0.48750260351578967),
+        (lambda: kto_loss(*one(-2, -1), desirable=torch.tensor([False]), kl=one(0.5)[0])[0], 0.46257015465625045),
     ],
 )  # fmt: skip
 def test_by_hand(loss: Callable[[], torch.Tensor], by_hand: float) -> None:
