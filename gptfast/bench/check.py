@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.ops.spec import Op, double, gradients, map_tensors, outputs, tolerance, upstream
+from gptfast.ops.spec import Op, double, gradients, map_tensors, outputs, tolerance, upstream, written
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def check_gradients(op: Op, arguments: Mapping[str, Any]) -> Check:
 def _call(op: Op, function: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
     """The outputs and the arguments written in place, on copies."""
     mine = map_tensors(torch.Tensor.clone, arguments)
-    return outputs(function(**mine)) + [mine[name] for name in op.mutates if mine.get(name) is not None]
+    return outputs(function(**mine)) + written(op, mine)
 
 
 def _compare(got: Tensor, exact: Tensor, plain: Tensor) -> Check:

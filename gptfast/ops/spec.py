@@ -73,6 +73,7 @@ class Op:
     differentiable: tuple[str, ...] = ()  # arguments that get gradients, from a backward kernel where there is one
     double_backward: bool = False  # whether its gradients can be differentiated in turn
     exact: bool = False  # outputs equal the reference's bit for bit
+    kernels: bool = True  # False where none would pay: what it works on is as small as a number for each sequence
     # The arguments of row `b` of the batch alone, and how many rows a call has; None = no batch.
     take: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
     batch: Callable[[Mapping[str, Any]], int] = field(default=lambda arguments: next(iter(arguments.values())).shape[0])
@@ -84,8 +85,12 @@ def nbytes(*tensors: Tensor | None) -> int:
 
 
 def map_tensors(f: Callable[[Tensor], Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The same arguments with f applied to each tensor."""
-    return {name: f(value) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    """The same arguments with f applied to each tensor, those in lists too."""
+
+    def of(value: Any) -> Any:
+        return f(value) if isinstance(value, Tensor) else [of(v) for v in value] if isinstance(value, list) else value
+
+    return {name: of(value) for name, value in arguments.items()}
 
 
 def double(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,7 +100,12 @@ def double(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def outputs(result: Any) -> list[Tensor]:
     """A call's outputs as a list of tensors."""
-    return [result] if isinstance(result, Tensor) else [r for r in result if r is not None]
+    return [result] if isinstance(result, Tensor) else [r for r in result or () if r is not None]
+
+
+def written(op: Op, arguments: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors among the arguments that the op writes in place."""
+    return [t for name in op.mutates for t in outputs(arguments.get(name))]
 
 
 def leaves(op: Op, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -302,6 +302,16 @@ PYBIND11_MODULE(_cpu, m) {
   BIND(embedding_backward, EmbeddingBackward, dweight, dout, ids, first, order, segments, cols, dout_stride, dtype);
   BIND(embedding, Embedding, out, ids, positions, weight, position_weight, rows, cols, weight_stride, position_stride,
        dtype);
+  BIND(gradient_norm, GradientNorm, norm, sums, grads, starts, sizes, grad_dtypes, tensors);
+  BIND(adamw, AdamW, params, exp_avgs, exp_avg_sqs, masters, grads, steps, starts, sizes, dtypes, grad_dtypes, tensors,
+       lr, beta1, beta2, eps, weight_decay, grad_scale);
+  BIND(policy_loss, PolicyLoss, gradient, results, sums, counts, logprobs, old_logprobs, reference_logprobs, advantages,
+       mask, rows, cols, logprobs_stride, old_stride, reference_stride, advantages_stride, mask_stride, advantages_step,
+       denominator, low, high, beta, kind, sequences, dtype);
+  BIND(value_loss, ValueLoss, gradient, results, sums, counts, values, old_values, returns, mask, rows, cols,
+       values_stride, old_stride, returns_stride, mask_stride, denominator, clip, dtype);
+  BIND(gae, Gae, advantages, returns, rewards, values, mask, rows, cols, rewards_stride, values_stride, mask_stride,
+       gamma, lam, dtype);
 }
 
 }  // namespace gptfast

@@ -34,7 +34,12 @@ enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3 };  // I
   KERNEL(embedding_backward, EmbeddingBackward) \
   KERNEL(sample, Sample)                        \
   KERNEL(advance, Advance)                      \
-  KERNEL(ceilings, Ceilings)
+  KERNEL(ceilings, Ceilings)                    \
+  KERNEL(adamw, AdamW)                          \
+  KERNEL(gradient_norm, GradientNorm)           \
+  KERNEL(policy_loss, PolicyLoss)               \
+  KERNEL(value_loss, ValueLoss)                 \
+  KERNEL(gae, Gae)
 
 // Strides are in elements; the last dimension is contiguous. Pointers that don't apply are null.
 struct Attention {
@@ -195,6 +200,62 @@ struct EmbeddingBackward {             // of one table: a row is the sum of the 
   const void* dout;                    // (places, cols)
   const int64_t *ids, *first, *order;  // (segments), (segments + 1), (places): row ids[i] has places order[first[i] ..]
   int64_t segments, cols, dout_stride;
+  int32_t dtype;
+};
+
+struct GradientNorm {             // of a list of tensors
+  double *norm, *sums;            // sums: one for each chunk
+  const void* const* grads;       // (tensors)
+  const int64_t *starts, *sizes;  // (tensors + 1): each one's first chunk; (tensors): elements
+  const int32_t* grad_dtypes;     // (tensors)
+  int64_t tensors;
+};
+
+struct AdamW {  // lists have one entry for each tensor
+  void* const* params;
+  float *const *exp_avgs, *const *exp_avg_sqs, *const *masters;  // masters, or any of them, may be null
+  const void* const* grads;
+  const float* const* steps;            // this one included
+  const int64_t *starts, *sizes;        // as in GradientNorm
+  const int32_t *dtypes, *grad_dtypes;  // a gradient's is its parameter's, or FLOAT32
+  int64_t tensors;
+  double lr, beta1, beta2, eps, weight_decay, grad_scale;
+};
+
+// Tensors of all three are (rows, cols) with row strides; mask may be null.
+struct PolicyLoss {
+  float* gradient;  // (rows, cols) of the loss by logprobs, contiguous; or null
+  float* results;   // loss, clip_fraction, approx_kl, ratio_mean, ratio_var, kl
+  double* sums;     // (rows, 8)
+  int64_t* counts;  // (rows): tokens of the mask
+  const void *logprobs, *old_logprobs, *reference_logprobs, *advantages;  // reference_logprobs may be null
+  const uint8_t* mask;
+  int64_t rows, cols, logprobs_stride, old_stride, reference_stride, advantages_stride, mask_stride;
+  int64_t advantages_step;         // 1, or 0 where each row has one
+  double denominator;              // 0: the tokens, or with `sequences` the rows
+  float low, high, beta;           // 1 - clip, 1 + clip_high
+  int32_t kind, sequences, dtype;  // kind: 1, 2, 3 for k1, k2, k3
+};
+
+struct ValueLoss {
+  float* gradient;  // as in PolicyLoss
+  float* results;   // loss, clip_fraction
+  double* sums;     // (rows, 2)
+  int64_t* counts;
+  const void *values, *old_values, *returns;
+  const uint8_t* mask;
+  int64_t rows, cols, values_stride, old_stride, returns_stride, mask_stride;
+  double denominator;
+  float clip;
+  int32_t dtype;
+};
+
+struct Gae {
+  float *advantages, *returns;  // contiguous
+  const void *rewards, *values;
+  const uint8_t* mask;
+  int64_t rows, cols, rewards_stride, values_stride, mask_stride;
+  float gamma, lam;
   int32_t dtype;
 };
 
