@@ -11,23 +11,25 @@ namespace gptfast {
 enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3 };  // INT8: of KV caches alone
 
 // One row per op: its name in C++ and Python, and its arguments in kernels.h.
-#define GPTFAST_KERNELS(KERNEL)  \
-  KERNEL(attention, Attention)   \
-  KERNEL(layer_norm, Norm)       \
-  KERNEL(rms_norm, Norm)         \
-  KERNEL(rope, Rope)             \
-  KERNEL(linear, Linear)         \
-  KERNEL(linear_exact, Linear)   \
-  KERNEL(linear_int8, Linear)    \
-  KERNEL(linear_packed, Linear)  \
-  KERNEL(dequantize, Dequantize) \
-  KERNEL(pack, Pack)             \
-  KERNEL(bias_gelu, Mlp)         \
-  KERNEL(swiglu, Mlp)            \
-  KERNEL(geglu, Mlp)             \
-  KERNEL(embedding, Embedding)   \
-  KERNEL(sample, Sample)         \
-  KERNEL(advance, Advance)       \
+#define GPTFAST_KERNELS(KERNEL)            \
+  KERNEL(attention, Attention)             \
+  KERNEL(layer_norm, Norm)                 \
+  KERNEL(rms_norm, Norm)                   \
+  KERNEL(rope, Rope)                       \
+  KERNEL(linear, Linear)                   \
+  KERNEL(linear_exact, Linear)             \
+  KERNEL(linear_int8, Linear)              \
+  KERNEL(linear_packed, Linear)            \
+  KERNEL(dequantize, Dequantize)           \
+  KERNEL(pack, Pack)                       \
+  KERNEL(bias_gelu, Mlp)                   \
+  KERNEL(swiglu, Mlp)                      \
+  KERNEL(geglu, Mlp)                       \
+  KERNEL(embedding, Embedding)             \
+  KERNEL(vocabulary_logits, Vocabulary)    \
+  KERNEL(vocabulary_gradients, Vocabulary) \
+  KERNEL(sample, Sample)                   \
+  KERNEL(advance, Advance)                 \
   KERNEL(ceilings, Ceilings)
 
 // Strides are in elements; the last dimension is contiguous. Pointers that don't apply are null.
@@ -160,6 +162,24 @@ struct Embedding {
   const void *weight, *position_weight;  // rows of cols elements
   int64_t rows, cols, weight_stride, position_stride;
   int32_t dtype;
+};
+
+// A chunk of rows of x against a whole vocabulary: vocabulary.h has the layout of its logits.
+struct Vocabulary {
+  float* logits;                            // (columns in whole blocks / 16, padded, 16); null = statistics alone
+  float *tiles, *stats, *at_target;         // workspace: (padded, depth), (4, rows, blocks), (rows)
+  float *lse, *nll, *smooth, *entropy;      // (rows); all but lse may be null
+  const float *scale, *slope, *even, *hit;  // (rows): see Gradient
+  void* dx;                                 // (all rows, depth) of x's dtype
+  float *dweight, *dbias;                   // (cols, depth), (cols)
+  float *panels, *dx_parts;       // workspace: (depth in whole groups, rows), (parts, depth in groups, padded)
+  const void *x, *weight, *bias;  // (all rows, depth), (cols, depth), (cols) of one dtype
+  const int64_t* index;           // (rows) which rows of x and dx
+  const int32_t* target;          // (rows), or null
+  const float *class_weight, *block_weight;                           // (cols), (blocks): their sums
+  int64_t rows, padded, depth, cols, x_stride, weight_stride, parts;  // padded: a multiple of 24
+  float softcap, inverse_temperature;
+  int32_t made, add, dtype;  // made: logits hold their gradient already; add: dweight and dbias hold sums already
 };
 
 struct Kernels {
