@@ -7,6 +7,7 @@ import pkgutil
 from functools import cache
 
 from gptfast.ops.attention import attention, attention_kvcache
+from gptfast.ops.cross_entropy import cross_entropy, linear_cross_entropy
 from gptfast.ops.dispatch import BackendError, Choice, backends, explain
 from gptfast.ops.embedding import embedding
 from gptfast.ops.layer_norm import layer_norm
@@ -16,6 +17,7 @@ from gptfast.ops.rms_norm import rms_norm
 from gptfast.ops.rope import rope, rope_frequencies, rope_tables
 from gptfast.ops.sampling import sample
 from gptfast.ops.spec import Op
+from gptfast.ops.token_logprobs import token_kl, token_logprobs
 
 __all__ = [
     "BackendError",
@@ -24,11 +26,13 @@ __all__ = [
     "attention_kvcache",
     "backends",
     "bias_gelu",
+    "cross_entropy",
     "embedding",
     "explain",
     "geglu",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "pages",
     "rms_norm",
     "rope",
@@ -36,6 +40,8 @@ __all__ = [
     "rope_tables",
     "sample",
     "swiglu",
+    "token_kl",
+    "token_logprobs",
 ]
 
 

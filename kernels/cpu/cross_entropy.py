@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,14 @@ def ceil(n: int, to: int) -> int:
     return (n + to - 1) // to * to
 
 
+def class_weights(w: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """In fp32, and the sum of each block."""
+    if w is None:
+        return None, None
+    w = w.float().contiguous()
+    return w, torch.nn.functional.pad(w, (0, -w.shape[0] % BLOCK)).view(-1, BLOCK).sum(1)
+
+
 @dataclass
 class Head:
     """x (rows, C) against weight (V, C): one chunk of rows after another, their logits and what the gradients need."""
@@ -33,16 +41,13 @@ class Head:
     inverse_temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        self.shape = self.x.shape
         self.x, x_stride = rows(self.x.reshape(-1, self.x.shape[-1]))
         self.weight, weight_stride = rows(self.weight)
         self.bias = None if self.bias is None else self.bias.contiguous()
         self.cols, self.depth = self.weight.shape
         self.blocks = (self.cols + BLOCK - 1) // BLOCK
-        self.block_weight = None
-        if self.class_weight is not None:
-            self.class_weight = self.class_weight.float().contiguous()
-            padded = torch.nn.functional.pad(self.class_weight, (0, self.blocks * BLOCK - self.cols))
-            self.block_weight = padded.view(-1, BLOCK).sum(1)
+        self.class_weight, self.block_weight = class_weights(self.class_weight)
         self.threads = threads(self.cols * self.depth)
         self.common = dict(
             x=self.x.data_ptr(),
@@ -57,18 +62,20 @@ class Head:
             dtype=DTYPES[self.x.dtype],
         )
 
-    def chunks(self, count: int) -> Iterator[slice]:
-        """Runs of at most CHUNK rows, as equal as whole tiles allow."""
-        if count:
-            chunks = (count + CHUNK - 1) // CHUNK
-            step = ceil((count + chunks - 1) // chunks, TILE)
-            yield from (slice(begin, min(begin + step, count)) for begin in range(0, count, step))
+    def chunks(self, count: int, kept: bool) -> Iterator[tuple[slice, Tensor | None]]:
+        """Runs of at most CHUNK rows, as equal as whole tiles allow, and room for their logits if they are kept."""
+        if count == 0:
+            return
+        chunks = (count + CHUNK - 1) // CHUNK
+        step = ceil((count + chunks - 1) // chunks, TILE)
+        room = empty((self.blocks * BLOCK * step,), torch.float32) if kept else None
+        for begin in range(0, count, step):
+            yield slice(begin, min(begin + step, count)), room
 
     def logits(self, index: Tensor, target: Tensor | None, kept: Tensor | None, smooth: bool, entropy: bool) -> Rows:
         """The statistics of rows `index` (int64); their logits stay in `kept` if it is given."""
         count, padded = index.shape[0], ceil(index.shape[0], TILE)
-        made = [torch.empty(count if want else 0) for want in (True, target is not None, smooth, entropy)]
-        lse, nll, smoothed, entropies = made
+        made = Rows(*torch.empty(5, count))
         tiles = empty((padded * self.depth,), torch.float32)
         stats = empty((4 * count * self.blocks,), torch.float32)
         at_target = torch.empty(count)
@@ -79,10 +86,11 @@ class Head:
             tiles=tiles.data_ptr(),
             stats=stats.data_ptr(),
             at_target=at_target.data_ptr(),
-            lse=lse.data_ptr(),
-            nll=nll.data_ptr() if target is not None else 0,
-            smooth=smoothed.data_ptr() if smooth else 0,
-            entropy=entropies.data_ptr() if entropy else 0,
+            lse=made.lse.data_ptr(),
+            rest=made.rest.data_ptr(),
+            nll=made.nll.data_ptr(),
+            smooth=made.smooth.data_ptr() if smooth else 0,
+            entropy=made.entropy.data_ptr() if entropy else 0,
             bias=pointer(self.bias),
             index=index.data_ptr(),
             target=pointer(target),
@@ -90,16 +98,15 @@ class Head:
             rows=count,
             padded=padded,
         )
-        return Rows(lse, nll, smoothed, entropies)
-
-    def room(self, count: int) -> Tensor:
-        """For the logits of so many rows."""
-        return empty((self.blocks * BLOCK * ceil(count, TILE),), torch.float32)
+        return made
 
 
 @dataclass
 class Rows:
+    """The statistics of rows, (rows) each: see vocabulary.h. Those that weren't asked for hold nothing."""
+
     lse: Tensor
+    rest: Tensor
     nll: Tensor
     smooth: Tensor
     entropy: Tensor
@@ -108,7 +115,7 @@ class Rows:
 class Gradients:
     """dx, dweight and dbias of a head, of those that are wanted, summed over chunks of rows."""
 
-    def __init__(self, head: Head, wants: tuple[bool, bool, bool]) -> None:
+    def __init__(self, head: Head, wants: Sequence[bool]) -> None:
         self.head, self.add = head, False
         (dx, dweight, dbias), x = wants, head.x
         self.dx = torch.zeros(x.shape, dtype=x.dtype) if dx else None
@@ -116,22 +123,31 @@ class Gradients:
         self.dbias = torch.empty(head.cols) if dbias else None
         self.parts = min(PARTS, head.blocks)
 
+    def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """dx, dweight, dbias: zero where there were no rows."""
+        if not self.add:
+            for t in (self.dweight, self.dbias):
+                if t is not None:
+                    t.zero_()
+        dx = None if self.dx is None else self.dx.reshape(self.head.shape)
+        return dx, self.dweight, self.dbias
+
     def workspaces(self, count: int) -> None:
         depth = ceil(self.head.depth, GROUP)
         self.panels = empty((count * depth if self.dweight is not None else 0,), torch.float32)
         self.dx_parts = empty((self.parts * ceil(count, TILE) * depth if self.dx is not None else 0,), torch.float32)
 
     def add_rows(
-        self, logits: Tensor, index: Tensor, target: Tensor, rows: dict[str, Tensor] | None
+        self, logits: Tensor, index: Tensor, target: Tensor | None, coefficients: dict[str, Tensor] | None
     ) -> None:
-        """rows: lse, scale, slope, even and hit, (rows) each; None where logits hold their gradient already."""
+        """coefficients: of vocabulary.h's Gradient, (rows) each; None where logits hold their gradient already."""
         head, count = self.head, index.shape[0]
         if not self.add:
             self.workspaces(count)
         _cpu.vocabulary_gradients(
             head.threads,
             **head.common,
-            **{name: t.data_ptr() for name, t in (rows or {}).items()},
+            **fields(coefficients or {}),
             logits=logits.data_ptr(),
             dx=pointer(self.dx),
             dweight=pointer(self.dweight),
@@ -139,14 +155,68 @@ class Gradients:
             panels=self.panels.data_ptr(),
             dx_parts=self.dx_parts.data_ptr(),
             index=index.data_ptr(),
-            target=target.data_ptr(),
+            target=pointer(target),
             rows=count,
             padded=ceil(count, TILE),
             parts=self.parts,
-            made=rows is None,
+            made=coefficients is None,
             add=self.add,
         )
         self.add = True
+
+
+def total(t: Tensor) -> Tensor:
+    """The sum in fp64, in an order that the number of threads doesn't change: PyTorch's own sum shares out more."""
+    return torch.stack([piece.sum(dtype=torch.float64) for piece in t.split(16384)]).sum()
+
+
+class Loss:
+    """The losses of rows from their statistics, and the coefficients of their gradients. target (rows)."""
+
+    def __init__(
+        self,
+        target: Tensor,
+        counts: Tensor | None,
+        cols: int,
+        class_weight: Tensor | None,
+        label_smoothing: float,
+        z_loss: float,
+        reduction: str,
+    ) -> None:
+        """counts: which rows count, None = all."""
+        rows = target.shape[0]
+        self.smoothing, self.z_loss, self.reduction = label_smoothing, z_loss, reduction
+        self.weights = torch.ones(rows) if class_weight is None else class_weight[target.clamp(min=0)]
+        if counts is not None:
+            self.weights = torch.where(counts, self.weights, 0.0)
+        self.rows = rows if counts is None else int(counts.sum())
+        self.share = label_smoothing / cols
+        self.whole = float(cols) if class_weight is None else total(class_weight).item()
+        self.per_row, self.per_z = torch.ones(()), torch.ones(())
+        if reduction == "mean":
+            self.per_row, self.per_z = (1 / total(self.weights)).float(), (1 / torch.tensor(float(self.rows)))
+
+    def of(self, part: slice, got: Rows) -> tuple[Tensor, Tensor]:
+        """The cross-entropy of each row, and z_loss * lse^2."""
+        ce = (1 - self.smoothing) * self.weights[part] * got.nll
+        if self.smoothing:
+            ce += self.share * got.smooth
+        return ce, self.z_loss * got.lse**2
+
+    def reduced(self, ce: Tensor, z: Tensor) -> Tensor:
+        """What they add to a mean or a sum, in fp64."""
+        return total(ce * self.per_row) + (total(z * self.per_z) if self.z_loss else 0)
+
+    def coefficients(self, part: slice, got: Rows, upstream: Tensor | None) -> dict[str, Tensor]:
+        """Those of vocabulary.h's Gradient. upstream (rows): the gradients of the losses; None = 1."""
+        weights = self.weights[part]
+        per_row, per_z = (self.per_row, self.per_z) if upstream is None else (upstream, upstream)
+        hit = per_row * (1 - self.smoothing) * weights
+        even = (per_row * self.share).expand(weights.shape).contiguous()
+        scale = hit + even * self.whole
+        if self.z_loss:
+            scale = scale + 2 * self.z_loss * got.lse * per_z
+        return {"lse": got.lse, "rest": got.rest, "scale": scale, "even": even, "hit": hit}
 
 
 def supports_linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, **_: Any) -> str | None:
@@ -158,7 +228,7 @@ def linear_cross_entropy(**arguments: Any) -> Tensor:
 
 
 def linear_cross_entropy_gradients(
-    wants: tuple[bool, bool, bool],
+    wants: Sequence[bool],
     upstream: Tensor | None,
     x: Tensor,
     weight: Tensor,
@@ -171,53 +241,101 @@ def linear_cross_entropy_gradients(
     softcap: float,
     reduction: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The loss and, of x, weight and bias, the gradients that `wants` asks for. upstream: the gradient of each row's
-    loss where reduction is "none"; else that of the loss is taken for 1."""
+    """The loss and, of x, weight and bias, the gradients that `wants` asks for: dx in x's dtype, the others in fp32.
+
+    upstream: the gradients of the rows' losses where reduction is "none"; that of a scalar loss is taken for 1.
+    """
     head = Head(x, weight, bias, class_weight, softcap)
     flat = target.reshape(-1)
     index = (flat != ignore_index).nonzero().squeeze(1)
     chosen = flat[index]
-    count, smoothing = index.shape[0], label_smoothing / head.cols
-    weights = torch.ones(count) if head.class_weight is None else head.class_weight[chosen]
-    whole = float(head.cols) if head.class_weight is None else head.class_weight.sum(dtype=torch.float64).item()
-    per_row, per_z = torch.ones(()), torch.ones(())
-    if reduction == "mean":
-        per_row, per_z = 1 / weights.sum(dtype=torch.float64).float(), torch.tensor(1 / max(count, 1))
-    elif reduction == "none" and upstream is not None:
-        per_row = per_z = upstream.reshape(-1)[index].float()
+    loss = Loss(chosen, None, head.cols, head.class_weight, label_smoothing, z_loss, reduction)
+    if upstream is not None:
+        upstream = upstream.reshape(-1)[index].float()
     losses = torch.zeros(flat.shape[0]) if reduction == "none" else torch.zeros((), dtype=torch.float64)
-    made, room = Gradients(head, wants), None
-    for part in head.chunks(count):
-        rows, ids, w = index[part], chosen[part].int(), weights[part]
-        if any(wants) and room is None:
-            room = head.room(rows.shape[0])
+    made = Gradients(head, wants)
+    for part, room in head.chunks(index.shape[0], any(wants)):
+        rows, ids = index[part], chosen[part].int()
         got = head.logits(rows, ids, room, label_smoothing > 0, False)
-        loss = (1 - label_smoothing) * w * got.nll
-        if label_smoothing > 0:
-            loss += smoothing * got.smooth
+        ce, z = loss.of(part, got)
         if reduction == "none":
-            losses[rows] = loss + z_loss * got.lse**2 if z_loss else loss
+            losses[rows] = ce + z
         else:
-            losses += (loss * per_row).sum(dtype=torch.float64)
-            if z_loss:
-                losses += (z_loss * got.lse**2 * per_z).sum(dtype=torch.float64)
-        if room is None:
-            continue
-        s, z = (p[part] if p.dim() else p.expand(rows.shape[0]) for p in (per_row, per_z))
-        hit = s * (1 - label_smoothing) * w
-        even = s * smoothing
-        made.add_rows(
-            room,
-            rows,
-            ids,
-            dict(
-                lse=got.lse,
-                scale=hit + even * whole + 2 * z_loss * got.lse * z,
-                slope=torch.zeros(rows.shape[0]),
-                even=even,
-                hit=hit,
-            ),
-        )
-    if reduction == "mean" and count == 0:
+            losses += loss.reduced(ce, z)
+        if room is not None:
+            of_rows = upstream[part] if upstream is not None else None
+            made.add_rows(room, rows, ids, loss.coefficients(part, got, of_rows))
+    if reduction == "mean" and loss.rows == 0:
         losses.fill_(torch.nan)
-    return losses.float(), made.dx, made.dweight, made.dbias
+    return losses.float().reshape(target.shape if reduction == "none" else ()), *made.results()
+
+
+def supports_cross_entropy(logits: Tensor, **_: Any) -> str | None:
+    return unsupported(logits)
+
+
+supports_cross_entropy_backward = supports_cross_entropy
+
+
+def _statistics(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    reduction: str,
+) -> tuple[Rows, Loss, dict[str, Any]]:
+    flat = target.reshape(-1)
+    counts, cols = flat != ignore_index, logits.shape[-1]
+    logits, stride = rows(logits.reshape(-1, cols))
+    ids = torch.where(counts, flat, -1).int()
+    class_weight, block_weight = class_weights(class_weight)
+    made = Rows(*torch.empty(5, flat.shape[0]))
+    common = dict(
+        logits=logits,
+        target=ids,
+        class_weight=class_weight,
+        rows=flat.shape[0],
+        cols=cols,
+        logits_stride=stride,
+        softcap=softcap,
+        dtype=DTYPES[logits.dtype],
+    )
+    _cpu.cross_entropy(
+        threads(logits.numel()),
+        **fields(common),
+        lse=made.lse.data_ptr(),
+        rest=made.rest.data_ptr(),
+        nll=made.nll.data_ptr(),
+        smooth=made.smooth.data_ptr() if label_smoothing > 0 else 0,
+        block_weight=pointer(block_weight),
+    )
+    loss = Loss(ids, counts, cols, class_weight, label_smoothing, z_loss, reduction)
+    return made, loss, common
+
+
+def fields(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A launch's fields, each tensor as its address."""
+    return {name: pointer(x) if x is None or isinstance(x, Tensor) else x for name, x in arguments.items()}
+
+
+def cross_entropy(target: Tensor, reduction: str, **arguments: Any) -> Tensor:
+    made, loss, _ = _statistics(target=target, reduction=reduction, **arguments)
+    ce, z = loss.of(slice(None), made)
+    return (ce + z).reshape(target.shape) if reduction == "none" else loss.reduced(ce, z).float()
+
+
+def cross_entropy_backward(upstream: Tensor, logits: Tensor, **arguments: Any) -> Tensor:
+    """The gradient of the logits. upstream: of the loss, (rows) or a scalar."""
+    made, loss, common = _statistics(logits=logits, **arguments)
+    per_row = upstream.reshape(-1).float() if loss.reduction == "none" else None
+    coefficients = loss.coefficients(slice(None), made, per_row)
+    if per_row is None:
+        coefficients = {name: x if name in ("lse", "rest") else x * upstream.float() for name, x in coefficients.items()}
+    dlogits = empty(logits.shape, logits.dtype)
+    _cpu.cross_entropy_backward(
+        threads(logits.numel()), **fields(common), **fields(coefficients), dlogits=dlogits.data_ptr()
+    )
+    return dlogits

@@ -175,7 +175,8 @@ void gradient_block(const Vocabulary& a, const Terms& terms, int64_t block, floa
     f32v total = {};
     for (int64_t r = 0; r < a.rows; r++, l += PANEL) {
       if (!a.made) {
-        const Gradient g = {a.lse[r], a.scale[r], a.slope[r], a.even[r], a.hit[r], a.target[r], terms};
+        const Gradient g = {a.lse[r],  a.rest[r], a.scale[r],  a.slope ? a.slope[r] : 0,
+                            a.even[r], a.hit[r],  a.target[r], terms};
         store(l, first(g(load(l), weight, iota() + (int32_t)v), lanes));
       }
       total += load(l);
@@ -250,6 +251,7 @@ void vocabulary_logits(const Vocabulary& a, Worker& worker) {
     const int64_t count = blocks(a.cols);
     const Row row = merge(a.stats + r * count, a.rows * count, a.cols, a.block_weight, a.target ? a.at_target[r] : 0);
     a.lse[r] = row.lse;
+    if (a.rest) a.rest[r] = row.rest;
     if (a.nll) a.nll[r] = row.nll;
     if (a.smooth) a.smooth[r] = row.smooth;
     if (a.entropy) a.entropy[r] = row.entropy;

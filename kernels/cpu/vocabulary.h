@@ -80,7 +80,7 @@ INLINE Statistics statistics(const float* l, int64_t stride, int n, const float*
 }
 
 struct Row {
-  float lse, nll, smooth, entropy;
+  float lse, rest, nll, smooth, entropy;  // rest: what lse was rounded by
 };
 
 // A row's statistics from those of its blocks, at s[field * field_stride + block], in order. block_weight: the sums of
@@ -107,18 +107,20 @@ INLINE Row merge(const float* s, int64_t field_stride, int64_t cols, const float
   }
   const double total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
   const double inner = sum((entropies[0] + entropies[1]) + (entropies[2] + entropies[3])), log = __builtin_log(total);
-  return {(float)(base + log), (float)(base - (double)target + log), (float)(spread + log * weight),
+  const float lse = (float)(base + log);
+  return {lse, (float)(base + log - lse), (float)(base - (double)target + log), (float)(spread + log * weight),
           (float)(log - inner / total)};
 }
 
-// A logit's gradient, for each row: p (scale + slope l) - even w - (hit where it is the target's), p = e^(l - lse).
+// A logit's gradient, for each row: p (scale + slope l) - even w - (hit where it is the target's),
+// p = e^(l - lse - rest).
 struct Gradient {
-  float lse, scale, slope, even, hit;
+  float lse, rest, scale, slope, even, hit;
   int32_t target;
   const Terms& terms;
 
   INLINE f32v operator()(f32v l, f32v class_weight, i32v column) const {
-    const f32v p = exp(l - lse);
+    const f32v p = exp((l - lse) - rest);
     f32v g = p * scale;
     if (slope != 0) g = select(p == 0.0f, f32v{}, p * fma(splat(slope), l, splat(scale)));
     g = fma(splat(-even), class_weight, g) - select(column == target, splat(hit), f32v{});
