@@ -46,7 +46,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptfast.ops import dispatch
+from gptfast.ops import dispatch, library, loss_gradients
 from gptfast.ops.cross_entropy_cases import cross_entropy_cases, linear_cross_entropy_cases
 from gptfast.ops.dispatch import require, shape
 from gptfast.ops.spec import Cost, Op, nbytes
@@ -208,24 +208,19 @@ def linear_cross_entropy(
     Raises ValueError for arguments that don't fit and targets beyond the vocabulary; BackendError where `backend` can't
     serve the call.
     """
-    check_head("linear_cross_entropy", x, weight, bias)
-    _check_loss(
-        "linear_cross_entropy", target, x, weight.shape[0], class_weight, label_smoothing, z_loss, softcap, reduction
-    )
-    check_targets("linear_cross_entropy", target, weight.shape[0], ignore_index)
-    return dispatch.run(
-        *("cross_entropy.linear_cross_entropy", backend, linear_cross_entropy_reference, x),
-        x=x,
-        weight=weight,
-        target=target,
-        bias=bias,
-        class_weight=class_weight,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        reduction=reduction,
-    )
+    op, V = "linear_cross_entropy", weight.shape[0] if weight.dim() else 0
+    arguments = {
+        "x": x, "weight": weight, "target": target, "bias": bias, "class_weight": class_weight,
+        "ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap,
+        "reduction": reduction,
+    }  # fmt: skip
+    check_head(op, x, weight, bias)
+    _check_loss(op, target, x, V, class_weight, label_smoothing, z_loss, softcap, reduction)
+    backend, as_op = library.route("cross_entropy.linear_cross_entropy", backend, arguments)
+    if as_op:
+        return _linear_registered(**arguments, backend=backend)[0]
+    check_targets(op, target, V, ignore_index)
+    return dispatch.run("cross_entropy.linear_cross_entropy", backend, linear_cross_entropy_reference, x, **arguments)
 
 
 def cross_entropy(
@@ -249,20 +244,17 @@ def cross_entropy(
         logits.dim() >= 1 and logits.is_floating_point() and logits.shape[-1] > 0,
         lambda: f"cross_entropy: expected logits (..., V) of floats, V > 0, got {shape(logits)}",
     )
-    cols = logits.shape[-1]
-    _check_loss("cross_entropy", target, logits, cols, class_weight, label_smoothing, z_loss, softcap, reduction)
-    check_targets("cross_entropy", target, cols, ignore_index)
-    return dispatch.run(
-        *("cross_entropy", backend, cross_entropy_reference, logits),
-        logits=logits,
-        target=target,
-        class_weight=class_weight,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        reduction=reduction,
-    )
+    op, V = "cross_entropy", logits.shape[-1]
+    arguments = {
+        "logits": logits, "target": target, "class_weight": class_weight, "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap, "reduction": reduction,
+    }  # fmt: skip
+    _check_loss(op, target, logits, V, class_weight, label_smoothing, z_loss, softcap, reduction)
+    backend, as_op = library.route(op, backend, arguments)
+    if as_op:
+        return _registered(**arguments, backend=backend)[0]
+    check_targets(op, target, V, ignore_index)
+    return dispatch.run(op, backend, cross_entropy_reference, logits, **arguments)
 
 
 def check_head(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, of: str = "") -> None:
@@ -293,7 +285,9 @@ def check_target_shape(op: str, target: Tensor, x: Tensor, name: str) -> None:
 
 
 def check_targets(op: str, target: Tensor, cols: int, ignore_index: int) -> None:
-    """Raises where a target is neither in the vocabulary nor ignore_index."""
+    """Raises where a target is neither in the vocabulary nor ignore_index; a traced graph's ops do so when it runs."""
+    if torch.compiler.is_compiling():
+        return
     wrong = ((target < 0) | (target >= cols)) & (target != ignore_index)
     if wrong.any():
         raise ValueError(
@@ -332,6 +326,62 @@ def _rows(arguments: Mapping[str, Any]) -> int:
     return arguments["target"].shape[0] if arguments.get("reduction") == "none" else 0
 
 
+_OPTIONS = "Tensor? class_weight, int ignore_index, float label_smoothing, float z_loss, float softcap, str reduction"
+_HEAD = ("x", "weight", "bias")
+
+
+def _result(target: Tensor, reduction: str, like: Tensor) -> tuple[Tensor]:
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return (like.new_empty(target.shape if reduction == "none" else (), dtype=dtype),)
+
+
+def _made(wants: tuple[bool, ...], reduction: str, **arguments: Any) -> tuple[Tensor, ...]:
+    """Empty tensors like the gradients that a forward pass makes."""
+    x = arguments["x"]
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    made = [want and reduction != "none" for want in wants]
+    shapes = [arguments[name].shape if make else (0,) for name, make in zip(_HEAD, made)]
+    return tuple(x.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+def _made_reference(wants: tuple[bool, ...], reduction: str, **arguments: Any) -> tuple[Tensor, ...]:
+    empty = _made(wants, reduction, **arguments)
+    asked = [name for name, want in zip(_HEAD, wants) if want]
+    if reduction == "none" or not asked:
+        return empty
+    arguments["reduction"] = reduction
+    one = [arguments["x"].new_ones((), dtype=empty[0].dtype)]
+    found = dict(zip(asked, library.gradients_through(linear_cross_entropy_reference, arguments, asked, one)))
+    return tuple(e if (g := found.get(name)) is None else g.to(e.dtype) for name, e in zip(_HEAD, empty))
+
+
+_linear_registered = loss_gradients.register(
+    *("cross_entropy", "linear_cross_entropy"),
+    f"Tensor x, Tensor weight, Tensor target, Tensor? bias, {_OPTIONS}",
+    linear_cross_entropy_reference,
+    _HEAD,
+    lambda x, target, reduction, **_: _result(target, reduction, x),
+    lambda weight, target, ignore_index, **_: check_targets(
+        "linear_cross_entropy", target, weight.shape[0], ignore_index
+    ),
+    kept=("made_x", "made_weight", "made_bias"),
+    kept_fake=_made,
+    kept_reference=_made_reference,
+)
+_registered = loss_gradients.register(
+    *("cross_entropy", "cross_entropy"),
+    f"Tensor logits, Tensor target, {_OPTIONS}",
+    cross_entropy_reference,
+    ("logits",),
+    lambda logits, target, reduction, **_: _result(target, reduction, logits),
+    lambda logits, target, ignore_index, **_: check_targets("cross_entropy", target, logits.shape[-1], ignore_index),
+    kept=("lse", "rest"),
+    kept_fake=lambda logits, target, **_: tuple(logits.new_empty(target.numel(), dtype=torch.float32) for _ in "12"),
+    kept_reference=lambda logits, target, **_: tuple(
+        logits.new_zeros(target.numel(), dtype=torch.float32) for _ in "12"
+    ),
+)
+
 OPS = [
     Op(
         "linear_cross_entropy",
@@ -342,6 +392,7 @@ OPS = [
         linear_cross_entropy_baseline,
         take=_take,
         batch=_rows,
+        differentiable=_HEAD,
     ),
     Op(
         "cross_entropy",
@@ -352,5 +403,6 @@ OPS = [
         cross_entropy_baseline,
         take=_take,
         batch=_rows,
+        differentiable=("logits",),
     ),
 ]

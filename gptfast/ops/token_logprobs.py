@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptfast.ops import dispatch
+from gptfast.ops import dispatch, library, loss_gradients
 from gptfast.ops.cross_entropy import check_head, check_target_shape, check_targets, wide
 from gptfast.ops.cross_entropy_cases import token_kl_cases, token_logprobs_cases
 from gptfast.ops.dispatch import require, shape
@@ -184,21 +184,19 @@ def token_logprobs(
     serve the call.
     """
     op = "token_logprobs"
+    arguments = {
+        "x": x, "weight": weight, "target": target, "bias": bias, "ignore_index": ignore_index,
+        "temperature": temperature, "softcap": softcap, "return_entropy": return_entropy,
+    }  # fmt: skip
     check_head(op, x, weight, bias)
     check_target_shape(op, target, x, "x")
     _check_scales(op, temperature, softcap)
+    backend, as_op = library.route(op, backend, arguments)
+    if as_op:
+        logprobs, entropy = _logprobs_registered(**arguments, backend=backend)
+        return (logprobs, entropy) if return_entropy else logprobs
     check_targets(op, target, weight.shape[0], ignore_index)
-    return dispatch.run(
-        *(op, backend, token_logprobs_reference, x),
-        x=x,
-        weight=weight,
-        target=target,
-        bias=bias,
-        ignore_index=ignore_index,
-        temperature=temperature,
-        softcap=softcap,
-        return_entropy=return_entropy,
-    )
+    return dispatch.run(op, backend, token_logprobs_reference, x, **arguments)
 
 
 def token_kl(
@@ -220,6 +218,10 @@ def token_kl(
     Raises ValueError for arguments that don't fit; BackendError where `backend` can't serve the call.
     """
     op = "token_kl"
+    arguments = {
+        "x_p": x_p, "weight_p": weight_p, "x_q": x_q, "weight_q": weight_q, "bias_p": bias_p, "bias_q": bias_q,
+        "mask": mask, "temperature": temperature, "softcap_p": softcap_p, "softcap_q": softcap_q,
+    }  # fmt: skip
     check_head(op, x_p, weight_p, bias_p, "_p")
     check_head(op, x_q, weight_q, bias_q, "_q")
     require(
@@ -234,19 +236,10 @@ def token_kl(
         lambda: f"{op}: expected mask {tuple(x_p.shape[:-1])} bool beside x_p {shape(x_p)}, got {shape(mask)}",
     )
     _check_scales(op, temperature, softcap_p, softcap_q)
-    return dispatch.run(
-        *("token_logprobs.token_kl", backend, token_kl_reference, x_p),
-        x_p=x_p,
-        weight_p=weight_p,
-        x_q=x_q,
-        weight_q=weight_q,
-        bias_p=bias_p,
-        bias_q=bias_q,
-        mask=mask,
-        temperature=temperature,
-        softcap_p=softcap_p,
-        softcap_q=softcap_q,
-    )
+    backend, as_op = library.route("token_logprobs.token_kl", backend, arguments)
+    if as_op:
+        return _kl_registered(**arguments, backend=backend)[0]
+    return dispatch.run("token_logprobs.token_kl", backend, token_kl_reference, x_p, **arguments)
 
 
 def _check_scales(op: str, temperature: float, *softcaps: float) -> None:
@@ -259,6 +252,33 @@ def _take(arguments: Mapping[str, Any], b: int) -> dict[str, Any]:
     return {k: v[b : b + 1] if k in rows and v is not None else v for k, v in arguments.items()}
 
 
+def _results(target: Tensor, x: Tensor, return_entropy: bool, **_: Any) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    logprobs = x.new_empty(target.shape, dtype=dtype)
+    return logprobs, torch.empty_like(logprobs) if return_entropy else x.new_empty(0, dtype=dtype)
+
+
+_HEAD = ("x", "weight", "bias")
+_HEADS = tuple(f"{name}_{side}" for side in "pq" for name in _HEAD)
+_logprobs_registered = loss_gradients.register(
+    *("token_logprobs", "token_logprobs"),
+    "Tensor x, Tensor weight, Tensor target, Tensor? bias, int ignore_index, float temperature, float softcap, "
+    "bool return_entropy",
+    token_logprobs_reference,
+    _HEAD,
+    _results,
+    lambda weight, target, ignore_index, **_: check_targets("token_logprobs", target, weight.shape[0], ignore_index),
+    outputs=2,
+)
+_kl_registered = loss_gradients.register(
+    *("token_logprobs", "token_kl"),
+    "Tensor x_p, Tensor weight_p, Tensor x_q, Tensor weight_q, Tensor? bias_p, Tensor? bias_q, Tensor? mask, "
+    "float temperature, float softcap_p, float softcap_q",
+    token_kl_reference,
+    _HEADS,
+    lambda x_p, **_: (x_p.new_empty(x_p.shape[:-1], dtype=torch.promote_types(x_p.dtype, torch.float32)),),
+)
+
 OPS = [
     Op(
         "token_logprobs",
@@ -268,6 +288,16 @@ OPS = [
         token_logprobs_cases,
         token_logprobs_baseline,
         take=_take,
+        differentiable=_HEAD,
     ),
-    Op("token_kl", token_kl, token_kl_reference, token_kl_cost, token_kl_cases, token_kl_baseline, take=_take),
+    Op(
+        "token_kl",
+        token_kl,
+        token_kl_reference,
+        token_kl_cost,
+        token_kl_cases,
+        token_kl_baseline,
+        take=_take,
+        differentiable=_HEADS,
+    ),
 ]

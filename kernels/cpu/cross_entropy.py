@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +10,15 @@ from torch import Tensor
 from gptfast import _cpu
 from gptfast.kernels.cpu import DTYPES, empty, pointer, rows, threads, unsupported
 
-CHUNK = int(os.environ.get("CHUNK", 384))  # rows whose logits exist at a time
-PARTS = int(os.environ.get("PARTS", 32))  # of the vocabulary, each with its own sum for dx
+CHUNK = 384  # rows whose logits exist at a time: a block of them and of W stay in L2
+PARTS = 32  # of the vocabulary, each with its own sum for dx
 BLOCK, PANEL, TILE = 192, 16, 24  # vocabulary.h: columns of a block, of a panel; every tile's height divides the last
 GROUP = 48  # every group of columns or of elements of x divides it
+
+
+def fields(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A launch's fields, each tensor as its address."""
+    return {name: pointer(x) if x is None or isinstance(x, Tensor) else x for name, x in arguments.items()}
 
 
 def ceil(n: int, to: int) -> int:
@@ -118,7 +122,7 @@ class Gradients:
     def __init__(self, head: Head, wants: Sequence[bool]) -> None:
         self.head, self.add = head, False
         (dx, dweight, dbias), x = wants, head.x
-        self.dx = torch.zeros(x.shape, dtype=x.dtype) if dx else None
+        self.dx = torch.zeros(x.shape) if dx else None
         self.dweight = empty((head.cols, head.depth), torch.float32) if dweight else None
         self.dbias = torch.empty(head.cols) if dbias else None
         self.parts = min(PARTS, head.blocks)
@@ -220,14 +224,53 @@ class Loss:
 
 
 def supports_linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor | None, **_: Any) -> str | None:
-    return unsupported(x, weight, bias)
+    return unsupported(x, weight, bias, backward=True)
+
+
+supports_linear_cross_entropy_forward = supports_linear_cross_entropy_backward = supports_linear_cross_entropy
 
 
 def linear_cross_entropy(**arguments: Any) -> Tensor:
-    return linear_cross_entropy_gradients((False, False, False), None, **arguments)[0]
+    return _linear_cross_entropy((False, False, False), None, **arguments)[0]
 
 
-def linear_cross_entropy_gradients(
+def linear_cross_entropy_forward(wants: Sequence[bool], reduction: str, **arguments: Any) -> tuple[Tensor, ...]:
+    """The loss and, if it is a scalar, the gradients that `wants` asks for, in fp32; else empty."""
+    made = (False, False, False) if reduction == "none" else wants
+    loss, *found = _linear_cross_entropy(made, None, reduction=reduction, **arguments)
+    return loss, *(loss.new_empty(0) if g is None else g for g in found)
+
+
+def linear_cross_entropy_backward(
+    upstream: Sequence[Tensor],
+    wants: Sequence[bool],
+    made_x: Tensor,
+    made_weight: Tensor,
+    made_bias: Tensor,
+    reduction: str,
+    **arguments: Any,
+) -> list[Tensor]:
+    """The gradients of x, weight and bias, empty where nobody wants them. made_*: what the forward pass made."""
+    inputs = [arguments[name] for name in ("x", "weight", "bias")]
+    found: Sequence[Tensor | None] = (made_x, made_weight, made_bias)
+    scalar = reduction != "none"
+    if any(want and made.shape != t.shape for want, made, t in zip(wants, found, inputs)):
+        of_rows = None if scalar else upstream[0]
+        found = _linear_cross_entropy(wants, of_rows, reduction=reduction, **arguments)[1:]
+    factor = upstream[0].float() if scalar else None
+    return [rounded(g if want else None, t, factor) for g, want, t in zip(found, wants, inputs)]
+
+
+def rounded(gradient: Tensor | None, like: Tensor | None, factor: Tensor | None = None) -> Tensor:
+    """gradient * factor in the dtype of the tensor that it is of; empty where there is none."""
+    if gradient is None or like is None:
+        return torch.empty(0, dtype=torch.float32 if like is None else like.dtype)
+    if factor is None:
+        return gradient.to(like.dtype)
+    return torch.mul(gradient, factor, out=empty(like.shape, like.dtype))
+
+
+def _linear_cross_entropy(
     wants: Sequence[bool],
     upstream: Tensor | None,
     x: Tensor,
@@ -241,7 +284,7 @@ def linear_cross_entropy_gradients(
     softcap: float,
     reduction: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The loss and, of x, weight and bias, the gradients that `wants` asks for: dx in x's dtype, the others in fp32.
+    """The loss and, of x, weight and bias, the gradients that `wants` asks for, in fp32.
 
     upstream: the gradients of the rows' losses where reduction is "none"; that of a scalar loss is taken for 1.
     """
@@ -271,13 +314,18 @@ def linear_cross_entropy_gradients(
 
 
 def supports_cross_entropy(logits: Tensor, **_: Any) -> str | None:
-    return unsupported(logits)
+    return unsupported(logits, backward=True)
 
 
-supports_cross_entropy_backward = supports_cross_entropy
+supports_cross_entropy_forward = supports_cross_entropy_backward = supports_cross_entropy
 
 
-def _statistics(
+def cross_entropy(**arguments: Any) -> Tensor:
+    return cross_entropy_forward((False,), **arguments)[0]
+
+
+def cross_entropy_forward(
+    wants: Sequence[bool],
     logits: Tensor,
     target: Tensor,
     class_weight: Tensor | None,
@@ -286,23 +334,12 @@ def _statistics(
     z_loss: float,
     softcap: float,
     reduction: str,
-) -> tuple[Rows, Loss, dict[str, Any]]:
-    flat = target.reshape(-1)
-    counts, cols = flat != ignore_index, logits.shape[-1]
-    logits, stride = rows(logits.reshape(-1, cols))
-    ids = torch.where(counts, flat, -1).int()
-    class_weight, block_weight = class_weights(class_weight)
-    made = Rows(*torch.empty(5, flat.shape[0]))
-    common = dict(
-        logits=logits,
-        target=ids,
-        class_weight=class_weight,
-        rows=flat.shape[0],
-        cols=cols,
-        logits_stride=stride,
-        softcap=softcap,
-        dtype=DTYPES[logits.dtype],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and lse and rest of each row."""
+    common, loss, block_weight = _rows(
+        logits, target, class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction
     )
+    made = Rows(*(torch.empty(target.numel()) for _ in range(5)))
     _cpu.cross_entropy(
         threads(logits.numel()),
         **fields(common),
@@ -312,30 +349,50 @@ def _statistics(
         smooth=made.smooth.data_ptr() if label_smoothing > 0 else 0,
         block_weight=pointer(block_weight),
     )
-    loss = Loss(ids, counts, cols, class_weight, label_smoothing, z_loss, reduction)
-    return made, loss, common
-
-
-def fields(arguments: dict[str, Any]) -> dict[str, Any]:
-    """A launch's fields, each tensor as its address."""
-    return {name: pointer(x) if x is None or isinstance(x, Tensor) else x for name, x in arguments.items()}
-
-
-def cross_entropy(target: Tensor, reduction: str, **arguments: Any) -> Tensor:
-    made, loss, _ = _statistics(target=target, reduction=reduction, **arguments)
     ce, z = loss.of(slice(None), made)
-    return (ce + z).reshape(target.shape) if reduction == "none" else loss.reduced(ce, z).float()
+    result = (ce + z).reshape(target.shape) if reduction == "none" else loss.reduced(ce, z).float()
+    return result, made.lse, made.rest
 
 
-def cross_entropy_backward(upstream: Tensor, logits: Tensor, **arguments: Any) -> Tensor:
-    """The gradient of the logits. upstream: of the loss, (rows) or a scalar."""
-    made, loss, common = _statistics(logits=logits, **arguments)
-    per_row = upstream.reshape(-1).float() if loss.reduction == "none" else None
-    coefficients = loss.coefficients(slice(None), made, per_row)
+def cross_entropy_backward(
+    upstream: Sequence[Tensor], wants: Sequence[bool], lse: Tensor, rest: Tensor, **arguments: Any
+) -> list[Tensor]:
+    """The gradient of the logits."""
+    logits, (g,) = arguments["logits"], upstream
+    common, loss, _ = _rows(**arguments)
+    per_row = g.reshape(-1).float() if loss.reduction == "none" else None
+    found = loss.coefficients(slice(None), Rows(lse, rest, lse, lse, lse), per_row)
     if per_row is None:
-        coefficients = {name: x if name in ("lse", "rest") else x * upstream.float() for name, x in coefficients.items()}
+        found |= {name: found[name] * g.float() for name in ("scale", "even", "hit")}
     dlogits = empty(logits.shape, logits.dtype)
-    _cpu.cross_entropy_backward(
-        threads(logits.numel()), **fields(common), **fields(coefficients), dlogits=dlogits.data_ptr()
+    _cpu.cross_entropy_backward(threads(logits.numel()), **fields(common), **fields(found), dlogits=dlogits.data_ptr())
+    return [dlogits]
+
+
+def _rows(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    reduction: str,
+) -> tuple[dict[str, Any], Loss, Tensor | None]:
+    """What both launches over rows of logits take, their loss, and the sums of the blocks' class weights."""
+    flat, cols = target.reshape(-1), logits.shape[-1]
+    counts = flat != ignore_index
+    ids = torch.where(counts, flat, -1).int()
+    logits, stride = rows(logits.reshape(-1, cols))
+    weights, block_weight = class_weights(class_weight)
+    common = dict(
+        logits=logits,
+        target=ids,
+        class_weight=weights,
+        rows=flat.shape[0],
+        cols=cols,
+        logits_stride=stride,
+        softcap=softcap,
+        dtype=DTYPES[logits.dtype],
     )
-    return dlogits
+    return common, Loss(ids, counts, cols, weights, label_smoothing, z_loss, reduction), block_weight

@@ -189,8 +189,7 @@ struct Vocabulary {
   float *tiles, *stats, *at_target;            // workspace: (padded, depth), (4, rows, blocks), (rows)
   float *lse, *rest, *nll, *smooth, *entropy;  // (rows); all but lse may be null; rest: what lse was rounded by
   const float *scale, *slope, *even, *hit;     // (rows): see Gradient
-  void* dx;                                    // (all rows, depth) of x's dtype
-  float *dweight, *dbias;                      // (cols, depth), (cols)
+  float *dx, *dweight, *dbias;                 // (all rows, depth), (cols, depth), (cols)
   float *panels, *dx_parts;       // workspace: (depth in whole groups, rows), (parts, depth in groups, padded)
   const void *x, *weight, *bias;  // (all rows, depth), (cols, depth), (cols) of one dtype
   const int64_t* index;           // (rows) which rows of x and dx

@@ -288,7 +288,7 @@ void vocabulary_gradients(const Vocabulary& a, Worker& worker) {
     });
     if (a.dx)
       worker.each(a.rows, [&](int64_t r) {
-        T* dx = (T*)a.dx + a.index[r] * depth;
+        float* dx = a.dx + a.index[r] * depth;
         for (int64_t k = 0; k < depth; k += LANES) {
           const float* s = a.dx_parts + (k / COLS * a.padded + r) * COLS + k % COLS;
           f32v total = load(s);

@@ -8,20 +8,23 @@ from torch import Tensor
 
 from gptfast import _cpu
 from gptfast.kernels.cpu import empty, pointer, unsupported
-from gptfast.kernels.cpu.cross_entropy import TILE, Gradients, Head, ceil
-
-Wants = Sequence[bool]
-Made = tuple[Tensor | None, ...]
+from gptfast.kernels.cpu.cross_entropy import TILE, Gradients, Head, ceil, rounded
 
 
 def supports_token_logprobs(x: Tensor, weight: Tensor, bias: Tensor | None, **_: Any) -> str | None:
-    return unsupported(x, weight, bias)
+    return unsupported(x, weight, bias, backward=True)
 
 
-supports_token_logprobs_backward = supports_token_logprobs
+supports_token_logprobs_forward = supports_token_logprobs_backward = supports_token_logprobs
 
 
-def token_logprobs(
+def token_logprobs(return_entropy: bool, **arguments: Any) -> Tensor | tuple[Tensor, ...]:
+    made = token_logprobs_forward((), return_entropy=return_entropy, **arguments)
+    return made if return_entropy else made[0]
+
+
+def token_logprobs_forward(
+    wants: Sequence[bool],
     x: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -30,25 +33,24 @@ def token_logprobs(
     temperature: float,
     softcap: float,
     return_entropy: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
+    """The log-probabilities, and the entropy or an empty tensor."""
     head = Head(x, weight, bias, None, softcap, 1 / temperature)
     flat = target.reshape(-1)
     index = (flat != ignore_index).nonzero().squeeze(1)
-    logprobs, entropy = torch.zeros(flat.shape), torch.zeros(flat.shape)
+    logprobs, entropy = torch.zeros(flat.shape), torch.zeros(flat.shape if return_entropy else 0)
     for part, _ in head.chunks(index.shape[0], False):
         rows = index[part]
         got = head.logits(rows, flat[rows].int(), None, False, return_entropy)
         logprobs[rows] = -got.nll
         if return_entropy:
             entropy[rows] = got.entropy
-    logprobs = logprobs.reshape(target.shape)
-    return (logprobs, entropy.reshape(target.shape)) if return_entropy else logprobs
+    return logprobs.reshape(target.shape), entropy.reshape(target.shape) if return_entropy else entropy
 
 
 def token_logprobs_backward(
-    upstream: Tensor,
-    upstream_entropy: Tensor | None,
-    wants: Wants,
+    upstream: Sequence[Tensor | None],
+    wants: Sequence[bool],
     x: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -56,8 +58,10 @@ def token_logprobs_backward(
     ignore_index: int,
     temperature: float,
     softcap: float,
-) -> Made:
-    """dx (in x's dtype), dweight and dbias (fp32), those that `wants` asks for. upstream: of the log-probabilities."""
+    return_entropy: bool,
+) -> list[Tensor]:
+    """The gradients of x, weight and bias, empty where nobody wants them. upstream: of both outputs."""
+    of_logprobs, of_entropy = upstream if return_entropy else (upstream[0], None)
     head = Head(x, weight, bias, None, softcap, 1 / temperature)
     flat, made = target.reshape(-1), Gradients(head, wants)
     index = (flat != ignore_index).nonzero().squeeze(1)
@@ -65,15 +69,15 @@ def token_logprobs_backward(
         rows = index[part]
         assert room is not None
         ids = flat[rows].int()
-        got = head.logits(rows, ids, room, False, upstream_entropy is not None)
-        g = upstream.reshape(-1)[rows].float()
+        got = head.logits(rows, ids, room, False, of_entropy is not None)
+        g = torch.zeros(rows.shape) if of_logprobs is None else of_logprobs.reshape(-1)[rows].float()
         coefficients = {"lse": got.lse, "rest": got.rest, "scale": -g, "hit": -g, "even": torch.zeros_like(g)}
-        if upstream_entropy is not None:  # dH/dl = -p (l - lse + H)
-            h = upstream_entropy.reshape(-1)[rows].float()
+        if of_entropy is not None:  # dH/dl = -p (l - lse + H)
+            h = of_entropy.reshape(-1)[rows].float()
             coefficients["scale"] = h * (got.lse - got.entropy) - g
             coefficients["slope"] = -h
         made.add_rows(room, rows, ids, coefficients)
-    return made.results()
+    return [rounded(g, t) for g, t in zip(made.results(), (x, weight, bias))]
 
 
 def supports_token_kl(
@@ -85,24 +89,30 @@ def supports_token_kl(
     bias_q: Tensor | None,
     **_: Any,
 ) -> str | None:
-    return unsupported(x_p, weight_p, x_q, weight_q, bias_p, bias_q)
+    return unsupported(x_p, weight_p, x_q, weight_q, bias_p, bias_q, backward=True)
 
 
-supports_token_kl_backward = supports_token_kl
+supports_token_kl_forward = supports_token_kl_backward = supports_token_kl
 
 
 def token_kl(**arguments: Any) -> Tensor:
     return _token_kl(None, (False,) * 6, **arguments)[0]
 
 
-def token_kl_backward(upstream: Tensor, wants: Wants, **arguments: Any) -> Made:
-    """dx, dweight and dbias of p and then of q, those that `wants` asks for: dx in x's dtype, the others in fp32."""
-    return _token_kl(upstream, wants, **arguments)[1]
+def token_kl_forward(wants: Sequence[bool], **arguments: Any) -> tuple[Tensor]:
+    return (token_kl(**arguments),)
+
+
+def token_kl_backward(upstream: Sequence[Tensor], wants: Sequence[bool], **arguments: Any) -> list[Tensor]:
+    """The gradients of x, weight and bias of p and then of q, empty where nobody wants them."""
+    found = _token_kl(upstream[0], wants, **arguments)[1]
+    inputs = [arguments[f"{name}_{side}"] for side in "pq" for name in ("x", "weight", "bias")]
+    return [rounded(g, t) for g, t in zip(found, inputs)]
 
 
 def _token_kl(
     upstream: Tensor | None,
-    wants: Wants,
+    wants: Sequence[bool],
     x_p: Tensor,
     weight_p: Tensor,
     x_q: Tensor,
@@ -113,7 +123,7 @@ def _token_kl(
     temperature: float,
     softcap_p: float,
     softcap_q: float,
-) -> tuple[Tensor, Made]:
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     p = Head(x_p, weight_p, bias_p, None, softcap_p, 1 / temperature)
     q = Head(x_q, weight_q, bias_q, None, softcap_q, 1 / temperature)
     shape = x_p.shape[:-1]
