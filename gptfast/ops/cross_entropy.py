@@ -59,6 +59,11 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def counting(x: Tensor, counts: Tensor) -> Tensor:
+    """Rows of x (..., C) in the dtype of the arithmetic, those that don't count as zeros: no NaN comes from them."""
+    return torch.where(counts[:, None], wide(x).reshape(-1, x.shape[-1]), 0.0)
+
+
 def linear_cross_entropy_reference(
     x: Tensor,
     weight: Tensor,
@@ -74,8 +79,7 @@ def linear_cross_entropy_reference(
 ) -> Tensor:
     """The meaning of linear_cross_entropy, in plain PyTorch."""
     counts = target.reshape(-1) != ignore_index
-    kept = wide(x).reshape(-1, x.shape[-1])[counts]
-    logits = F.linear(kept, wide(weight), None if bias is None else wide(bias))
+    logits = F.linear(counting(x, counts), wide(weight), None if bias is None else wide(bias))
     return _loss(logits, target, counts, class_weight, label_smoothing, z_loss, softcap, reduction)
 
 
@@ -92,8 +96,7 @@ def cross_entropy_reference(
 ) -> Tensor:
     """The meaning of cross_entropy, in plain PyTorch."""
     counts = target.reshape(-1) != ignore_index
-    kept = wide(logits).reshape(-1, logits.shape[-1])[counts]
-    return _loss(kept, target, counts, class_weight, label_smoothing, z_loss, softcap, reduction)
+    return _loss(counting(logits, counts), target, counts, class_weight, label_smoothing, z_loss, softcap, reduction)
 
 
 def _loss(
@@ -106,19 +109,17 @@ def _loss(
     softcap: float,
     reduction: str,
 ) -> Tensor:
-    """The loss from the logits of the rows that count."""
-    chosen = target.reshape(-1)[counts].long()
+    """The loss from the rows' logits."""
+    chosen = torch.where(counts, target.reshape(-1), 0).long()
     w = logits.new_ones(logits.shape[-1]) if class_weight is None else class_weight.to(logits.dtype)
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     ce = F.cross_entropy(logits, chosen, w, reduction="none", label_smoothing=label_smoothing)
-    z = z_loss * logits.logsumexp(-1) ** 2 if z_loss else torch.zeros_like(ce)
+    ce = torch.where(counts, ce, 0.0)
+    z = torch.where(counts, z_loss * logits.logsumexp(-1) ** 2, 0.0) if z_loss else torch.zeros_like(ce)
     if reduction == "mean":
-        return ce.sum() / w[chosen].sum() + (z.sum() / chosen.numel() if z_loss else 0)
-    if reduction == "sum":
-        return ce.sum() + z.sum()
-    rows = logits.new_zeros(counts.shape).masked_scatter(counts, ce + z)
-    return rows.reshape(target.shape)
+        return ce.sum() / torch.where(counts, w[chosen], 0.0).sum() + (z.sum() / counts.sum() if z_loss else 0)
+    return ce.sum() + z.sum() if reduction == "sum" else (ce + z).reshape(target.shape)
 
 
 def linear_cross_entropy_baseline(

@@ -53,8 +53,8 @@ def register(
         return made if len(made) > 1 else made[0]
 
     def forward_fake(wants: Sequence[bool], backend: str | None, **given: Any) -> Any:
-        made = *results(**given), *kept_fake(wants=tuple(wants), **given)
-        return made if len(made) > 1 else made[0]
+        made: list[Tensor] = [*results(**given), *kept_fake(wants=tuple(wants), **given)]
+        return tuple(made) if len(made) > 1 else made[0]
 
     def backward_reference(upstream: Sequence[Tensor | None], wants: Sequence[bool], **given: Any) -> list[Tensor]:
         mine = {name: given[name] for name in names}
@@ -94,6 +94,10 @@ def register(
         ctx.set_materialize_grads(False)
 
     def gradients(ctx: Any, needs: dict[str, bool], *upstream: Tensor | None) -> library.Gradients:
+        if ctx.numbers.get("return_entropy") is False:  # the second output is empty
+            upstream = (upstream[0], None)
+        if all(g is None for g in upstream):
+            return {}
         saved = dict(zip([*ctx.names, *kept], ctx.saved_tensors))
         wants = [needs[name] for name in differentiable]
         made = second(

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gptfast.ops import dispatch, library, loss_gradients
-from gptfast.ops.cross_entropy import check_head, check_target_shape, check_targets, wide
+from gptfast.ops.cross_entropy import check_head, check_target_shape, check_targets, counting, wide
 from gptfast.ops.cross_entropy_cases import token_kl_cases, token_logprobs_cases
 from gptfast.ops.dispatch import require, shape
 from gptfast.ops.spec import Cost, Op, nbytes
@@ -45,9 +45,8 @@ from gptfast.ops.spec import Cost, Op, nbytes
 def _logprobs(
     x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor, temperature: float, softcap: float
 ) -> Tensor:
-    """log p of every token, of the rows that count."""
-    kept = wide(x).reshape(-1, x.shape[-1])[counts]
-    logits = F.linear(kept, wide(weight), None if bias is None else wide(bias))
+    """log p of every token in every row."""
+    logits = F.linear(counting(x, counts), wide(weight), None if bias is None else wide(bias))
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     return torch.log_softmax(logits / temperature, -1)
@@ -71,12 +70,12 @@ def token_logprobs_reference(
     """The meaning of token_logprobs, in plain PyTorch."""
     counts = target.reshape(-1) != ignore_index
     logprobs = _logprobs(x, weight, bias, counts, temperature, softcap)
-    chosen = logprobs.gather(-1, target.reshape(-1)[counts].long()[:, None]).squeeze(-1)
+    chosen = logprobs.gather(-1, torch.where(counts, target.reshape(-1), 0).long()[:, None]).squeeze(-1)
 
-    def spread(rows: Tensor) -> Tensor:
-        return rows.new_zeros(counts.shape).masked_scatter(counts, rows).reshape(target.shape)
+    def where_counted(rows: Tensor) -> Tensor:
+        return torch.where(counts, rows, 0.0).reshape(target.shape)
 
-    return (spread(chosen), spread(_entropy(logprobs))) if return_entropy else spread(chosen)
+    return (where_counted(chosen), where_counted(_entropy(logprobs))) if return_entropy else where_counted(chosen)
 
 
 def token_logprobs_baseline(
@@ -121,7 +120,7 @@ def token_kl_reference(
     log_q = _logprobs(x_q, weight_q, bias_q, flat, temperature, softcap_q)
     p = log_p.exp()
     rows = (p * torch.where(p == 0, 0.0, log_p - log_q)).sum(-1)
-    return rows.new_zeros(flat.shape).masked_scatter(flat, rows).reshape(shape)
+    return torch.where(flat, rows, 0.0).reshape(shape)
 
 
 def token_kl_baseline(
