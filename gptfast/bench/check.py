@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.ops.spec import Op, double, map_tensors, outputs, tolerance
+from gptfast.ops.spec import Op, double, gradients, map_tensors, outputs, tolerance, upstream
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,16 @@ def check(op: Op, arguments: Mapping[str, Any], backend: str | None = None) -> C
     exact = _call(op, op.reference, double(arguments))
     plain = _call(op, op.plain or op.baseline or op.reference, arguments)
     checks = [_compare(g, e, p) for g, e, p in zip(got, exact, plain)]
+    return max(checks, key=lambda c: (not c.passed, c.error - c.limit), default=Check(0.0, 0.0))
+
+
+def check_gradients(op: Op, arguments: Mapping[str, Any]) -> Check:
+    """The same of the gradients, against fp64 autograd through the reference."""
+    given = upstream(op, arguments)
+    got = gradients(op.function, op, arguments, given)
+    exact = gradients(op.reference, op, double(arguments), [u.double() for u in given])
+    plain = gradients(op.plain or op.baseline or op.reference, op, arguments, given)
+    checks = [_compare(got[name], exact[name], plain[name]) for name in got]
     return max(checks, key=lambda c: (not c.passed, c.error - c.limit), default=Check(0.0, 0.0))
 
 

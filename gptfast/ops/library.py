@@ -151,6 +151,12 @@ def needed(arguments: Mapping[str, Any]) -> bool:
     )
 
 
+def under_autocast(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether dtypes differ because autocast made some of them: then an op takes them as PyTorch's own would."""
+    differ = any(t is not None and t.dtype != x.dtype for t in others)
+    return differ and torch.is_autocast_enabled(x.device.type)
+
+
 def seed_tensor(seed: Tensor | int, like: Tensor) -> Tensor:
     """A seed, int or int64 tensor, as the tensor that an op's schema takes, so that no graph depends on its value."""
     return seed if isinstance(seed, Tensor) else torch.tensor(seed, dtype=torch.int64, device=like.device)

@@ -306,6 +306,12 @@ PYBIND11_MODULE(_cpu, m) {
        logits_stride, softcap, dtype);
   BIND(cross_entropy_backward, CrossEntropy, lse, rest, dlogits, scale, even, hit, logits, target, class_weight, rows,
        cols, logits_stride, softcap, dtype);
+  BIND(bias_gelu_backward, MlpBackward, dx, dother, workspace, dy, x, other, rows, cols, chunk, dy_stride, x_stride,
+       other_stride, tanh, dtype);
+  BIND(swiglu_backward, MlpBackward, dx, dother, dy, x, other, rows, cols, dy_stride, x_stride, other_stride, dtype);
+  BIND(geglu_backward, MlpBackward, dx, dother, dy, x, other, rows, cols, dy_stride, x_stride, other_stride, tanh,
+       dtype);
+  BIND(embedding_backward, EmbeddingBackward, dweight, dout, ids, first, order, segments, cols, dout_stride, dtype);
   BIND(embedding, Embedding, out, ids, positions, weight, position_weight, rows, cols, weight_stride, position_stride,
        dtype);
 }

@@ -11,30 +11,34 @@ namespace gptfast {
 enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3 };  // INT8: of KV caches alone
 
 // One row per op: its name in C++ and Python, and its arguments in kernels.h.
-#define GPTFAST_KERNELS(KERNEL)                \
-  KERNEL(attention, Attention)                 \
-  KERNEL(layer_norm, Norm)                     \
-  KERNEL(rms_norm, Norm)                       \
-  KERNEL(layer_norm_backward, NormBackward)    \
-  KERNEL(rms_norm_backward, NormBackward)      \
-  KERNEL(rope, Rope)                           \
-  KERNEL(linear, Linear)                       \
-  KERNEL(linear_exact, Linear)                 \
-  KERNEL(linear_int8, Linear)                  \
-  KERNEL(linear_packed, Linear)                \
-  KERNEL(dequantize, Dequantize)               \
-  KERNEL(pack, Pack)                           \
-  KERNEL(bias_gelu, Mlp)                       \
-  KERNEL(swiglu, Mlp)                          \
-  KERNEL(geglu, Mlp)                           \
-  KERNEL(embedding, Embedding)                 \
-  KERNEL(sample, Sample)                       \
-  KERNEL(advance, Advance)                     \
-  KERNEL(vocabulary_logits, Vocabulary)        \
-  KERNEL(vocabulary_gradients, Vocabulary)     \
-  KERNEL(token_kl, TokenKl)                    \
-  KERNEL(cross_entropy, CrossEntropy)          \
-  KERNEL(cross_entropy_backward, CrossEntropy) \
+#define GPTFAST_KERNELS(KERNEL)                 \
+  KERNEL(attention, Attention)                  \
+  KERNEL(layer_norm, Norm)                      \
+  KERNEL(rms_norm, Norm)                        \
+  KERNEL(layer_norm_backward, NormBackward)     \
+  KERNEL(rms_norm_backward, NormBackward)       \
+  KERNEL(rope, Rope)                            \
+  KERNEL(linear, Linear)                        \
+  KERNEL(linear_exact, Linear)                  \
+  KERNEL(linear_int8, Linear)                   \
+  KERNEL(linear_packed, Linear)                 \
+  KERNEL(dequantize, Dequantize)                \
+  KERNEL(pack, Pack)                            \
+  KERNEL(bias_gelu, Mlp)                        \
+  KERNEL(swiglu, Mlp)                           \
+  KERNEL(geglu, Mlp)                            \
+  KERNEL(bias_gelu_backward, MlpBackward)       \
+  KERNEL(swiglu_backward, MlpBackward)          \
+  KERNEL(geglu_backward, MlpBackward)           \
+  KERNEL(embedding, Embedding)                  \
+  KERNEL(embedding_backward, EmbeddingBackward) \
+  KERNEL(sample, Sample)                        \
+  KERNEL(advance, Advance)                      \
+  KERNEL(vocabulary_logits, Vocabulary)         \
+  KERNEL(vocabulary_gradients, Vocabulary)      \
+  KERNEL(token_kl, TokenKl)                     \
+  KERNEL(cross_entropy, CrossEntropy)           \
+  KERNEL(cross_entropy_backward, CrossEntropy)  \
   KERNEL(ceilings, Ceilings)
 
 // Strides are in elements; the last dimension is contiguous. Pointers that don't apply are null.
@@ -175,6 +179,14 @@ struct Mlp {              // bias_gelu, swiglu and geglu
   int32_t tanh, dtype;  // tanh: GELU's approximation instead of erf
 };
 
+struct MlpBackward {           // bias_gelu_backward, swiglu_backward and geglu_backward
+  void *dx, *dother;           // (rows, cols), of x or gate and of up; dother for bias_gelu: (cols), or null
+  float* workspace;            // bias_gelu's with dother: (ceil(rows / chunk), cols)
+  const void *dy, *x, *other;  // as Mlp's
+  int64_t rows, cols, chunk, dy_stride, x_stride, other_stride;
+  int32_t tanh, dtype;
+};
+
 struct Embedding {
   void* out;                             // (rows, cols)
   const int64_t *ids, *positions;        // (rows), within the tables; positions may be null
@@ -219,6 +231,14 @@ struct TokenKl {
   const float *p_lse, *p_rest, *q_lse, *q_rest, *upstream;  // (rows); upstream null = no gradients
   int64_t rows, padded, cols;
   float p_softcap, q_softcap, inverse_temperature;
+};
+
+struct EmbeddingBackward {             // of one table: a row is the sum of the gradients of its places, in order
+  void* dweight;                       // (V, cols), zeros where no place has that row
+  const void* dout;                    // (places, cols)
+  const int64_t *ids, *first, *order;  // (segments), (segments + 1), (places): row ids[i] has places order[first[i] ..]
+  int64_t segments, cols, dout_stride;
+  int32_t dtype;
 };
 
 struct Kernels {
