@@ -9,6 +9,7 @@ from functools import cache
 from gptfast.ops.adamw import adamw, gradient_norm
 from gptfast.ops.advantages import gae, group_advantages, whiten
 from gptfast.ops.attention import attention, attention_kvcache
+from gptfast.ops.cross_entropy import cross_entropy, linear_cross_entropy
 from gptfast.ops.dispatch import BackendError, Choice, backends, explain
 from gptfast.ops.embedding import embedding
 from gptfast.ops.layer_norm import layer_norm
@@ -20,6 +21,7 @@ from gptfast.ops.rms_norm import rms_norm
 from gptfast.ops.rope import rope, rope_frequencies, rope_tables
 from gptfast.ops.sampling import sample
 from gptfast.ops.spec import Op
+from gptfast.ops.token_logprobs import token_kl, token_logprobs
 
 __all__ = [
     "BackendError",
@@ -29,6 +31,7 @@ __all__ = [
     "attention_kvcache",
     "backends",
     "bias_gelu",
+    "cross_entropy",
     "dpo_loss",
     "embedding",
     "explain",
@@ -40,6 +43,7 @@ __all__ = [
     "kto_loss",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "orpo_loss",
     "pages",
     "policy_loss",
@@ -51,6 +55,8 @@ __all__ = [
     "sample",
     "simpo_loss",
     "swiglu",
+    "token_kl",
+    "token_logprobs",
     "value_loss",
     "whiten",
 ]

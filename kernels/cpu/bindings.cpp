@@ -294,6 +294,18 @@ PYBIND11_MODULE(_cpu, m) {
   BIND(bias_gelu, Mlp, y, x, other, rows, cols, x_stride, other_stride, tanh, dtype);
   BIND(swiglu, Mlp, y, x, other, rows, cols, x_stride, other_stride, dtype);
   BIND(geglu, Mlp, y, x, other, rows, cols, x_stride, other_stride, tanh, dtype);
+  BIND(vocabulary_logits, Vocabulary, logits, tiles, stats, at_target, lse, rest, nll, smooth, entropy, x, weight, bias,
+       index, target, class_weight, block_weight, rows, padded, depth, cols, x_stride, weight_stride, softcap,
+       inverse_temperature, dtype);
+  BIND(vocabulary_gradients, Vocabulary, logits, lse, rest, scale, slope, even, hit, dx, dweight, dbias, panels,
+       dx_parts, x, weight, index, target, class_weight, rows, padded, depth, cols, x_stride, weight_stride, parts,
+       softcap, inverse_temperature, made, add, dtype);
+  BIND(token_kl, TokenKl, kl, p, q, partial, p_lse, p_rest, q_lse, q_rest, upstream, rows, padded, cols, p_softcap,
+       q_softcap, inverse_temperature);
+  BIND(cross_entropy, CrossEntropy, lse, rest, nll, smooth, logits, target, class_weight, block_weight, rows, cols,
+       logits_stride, softcap, dtype);
+  BIND(cross_entropy_backward, CrossEntropy, lse, rest, dlogits, scale, even, hit, logits, target, class_weight, rows,
+       cols, logits_stride, softcap, dtype);
   BIND(bias_gelu_backward, MlpBackward, dx, dother, workspace, dy, x, other, rows, cols, chunk, dy_stride, x_stride,
        other_stride, tanh, dtype);
   BIND(swiglu_backward, MlpBackward, dx, dother, dy, x, other, rows, cols, dy_stride, x_stride, other_stride, dtype);

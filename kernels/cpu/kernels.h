@@ -39,7 +39,12 @@ enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3 };  // I
   KERNEL(gradient_norm, GradientNorm)           \
   KERNEL(policy_loss, PolicyLoss)               \
   KERNEL(value_loss, ValueLoss)                 \
-  KERNEL(gae, Gae)
+  KERNEL(gae, Gae)                              \
+  KERNEL(vocabulary_logits, Vocabulary)         \
+  KERNEL(vocabulary_gradients, Vocabulary)      \
+  KERNEL(token_kl, TokenKl)                     \
+  KERNEL(cross_entropy, CrossEntropy)           \
+  KERNEL(cross_entropy_backward, CrossEntropy)
 
 // Strides are in elements; the last dimension is contiguous. Pointers that don't apply are null.
 struct Attention {
@@ -193,6 +198,44 @@ struct Embedding {
   const void *weight, *position_weight;  // rows of cols elements
   int64_t rows, cols, weight_stride, position_stride;
   int32_t dtype;
+};
+
+// A chunk of rows of x against a whole vocabulary: vocabulary.h has the layout of its logits.
+struct Vocabulary {
+  float* logits;                               // (columns in whole blocks / 16, padded, 16); null = statistics alone
+  float *tiles, *stats, *at_target;            // workspace: (padded, depth), (4, rows, blocks), (rows)
+  float *lse, *rest, *nll, *smooth, *entropy;  // (rows); all but lse may be null; rest: what lse was rounded by
+  const float *scale, *slope, *even, *hit;     // (rows): see Gradient
+  float *dx, *dweight, *dbias;                 // (all rows, depth), (cols, depth), (cols)
+  float *panels, *dx_parts;       // workspace: (depth in whole groups, rows), (parts, depth in groups, padded)
+  const void *x, *weight, *bias;  // (all rows, depth), (cols, depth), (cols) of one dtype
+  const int64_t* index;           // (rows) which rows of x and dx
+  const int32_t* target;          // (rows), or null
+  const float *class_weight, *block_weight;                           // (cols), (blocks): their sums
+  int64_t rows, padded, depth, cols, x_stride, weight_stride, parts;  // padded: a multiple of 24
+  float softcap, inverse_temperature;
+  int32_t made, add, dtype;  // made: logits hold their gradient already; add: dweight and dbias hold sums already
+};
+
+struct CrossEntropy {
+  float *lse, *rest, *nll, *smooth;  // (rows); smooth may be null
+  void* dlogits;                     // (rows, cols)
+  const float *scale, *even, *hit;   // (rows): see Gradient
+  const void* logits;                // rows of cols
+  const int32_t* target;             // (rows), -1 = none
+  const float *class_weight, *block_weight;
+  int64_t rows, cols, logits_stride;
+  float softcap;
+  int32_t dtype;
+};
+
+// Of two chunks of logits as vocabulary_logits leaves them.
+struct TokenKl {
+  float *kl, *p, *q;                                        // kl (rows)
+  float* partial;                                           // workspace: (rows, blocks)
+  const float *p_lse, *p_rest, *q_lse, *q_rest, *upstream;  // (rows); upstream null = no gradients
+  int64_t rows, padded, cols;
+  float p_softcap, q_softcap, inverse_temperature;
 };
 
 struct EmbeddingBackward {             // of one table: a row is the sum of the gradients of its places, in order
