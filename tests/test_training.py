@@ -22,8 +22,8 @@ COMMON: dict[str, Any] = dict(vocab_size=97, n_layer=2, n_embd=48, n_head=4, con
 CONFIGS = {
     "gpt2": GPTConfig("gpt2", **COMMON),
     "llama": GPTConfig(
-        "llama", **COMMON, n_kv_head=2, norm="rms_norm", positions="rope", activation="swiglu", ffn_dim=80, tie_embeddings=False,
-        qkv_bias=False, out_bias=False, mlp_bias=False,
+        "llama", **COMMON, n_kv_head=2, norm="rms_norm", positions="rope", activation="swiglu", ffn_dim=80,
+        tie_embeddings=False, qkv_bias=False, out_bias=False, mlp_bias=False,
     ),
 }  # fmt: skip
 
