@@ -16,6 +16,8 @@ enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3 };  // I
   KERNEL(attention_backward, AttentionBackward) \
   KERNEL(layer_norm, Norm)                      \
   KERNEL(rms_norm, Norm)                        \
+  KERNEL(layer_norm_backward, NormBackward)     \
+  KERNEL(rms_norm_backward, NormBackward)       \
   KERNEL(rope, Rope)                            \
   KERNEL(linear, Linear)                        \
   KERNEL(linear_exact, Linear)                  \
@@ -99,6 +101,20 @@ struct Norm {                 // layer_norm and rms_norm
   float eps, keep_scale;        // keep_scale = 1 / (1 - p)
   uint32_t stream, drop_below;  // drop_below = floor(p * 2^32); 0 = no dropout
   int32_t dtype, weight_dtype;  // weight_dtype is dtype or FLOAT32
+};
+
+struct NormBackward {        // layer_norm_backward and rms_norm_backward
+  void *dx, *dresidual;      // (rows, cols); dresidual: null unless dropout tells it from dx
+  void *dweight, *dbias;     // (cols), each may be null
+  float* workspace;          // (ceil(rows / chunk), 2, cols)
+  const void *dy, *dsum;     // (rows, cols); dsum may be null
+  const void *s, *weight;    // what was normalised, (rows, cols) in blocks as Norm's x, and (cols)
+  const float *mean, *rstd;  // (rows); mean null for rms_norm
+  int64_t rows, cols, chunk, dy_stride, dsum_stride, block, block_stride, s_stride;
+  uint64_t seed;
+  float keep_scale;
+  uint32_t stream, drop_below;
+  int32_t dtype, weight_dtype;
 };
 
 struct Rope {
