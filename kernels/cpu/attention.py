@@ -12,12 +12,14 @@ from gptfast import _cpu
 from gptfast.kernels.cpu import DTYPES, empty, prepare, unsupported
 
 CHUNK = 128  # keys
-EXACT = 48  # queries
+EXACT = 48  # queries of a sequence, for which the kernel makes up for lse's rounding
 CACHE_DTYPES = {**DTYPES, torch.int8: 3}
 
 
-def supports_attention(q: Tensor, k: Tensor, v: Tensor, **terms: Any) -> str | None:
-    return _unsupported(q, k, v, terms)
+def supports_attention(q: Tensor, k: Tensor, v: Tensor, alibi_slopes: Tensor | None = None, **terms: Any) -> str | None:
+    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
+        return "alibi_slopes require a gradient, and this kernel makes none for them"
+    return _unsupported(q, k, v, terms, backward=True)
 
 
 def supports_attention_backward(
@@ -26,7 +28,7 @@ def supports_attention_backward(
     for name, t in (("lse", lse), ("dlse", dlse)):
         if t is not None and t.dtype != torch.float32:
             return f"{name} must be float32, not {str(t.dtype).removeprefix('torch.')}"
-    return unsupported(dout, out) or _unsupported(q, k, v, terms)
+    return unsupported(dout, out, backward=True) or _unsupported(q, k, v, terms, backward=True)
 
 
 def supports_attention_kvcache(
@@ -42,10 +44,11 @@ def supports_attention_kvcache(
     return _unsupported(q, *held, terms)
 
 
-def _unsupported(q: Tensor, k: Tensor, v: Tensor, terms: dict[str, Any]) -> str | None:
+def _unsupported(q: Tensor, k: Tensor, v: Tensor, terms: dict[str, Any], backward: bool = False) -> str | None:
     if q.shape[-1] > 256:
         return f"it takes heads of up to 256 dimensions, not {q.shape[-1]}"
-    return unsupported(q, k, v) or unsupported(*(terms.get(n) for n in ("k", "v", "cos", "sin", "bias", "sinks")))
+    others = (terms.get(n) for n in ("k", "v", "cos", "sin", "bias", "sinks"))
+    return unsupported(q, k, v, *others, backward=backward)
 
 
 def attention(
@@ -99,9 +102,11 @@ def attention_backward(
     sinks: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
-    bias_gradient: bool,
+    wants_bias: bool,
+    wants_sinks: bool,
     **dropout: Any,
 ) -> tuple[Tensor, ...]:
+    """The gradients: gptfast/ops/attention_gradients.py."""
     dout, q, k, v, out = (_rows(t) for t in (dout, q, k, v, out))
     Sq, H, D = q.shape[-3:]
     Sk, Hk = k.shape[-3:-1]
@@ -117,27 +122,21 @@ def attention_backward(
     # By heads the longest task may be all that there is to wait for; by blocks there are 7 products instead of 5.
     rounds = max(-(-B * Hk // threads), 1) * longest * longest_k * B / max(pairs, 1)
     split = threads > 1 and 5 * rounds * threads > 7 * B * Hk
-    results = [empty(tuple(t.shape), t.dtype) for t in (q, k, v)]
+    made = {name: empty(tuple(t.shape), t.dtype) for name, t in (("dq", q), ("dk", k), ("dv", v))}
     tensors |= {"q": q, "k": k, "v": v, "dout": dout, "out": out, "lse": lse.contiguous()}
-    tensors |= dict(zip(("dq", "dk", "dv"), results))
     tensors["dlse"] = None if dlse is None else dlse.contiguous()
     tensors["delta"] = torch.empty(lse.shape)
-    # out and lse are rounded. That shows in fp32 gradients of 16-bit calls, and where no sum over queries evens it out.
-    wide = (
-        sinks is not None or (bias_gradient and bias is not None and bias.dtype != q.dtype)
-    ) and q.dtype != torch.float32
-    if longest <= EXACT or wide:
+    wide = q.dtype != torch.float32 and (wants_sinks or (wants_bias and bias is not None))
+    if wide or longest <= EXACT or cu_seqlens_q is not None:
         tensors["norm"] = torch.empty(lse.shape)
     tensors["workspace"] = None if split else empty((threads * room,), torch.float32)
     shape = (0, 0, 0, 0)
-    if bias is not None and bias_gradient:
+    if bias is not None and wants_bias:
         shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
-        tensors["dbias"] = torch.empty(bias.shape, dtype=bias.dtype)
-        results.append(tensors["dbias"])
-    if sinks is not None:
-        tensors["dsinks"] = torch.empty(sinks.shape)
-        results.append(tensors["dsinks"])
-    pointers = {name: t.data_ptr() for name, t in tensors.items() if t is not None}
+        made["dbias"] = torch.empty(bias.shape, dtype=bias.dtype)
+    if sinks is not None and wants_sinks:
+        made["dsinks"] = torch.empty(sinks.shape)
+    pointers = {name: t.data_ptr() for name, t in (tensors | made).items() if t is not None}
     strides = {
         f"{name}_strides": _strides(t) for name, t in (("q", q), ("k", k), ("v", v), ("dout", dout), ("out", out))
     }
@@ -157,9 +156,9 @@ def attention_backward(
         right=window[1],
         split=split,
     )
-    if sinks is not None:
-        results[-1] = results[-1].to(sinks.dtype)
-    return tuple(results)
+    if sinks is not None and wants_sinks:
+        made["dsinks"] = made["dsinks"].to(sinks.dtype)
+    return tuple(made.get(name, dout.new_empty(0)) for name in ("dq", "dk", "dv", "dbias", "dsinks"))
 
 
 def _terms(

@@ -53,6 +53,7 @@ struct Wanted {
   bool keys = false;       // dK and dV of the strip, added to
   float* dbias = nullptr;  // [STRIP_TILES][QUERIES][TILE], added to
   Sums* sums = nullptr;    // added to
+  bool keep_all = false;   // no dropout
 };
 
 // A worker's memory and its work on one sequence.
@@ -146,7 +147,7 @@ struct Gradients {
     x.slope = a.slopes ? a.slopes[s.b * a.slopes_batch + h] : 0.0f;
     x.element = s.elements + (h * s.q_len + x.first) * (uint64_t)s.k_len;
     x.elements = s.k_len;
-    x.dropout = {a.seed, a.stream, a.drop_below};
+    x.dropout = {a.seed, a.stream, wanted.keep_all ? 0 : a.drop_below};
     x.keep_scale = a.keep_scale;
   }
 
@@ -192,7 +193,7 @@ struct Gradients {
     terms.bias = a.bias || a.mask;
     terms.edge = x.low[last] > key || x.high[begin] < key + NV * LANES;
     if (terms.bias) load_bias(h, key, min(keys - t * TILE, TILE));
-    if (terms.cap != 0 || terms.alibi || terms.bias || terms.edge || a.drop_below)
+    if (terms.cap != 0 || terms.alibi || terms.bias || terms.edge || x.dropout.below)
       gradient<NV>(x, terms, key, bias, wanted.keys || wanted.dq, p, g, begin, end);
     else
       plain_gradient<NV>(x, p, g, begin, end);
@@ -329,9 +330,15 @@ struct Gradients {
     }
   }
 
-  // delta of one query, all heads.
-  void delta(int64_t i) const {
-    for (int64_t h = 0; h < a.H; h++) {
+  // Whether delta and norm are made of the probabilities: out and lse are rounded, which shows in fp32 gradients of
+  // 16-bit calls, and where there are few queries to even it out.
+  bool wants_exact() const {
+    const bool wide = a.dtype != FLOAT32 && (a.dsinks || (a.dbias && a.bias_dtype == FLOAT32));
+    return a.norm && (wide || s.q_len <= QUERIES);
+  }
+
+  void delta(int block, int64_t h) const {
+    for (int64_t i = block * QUERIES; i < min<int64_t>((block + 1) * QUERIES, s.q_len); i++) {
       const T *x = row(a.dout, a.dout_strides, s.q_first, i, h), *y = row(a.out, a.out_strides, s.q_first, i, h);
       f32v total = {};
       for (int d = 0; d < D; d += LANES) {
@@ -340,23 +347,26 @@ struct Gradients {
       }
       const int64_t at = lse_at(h) + i;
       a.delta[at] = sum(total) - (a.dlse ? a.dlse[at] : 0.0f);
+      if (a.norm) a.norm[at] = 1;
     }
   }
 
-  // delta and norm of a block by its probabilities, since out and lse have been rounded.
   void exact(int block, int64_t h) {
     Sums sums{};
     const int64_t at = lse_at(h) + block * QUERIES;
     const int n = min(s.q_len - block * QUERIES, QUERIES);
     for (int i = 0; i < n; i++) a.delta[at + i] = 0, a.norm[at + i] = 1;
+    Sums all{};  // of p, which dropout spares
     for (int strip = 0; strip < strips(); strip++) {
       if (!meet(block, strip)) continue;
       load_strip(strip, h / (a.H / a.Hk));
       blocks(strip, h, block, block + 1, {.sums = &sums});
+      if (a.drop_below) blocks(strip, h, block, block + 1, {.sums = &all, .keep_all = true});
     }
+    const float* p = a.drop_below ? all.p : sums.p;
     for (int i = 0; i < n; i++) {
-      const float left = a.sinks ? exp(splat(a.sinks[h] - a.lse[at + i]))[0] : 0.0f, total = sums.p[i] + left;
-      if (!a.drop_below && total > 0) a.norm[at + i] = 1 / total;
+      const float left = a.sinks ? exp(splat(a.sinks[h] - a.lse[at + i]))[0] : 0.0f, total = p[i] + left;
+      if (total > 0) a.norm[at + i] = 1 / total;
       a.delta[at + i] = sums.dp[i] * a.norm[at + i] - (a.dlse ? a.dlse[at + i] : 0.0f);
     }
   }
@@ -419,18 +429,11 @@ template <class T>
 void run(const AttentionBackward& a, Worker& worker) {
   Gradients<T> g(a, worker);
   const int64_t blocks = ceil_div(a.q_longest, QUERIES), strips = ceil_div(a.k_longest, STRIP);
-  if (a.norm) {
-    worker.each(a.B * a.H * blocks, [&](int64_t task) {
-      g.s = sequence(a, task / blocks / a.H);
-      if (task % blocks < g.blocks()) g.exact((int)(task % blocks), task / blocks % a.H);
-    });
-  } else {
-    worker.each(a.B * blocks, [&](int64_t task) {
-      g.s = sequence(a, task / blocks);
-      for (int64_t i = task % blocks * QUERIES; i < min<int64_t>(g.s.q_len, (task % blocks + 1) * QUERIES); i++)
-        g.delta(i);
-    });
-  }
+  worker.each(a.B * blocks * a.H, [&](int64_t task) {
+    g.s = sequence(a, task / a.H / blocks);
+    const int block = (int)(task / a.H % blocks);
+    if (block < g.blocks()) g.wants_exact() ? g.exact(block, task % a.H) : g.delta(block, task % a.H);
+  });
   if (!a.split) {
     worker.each(a.B * a.Hk, [&](int64_t task) {
       g.s = sequence(a, task / a.Hk);
