@@ -157,6 +157,11 @@ def under_autocast(x: Tensor, *others: Tensor | None) -> bool:
     return differ and torch.is_autocast_enabled(x.device.type)
 
 
+def traced(t: Tensor) -> bool:
+    """Whether a tensor's values can't be read here."""
+    return torch.compiler.is_compiling() or type(t) not in _ORDINARY or t.device.type == "meta"
+
+
 def seed_tensor(seed: Tensor | int, like: Tensor) -> Tensor:
     """A seed, int or int64 tensor, as the tensor that an op's schema takes, so that no graph depends on its value."""
     return seed if isinstance(seed, Tensor) else torch.tensor(seed, dtype=torch.int64, device=like.device)

@@ -263,8 +263,12 @@ PYBIND11_MODULE(_cpu, m) {
   BIND(attention, Attention, out, lse, workspace, q, k, v, k_cache, v_cache, k_new, v_new, k_scale, v_scale, cos, sin,
        mask, bias, slopes, sinks, cu_q, cu_k, lengths, leftpad, batch_index, block_table, B, Sq, Sk, H, Hk, D,
        q_longest, q_strides, k_strides, v_strides, k_new_strides, v_new_strides, k_scale_strides, v_scale_strides,
-       mask_strides, bias_strides, slopes_batch, page, table_stride, rotary, chunks, partial, scale, softcap, dtype,
-       cache_dtype, bias_dtype, causal, left, right, interleaved);
+       mask_strides, bias_strides, slopes_batch, page, table_stride, rotary, chunks, partial, seed, scale, softcap,
+       keep_scale, stream, drop_below, dtype, cache_dtype, bias_dtype, causal, left, right, interleaved);
+  BIND(attention_backward, AttentionBackward, dq, dk, dv, dbias, dsinks, delta, norm, workspace, dout, out, lse, dlse,
+       q, k, v, mask, bias, slopes, sinks, cu_q, cu_k, B, Sq, Sk, H, Hk, D, q_longest, k_longest, q_strides, k_strides,
+       v_strides, dout_strides, out_strides, mask_strides, bias_strides, bias_shape, slopes_batch, room, seed, scale,
+       softcap, keep_scale, stream, drop_below, dtype, bias_dtype, causal, left, right, split);
   BIND(layer_norm, Norm, y, sum, mean, rstd, x, residual, weight, bias, rows, cols, block, block_stride, x_stride,
        residual_stride, seed, eps, keep_scale, stream, drop_below, dtype, weight_dtype);
   BIND(rms_norm, Norm, y, sum, rstd, x, residual, weight, rows, cols, block, block_stride, x_stride, residual_stride,

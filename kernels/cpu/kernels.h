@@ -13,6 +13,7 @@ enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3 };  // I
 // One row per op: its name in C++ and Python, and its arguments in kernels.h.
 #define GPTFAST_KERNELS(KERNEL)                 \
   KERNEL(attention, Attention)                  \
+  KERNEL(attention_backward, AttentionBackward) \
   KERNEL(layer_norm, Norm)                      \
   KERNEL(rms_norm, Norm)                        \
   KERNEL(layer_norm_backward, NormBackward)     \
@@ -71,9 +72,37 @@ struct Attention {
   int64_t mask_strides[4], bias_strides[4];        // batch, head, query, key
   int64_t slopes_batch, page, table_stride, rotary;
   int64_t chunks, partial;  // of workspace: chunks a sequence may have, floats a chunk
-  float scale, softcap;
-  int32_t dtype, cache_dtype;  // cache_dtype: of k, v and the caches; dtype, or any where that is FLOAT32
+  uint64_t seed;
+  float scale, softcap, keep_scale;  // keep_scale = 1 / (1 - p)
+  uint32_t stream, drop_below;       // drop_below = floor(p * 2^32); 0 = no dropout
+  int32_t dtype, cache_dtype;        // cache_dtype: of k, v and the caches; dtype, or any where that is FLOAT32
   int32_t bias_dtype, causal, left, right, interleaved;
+};
+
+struct AttentionBackward {  // of an Attention without a cache, whose names it keeps
+  void *dq, *dk, *dv;       // like q, k and v, contiguous
+  void* dbias;              // of bias's dtype and own shape, or null, as dsinks
+  float* dsinks;            // (H)
+  float* delta;             // workspace like lse: rowsum(dout out) - dlse
+  float* norm;              // workspace like lse, or null: delta and the sum of p from the probabilities themselves
+  float* workspace;         // for each worker `room` floats; not with `split`
+  const void *dout, *out;   // like q
+  const float *lse, *dlse;  // (B, H, Sq) or (H, T), contiguous; dlse may be null
+  const void *q, *k, *v;    // (B, Sq, H, D), (B, Sk, Hk, D), or (T, H, D) with cu_q
+  const uint8_t* mask;      // broadcast to (B, H, Sq, Sk) by its strides, as is bias
+  const void* bias;
+  const float *slopes, *sinks;
+  const int32_t *cu_q, *cu_k;  // (B + 1)
+  int64_t B, Sq, Sk, H, Hk, D, q_longest, k_longest;
+  int64_t q_strides[3], k_strides[3], v_strides[3], dout_strides[3], out_strides[3];  // batch, position, head
+  int64_t mask_strides[4], bias_strides[4];
+  int64_t bias_shape[4];  // 1 where it is broadcast
+  int64_t slopes_batch, room;
+  uint64_t seed;
+  float scale, softcap, keep_scale;
+  uint32_t stream, drop_below;
+  int32_t dtype, bias_dtype, causal, left, right;
+  int32_t split;  // dQ apart from dK and dV, each shared out by blocks: for few heads
 };
 
 struct Norm {                 // layer_norm and rms_norm
