@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptfast.ops import dispatch
+from gptfast.ops import dispatch, library, norm_gradients
 from gptfast.ops.dispatch import require, shape
 from gptfast.ops.philox import dropout_keep
 from gptfast.ops.spec import Case, Cost, Inputs, Op, nbytes
@@ -39,7 +39,7 @@ def reference(
     *,
     residual: Tensor | None = None,
     dropout_p: float = 0.0,
-    seed: int = 0,
+    seed: Tensor | int = 0,
     stream: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The meaning of layer_norm, in plain PyTorch."""
@@ -68,6 +68,24 @@ def baseline(
     return F.layer_norm(s, s.shape[-1:], weight, bias, eps), s
 
 
+def plain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | int = 0,
+    stream: int = 0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The baseline, with the op's own dropout."""
+    if dropout_p:
+        keep = dropout_keep(tuple(x.shape), dropout_p, seed, stream, x.device)
+        x = torch.where(keep, x * (1 / (1 - dropout_p)), 0.0)
+    return baseline(x, weight, bias, eps, residual=residual)
+
+
 def cost(
     x: Tensor,
     weight: Tensor,
@@ -82,7 +100,14 @@ def cost(
 
 
 def cases() -> list[Case]:
-    def case(*shape: int, residual: bool = False, bias: bool = True, fp32_weight: bool = False, tags: str = "") -> Case:
+    def case(
+        *shape: int,
+        residual: bool = False,
+        bias: bool = True,
+        fp32_weight: bool = False,
+        dropout: float = 0.0,
+        tags: str = "",
+    ) -> Case:
         def make(i: Inputs) -> dict[str, Any]:
             C, dtype = shape[-1], torch.float32 if fp32_weight else i.dtype
             return {
@@ -90,9 +115,11 @@ def cases() -> list[Case]:
                 "weight": i.randn(C, shift=1.0, scale=0.2, dtype=dtype),
                 "bias": i.randn(C, scale=0.1, dtype=dtype) if bias else None,
                 **({"residual": i.randn(*shape)} if residual else {}),
+                **({"dropout_p": dropout, "seed": 2**40 + 7, "stream": 3} if dropout else {}),
             }
 
         name = "x".join(map(str, shape)) + "+residual" * residual + "-nobias" * (not bias) + "-fp32w" * fp32_weight
+        name += "-dropout" * bool(dropout)
         return Case(name, make, frozenset(tags.split()))
 
     return [
@@ -104,6 +131,8 @@ def cases() -> list[Case]:
         case(300, 768, residual=True, bias=False),
         case(2, 5, 3000),
         case(0, 16),
+        case(7, 3, 70, dropout=0.3),
+        case(130, 129, residual=True, dropout=0.1),
         case(8192, 768, tags="bench"),
         case(8192, 768, residual=True, tags="bench"),
         case(1, 768, residual=True, tags="bench"),
@@ -119,7 +148,7 @@ def layer_norm(
     *,
     residual: Tensor | None = None,
     dropout_p: float = 0.0,
-    seed: int = 0,
+    seed: Tensor | int = 0,
     stream: int = 0,
     backend: str | None = None,
 ) -> Any:
@@ -131,8 +160,15 @@ def layer_norm(
         "x": x, "weight": weight, "bias": bias, "eps": eps, "residual": residual, "dropout_p": dropout_p,
         "seed": seed if dropout_p else 0, "stream": stream if dropout_p else 0,
     }  # fmt: skip
+    backend, as_op = library.route("layer_norm", backend, arguments)
+    if as_op:
+        _check(**arguments)
+        arguments["seed"] = library.seed_tensor(seed, x) if dropout_p else None
+        y, total, *_ = _registered(**arguments, backend=backend)
+        return y if residual is None else (y, total)
     if dropout_p:  # each call has a seed of its own: nothing to prepare
         _check(**arguments)
+        arguments["seed"] = int(seed)
         return dispatch.run("layer_norm", backend, reference, x, **arguments)
     return dispatch.prepared("layer_norm", backend, reference, x, arguments, _check)(**arguments)
 
@@ -168,4 +204,18 @@ def _take(arguments: Any, b: int) -> dict[str, Any]:
     return {k: v[b : b + 1] if k in ("x", "residual") else v for k, v in arguments.items()}
 
 
-OP = Op("layer_norm", layer_norm, reference, cost, cases, baseline, take=_take)
+def _statistics(s: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = s if s.dtype == torch.float64 else s.float()
+    mean = wide.mean(-1)
+    return mean, torch.rsqrt((wide - mean[..., None]).square().mean(-1) + eps)
+
+
+_registered = norm_gradients.register("layer_norm", reference, _statistics)
+
+OP = Op(
+    *("layer_norm", layer_norm, reference, cost, cases, baseline),
+    plain=plain,
+    take=_take,
+    differentiable=("x", "weight", "bias", "residual"),
+    double_backward=True,
+)

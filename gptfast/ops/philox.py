@@ -29,7 +29,7 @@ def philox(seed: Tensor | int, index: Tensor, stream: Tensor | int = 0) -> tuple
 
 
 def dropout_keep(
-    shape: tuple[int, ...], p: float, seed: int, stream: int, device: torch.device | str = "cpu"
+    shape: tuple[int, ...], p: float, seed: Tensor | int, stream: int, device: torch.device | str = "cpu"
 ) -> Tensor:
     """The bool mask (True = kept) of a tensor of this shape: element e, counted in row-major order, takes word e % 4 of
     index e // 4 and is dropped where word < floor(p * 2^32)."""

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptfast.ops import dispatch
+from gptfast.ops import dispatch, library, norm_gradients
 from gptfast.ops.dispatch import require, shape
 from gptfast.ops.philox import dropout_keep
 from gptfast.ops.spec import Case, Cost, Inputs, Op, nbytes
@@ -37,7 +37,7 @@ def reference(
     *,
     residual: Tensor | None = None,
     dropout_p: float = 0.0,
-    seed: int = 0,
+    seed: Tensor | int = 0,
     stream: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The meaning of rms_norm, in plain PyTorch."""
@@ -63,6 +63,23 @@ def baseline(
     return F.rms_norm(s, s.shape[-1:], weight, eps), s
 
 
+def plain(
+    x: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    *,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | int = 0,
+    stream: int = 0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The baseline, with the op's own dropout."""
+    if dropout_p:
+        keep = dropout_keep(tuple(x.shape), dropout_p, seed, stream, x.device)
+        x = torch.where(keep, x * (1 / (1 - dropout_p)), 0.0)
+    return baseline(x, weight, eps, residual=residual)
+
+
 def cost(x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: Tensor | None = None, **_: Any) -> Cost:
     moved = nbytes(x, x, weight, residual, residual)  # x in, y out; residual in, sum out
     return Cost(flops=(4 + (residual is not None)) * x.numel(), bytes=moved)
@@ -70,7 +87,12 @@ def cost(x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: Tensor | Non
 
 def cases() -> list[Case]:
     def case(
-        *shape: int, residual: bool = False, fp32_weight: bool = False, strided: bool = False, tags: str = ""
+        *shape: int,
+        residual: bool = False,
+        fp32_weight: bool = False,
+        strided: bool = False,
+        dropout: float = 0.0,
+        tags: str = "",
     ) -> Case:
         def make(i: Inputs) -> dict[str, Any]:
             C = shape[-1]
@@ -79,9 +101,10 @@ def cases() -> list[Case]:
                 "x": wide[..., :C],
                 "weight": i.randn(C, shift=1.0, scale=0.2, dtype=torch.float32 if fp32_weight else i.dtype),
                 **({"residual": i.randn(*shape)} if residual else {}),
+                **({"dropout_p": dropout, "seed": 2**40 + 7, "stream": 3} if dropout else {}),
             }
 
-        kind = "+residual" * residual + "-fp32w" * fp32_weight + "-strided" * strided
+        kind = "+residual" * residual + "-fp32w" * fp32_weight + "-strided" * strided + "-dropout" * bool(dropout)
         return Case("x".join(map(str, shape)) + kind, make, frozenset(tags.split()))
 
     return [
@@ -93,6 +116,8 @@ def cases() -> list[Case]:
         case(300, 576, residual=True, strided=True),
         case(2, 5, 3000),
         case(0, 16),
+        case(7, 3, 70, dropout=0.3, strided=True),
+        case(130, 129, residual=True, dropout=0.1),
         case(8192, 768, tags="bench"),
         case(8192, 768, residual=True, tags="bench"),
         case(1, 576, residual=True, tags="bench"),
@@ -107,7 +132,7 @@ def rms_norm(
     *,
     residual: Tensor | None = None,
     dropout_p: float = 0.0,
-    seed: int = 0,
+    seed: Tensor | int = 0,
     stream: int = 0,
     backend: str | None = None,
 ) -> Any:
@@ -119,8 +144,15 @@ def rms_norm(
         "x": x, "weight": weight, "eps": eps, "residual": residual, "dropout_p": dropout_p,
         "seed": seed if dropout_p else 0, "stream": stream if dropout_p else 0,
     }  # fmt: skip
+    backend, as_op = library.route("rms_norm", backend, arguments)
+    if as_op:
+        _check(**arguments)
+        arguments["seed"] = library.seed_tensor(seed, x) if dropout_p else None
+        y, total, *_ = _registered(**arguments, bias=None, backend=backend)
+        return y if residual is None else (y, total)
     if dropout_p:  # each call has a seed of its own: nothing to prepare
         _check(**arguments)
+        arguments["seed"] = int(seed)
         return dispatch.run("rms_norm", backend, reference, x, **arguments)
     return dispatch.prepared("rms_norm", backend, reference, x, arguments, _check)(**arguments)
 
@@ -149,4 +181,17 @@ def _take(arguments: Any, b: int) -> dict[str, Any]:
     return {k: v[b : b + 1] if k in ("x", "residual") else v for k, v in arguments.items()}
 
 
-OP = Op("rms_norm", rms_norm, reference, cost, cases, baseline, take=_take)
+def _statistics(s: Tensor, eps: float) -> tuple[None, Tensor]:
+    wide = s if s.dtype == torch.float64 else s.float()
+    return None, torch.rsqrt(wide.square().mean(-1) + eps)
+
+
+_registered = norm_gradients.register("rms_norm", reference, _statistics)
+
+OP = Op(
+    *("rms_norm", rms_norm, reference, cost, cases, baseline),
+    plain=plain,
+    take=_take,
+    differentiable=("x", "weight", "residual"),
+    double_backward=True,
+)

@@ -69,6 +69,8 @@ class Op:
     plain: Callable[..., Any] | None = None
     dtypes: tuple[torch.dtype, ...] = STORAGE
     mutates: tuple[str, ...] = ()  # arguments written in place, where given; they count as outputs
+    differentiable: tuple[str, ...] = ()  # arguments that get gradients, from a backward kernel where there is one
+    double_backward: bool = False  # whether its gradients can be differentiated in turn
     exact: bool = False  # outputs equal the reference's bit for bit
     # The arguments of row `b` of the batch alone, and how many rows a call has; None = no batch.
     take: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None

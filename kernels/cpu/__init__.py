@@ -40,8 +40,8 @@ def recording() -> Iterator[list[tuple[str, int, dict[str, Any]]]]:
         _cpu.record(None)
 
 
-def unsupported(*tensors: Tensor | None) -> str | None:
-    """The reasons common to all kernels: storage dtype, device, and gradients."""
+def unsupported(*tensors: Tensor | None, backward: bool = False) -> str | None:
+    """The reasons common to all kernels: storage dtype, device, and gradients, unless there is a backward."""
     for t in tensors:
         if t is None:
             continue
@@ -49,7 +49,7 @@ def unsupported(*tensors: Tensor | None) -> str | None:
             return f"the tensors are on {t.device}, and this backend's are on the CPU"
         if t.dtype not in DTYPES:
             return f"it takes float32, bfloat16 and float16, not {str(t.dtype).removeprefix('torch.')}"
-        if t.requires_grad and torch.is_grad_enabled():
+        if t.requires_grad and not backward and torch.is_grad_enabled():
             return "an input requires a gradient, and this kernel has no backward yet"
     return None
 

@@ -269,6 +269,12 @@ PYBIND11_MODULE(_cpu, m) {
        residual_stride, seed, eps, keep_scale, stream, drop_below, dtype, weight_dtype);
   BIND(rms_norm, Norm, y, sum, rstd, x, residual, weight, rows, cols, block, block_stride, x_stride, residual_stride,
        seed, eps, keep_scale, stream, drop_below, dtype, weight_dtype);
+  BIND(layer_norm_backward, NormBackward, dx, dresidual, dweight, dbias, workspace, dy, dsum, s, weight, mean, rstd,
+       rows, cols, chunk, dy_stride, dsum_stride, block, block_stride, s_stride, seed, keep_scale, stream, drop_below,
+       dtype, weight_dtype);
+  BIND(rms_norm_backward, NormBackward, dx, dresidual, dweight, dbias, workspace, dy, dsum, s, weight, rstd, rows, cols,
+       chunk, dy_stride, dsum_stride, block, block_stride, s_stride, seed, keep_scale, stream, drop_below, dtype,
+       weight_dtype);
   BIND(rope, Rope, q_out, k_out, q, k, cos, sin, B, S, Hq, Hk, D, R, q_b, q_s, q_h, k_b, k_s, k_h, table_b, table_s,
        interleaved, dtype);
   BIND(linear, Linear, y, x, weight, bias, workspace, rows, cols, depth, x_stride, weight_stride, dtype, format,

@@ -11,23 +11,25 @@ namespace gptfast {
 enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3 };  // INT8: of KV caches alone
 
 // One row per op: its name in C++ and Python, and its arguments in kernels.h.
-#define GPTFAST_KERNELS(KERNEL)  \
-  KERNEL(attention, Attention)   \
-  KERNEL(layer_norm, Norm)       \
-  KERNEL(rms_norm, Norm)         \
-  KERNEL(rope, Rope)             \
-  KERNEL(linear, Linear)         \
-  KERNEL(linear_exact, Linear)   \
-  KERNEL(linear_int8, Linear)    \
-  KERNEL(linear_packed, Linear)  \
-  KERNEL(dequantize, Dequantize) \
-  KERNEL(pack, Pack)             \
-  KERNEL(bias_gelu, Mlp)         \
-  KERNEL(swiglu, Mlp)            \
-  KERNEL(geglu, Mlp)             \
-  KERNEL(embedding, Embedding)   \
-  KERNEL(sample, Sample)         \
-  KERNEL(advance, Advance)       \
+#define GPTFAST_KERNELS(KERNEL)             \
+  KERNEL(attention, Attention)              \
+  KERNEL(layer_norm, Norm)                  \
+  KERNEL(rms_norm, Norm)                    \
+  KERNEL(layer_norm_backward, NormBackward) \
+  KERNEL(rms_norm_backward, NormBackward)   \
+  KERNEL(rope, Rope)                        \
+  KERNEL(linear, Linear)                    \
+  KERNEL(linear_exact, Linear)              \
+  KERNEL(linear_int8, Linear)               \
+  KERNEL(linear_packed, Linear)             \
+  KERNEL(dequantize, Dequantize)            \
+  KERNEL(pack, Pack)                        \
+  KERNEL(bias_gelu, Mlp)                    \
+  KERNEL(swiglu, Mlp)                       \
+  KERNEL(geglu, Mlp)                        \
+  KERNEL(embedding, Embedding)              \
+  KERNEL(sample, Sample)                    \
+  KERNEL(advance, Advance)                  \
   KERNEL(ceilings, Ceilings)
 
 // Strides are in elements; the last dimension is contiguous. Pointers that don't apply are null.
@@ -70,6 +72,20 @@ struct Norm {                 // layer_norm and rms_norm
   float eps, keep_scale;        // keep_scale = 1 / (1 - p)
   uint32_t stream, drop_below;  // drop_below = floor(p * 2^32); 0 = no dropout
   int32_t dtype, weight_dtype;  // weight_dtype is dtype or FLOAT32
+};
+
+struct NormBackward {        // layer_norm_backward and rms_norm_backward
+  void *dx, *dresidual;      // (rows, cols); dresidual: null unless dropout tells it from dx
+  void *dweight, *dbias;     // (cols), each may be null
+  float* workspace;          // (ceil(rows / chunk), 2, cols)
+  const void *dy, *dsum;     // (rows, cols); dsum may be null
+  const void *s, *weight;    // what was normalised, (rows, cols) in blocks as Norm's x, and (cols)
+  const float *mean, *rstd;  // (rows); mean null for rms_norm
+  int64_t rows, cols, chunk, dy_stride, dsum_stride, block, block_stride, s_stride;
+  uint64_t seed;
+  float keep_scale;
+  uint32_t stream, drop_below;
+  int32_t dtype, weight_dtype;
 };
 
 struct Rope {

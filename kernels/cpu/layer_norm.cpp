@@ -1,4 +1,4 @@
-#include "norm.h"
+#include "norm_backward.h"
 
 namespace gptfast::ISA {
 
@@ -7,5 +7,7 @@ void layer_norm(const Norm& a, Worker& worker) {
     layer_norm_row<decltype(t), decltype(w)>(a, r, past_caches, row, norm_row<decltype(t)>(a, r));
   });
 }
+
+void layer_norm_backward(const NormBackward& a, Worker& worker) { norm_backward<true>(a, worker); }
 
 }  // namespace gptfast::ISA

@@ -1,4 +1,4 @@
-#include "norm.h"
+#include "norm_backward.h"
 
 namespace gptfast::ISA {
 
@@ -7,5 +7,7 @@ void rms_norm(const Norm& a, Worker& worker) {
     rms_norm_row<decltype(t), decltype(w)>(a, r, past_caches, row, norm_row<decltype(t)>(a, r));
   });
 }
+
+void rms_norm_backward(const NormBackward& a, Worker& worker) { norm_backward<false>(a, worker); }
 
 }  // namespace gptfast::ISA

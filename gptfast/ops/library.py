@@ -1,0 +1,161 @@
+"""The ops as PyTorch knows them: torch.library ops with shapes for tracing and gradients, each backward an op too.
+
+A public function calls its kernel directly where nobody looks; route() says when somebody does. gptfast::<op> then
+returns the results and what the backward reads (statistics, log-sum-exp), and gptfast::<op>_backward the gradients.
+Gradients of gradients are autograd's, through the reference.
+
+All functions given here take an op's arguments by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptfast.ops import dispatch
+
+_LIBRARY = torch.library.Library("gptfast", "DEF")
+_functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009  (pyright knows no such attribute)
+_ORDINARY = (Tensor, torch.nn.Parameter)
+Gradients = Mapping[str, Tensor | None]  # of arguments, by name
+
+
+def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """gptfast::<name> from its schema, `run` for tensors that hold values and `fake` for those that hold none; the op.
+
+    Neither may return an argument or a view of one.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(torch.ops.gptfast, name).default
+    names = argument_names(op)
+    _LIBRARY.impl(name, lambda *given: run(**dict(zip(names, given))), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gptfast::{name}", lambda *given: fake(**dict(zip(names, given))), lib=_LIBRARY)
+    return op
+
+
+def argument_names(op: Any) -> list[str]:
+    return [argument.name for argument in op._schema.arguments]
+
+
+def differentiate(op: Any, save: Callable[..., None], backward: Callable[..., Gradients]) -> None:
+    """Registers the op's gradients at PyTorch's Autograd key.
+
+    save(ctx, arguments, output) keeps what backward(ctx, needs, *gradients of the outputs) reads; needs[name] says
+    whether that argument's gradient is asked for.
+    """
+    names = argument_names(op)
+
+    def by_name(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        save(ctx, dict(zip(names, inputs)), output)
+
+    def in_order(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = dict(zip(names, ctx.needs_input_grad))
+        found = backward(ctx, needs, *gradients)
+        return tuple(found.get(name) if needs[name] else None for name in names)
+
+    torch.library.register_autograd(f"gptfast::{op._opname}", in_order, setup_context=by_name, lib=_LIBRARY)
+
+
+def differentiate_through(op: Any, function: Callable[..., Sequence[Tensor]]) -> None:
+    """Gradients of an op by autograd through `function`, which computes the same with PyTorch's ops."""
+
+    def save(ctx: Any, arguments: dict[str, Any], output: Any) -> None:
+        ctx.others = {name: x for name, x in arguments.items() if not isinstance(x, Tensor)}
+        ctx.names = [name for name in arguments if name not in ctx.others]
+        ctx.save_for_backward(*(arguments[name] for name in ctx.names))
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, needs: dict[str, bool], *gradients: Tensor | None) -> Gradients:
+        arguments = {**ctx.others, **dict(zip(ctx.names, ctx.saved_tensors))}
+        wanted = [name for name in ctx.names if needs[name]]
+        return dict(zip(wanted, gradients_through(function, arguments, wanted, gradients)))
+
+    differentiate(op, save, backward)
+
+
+def gradients_through(
+    function: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    wanted: Sequence[str],
+    gradients: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradients of the arguments `wanted`, given those of the function's outputs; differentiable in turn where
+    gradients are being recorded."""
+    again = torch.is_grad_enabled()
+    with _recording(), torch.enable_grad():
+        # a view of each: its gradient is wanted even if it is no leaf, or stands for two arguments
+        inputs = {n: x.view_as(x) if again and x.requires_grad else x.detach().requires_grad_()
+                  for n, x in arguments.items() if n in wanted}  # fmt: skip
+        outputs = function(**{**arguments, **inputs})
+        outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+        pairs = [(o, g) for o, g in zip(outputs, gradients) if g is not None and o.requires_grad]
+        if not pairs:
+            return [None] * len(wanted)
+        return list(
+            torch.autograd.grad(
+                [o for o, _ in pairs],
+                [inputs[name] for name in wanted],
+                [g for _, g in pairs],
+                create_graph=again,
+                allow_unused=True,
+            )
+        )
+
+
+def _recording() -> Any:
+    """Within an op PyTorch's dispatcher leaves autograd out; within this it doesn't."""
+    c: Any = torch._C
+    autograd = c.DispatchKeySet(c.DispatchKey.ADInplaceOrView)
+    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
+        autograd |= c.DispatchKeySet(getattr(c.DispatchKey, key))
+    excluded = c._dispatch_tls_local_exclude_set()
+    return c._ForceDispatchKeyGuard(c._dispatch_tls_local_include_set(), excluded - autograd)
+
+
+def route(op: str, backend: Any, arguments: Mapping[str, Any]) -> tuple[Any, bool]:
+    """Which way a call goes: the backend to ask for, and whether by the op that PyTorch knows.
+
+    That one is for calls that PyTorch must see and a kernel would serve. Without a kernel the reference, which is
+    PyTorch's ops, is seen by itself; so it is under torch.func's transforms, which take no registered gradients.
+    """
+    if backend == "reference" or isinstance(backend, dispatch.Explain) or not needed(arguments):
+        return backend, False
+    if torch.compiler.is_compiling():
+        return backend, True
+    if _functorch.peek_interpreter_stack() is not None:
+        if backend is not None:
+            raise dispatch.BackendError(f"{op}: torch.func's transforms go through the reference, not {backend!r}")
+        return "reference", False
+    device = next(x for x in arguments.values() if isinstance(x, Tensor))
+    return backend, dispatch.choose(op, backend, device, dict(arguments))[1] is not None
+
+
+def needed(arguments: Mapping[str, Any]) -> bool:
+    """Whether PyTorch must see a call with these arguments: to record it for gradients, to trace or transform it, or
+    because a tensor is no ordinary one."""
+    gradients = torch.is_grad_enabled()
+    for x in arguments.values():
+        if type(x) in _ORDINARY:
+            if gradients and x.requires_grad:
+                return True
+        elif isinstance(x, Tensor):
+            return True
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or _functorch.peek_interpreter_stack() is not None
+    )
+
+
+def seed_tensor(seed: Tensor | int, like: Tensor) -> Tensor:
+    """A seed, int or int64 tensor, as the tensor that an op's schema takes, so that no graph depends on its value."""
+    return seed if isinstance(seed, Tensor) else torch.tensor(seed, dtype=torch.int64, device=like.device)
+
+
+def nothing(like: Tensor) -> Tensor:
+    """What an op returns in the place of a tensor that this call doesn't have."""
+    return like.new_empty(0)

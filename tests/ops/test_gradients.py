@@ -1,0 +1,194 @@
+"""The gradients of every op that has them, from the op pages: against fp64 autograd through the reference with derived
+tolerances, on each backend and instruction set; bitwise for one thread and two and for a row's place in the batch;
+PyTorch's own checks of the ops it knows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gptfast import ops
+from gptfast.kernels import reason_missing
+from gptfast.ops.spec import Case, Inputs, Op, double, outputs, tolerance
+from tests.ops.test_conformance import check, kernels
+
+Results = list[Tensor]
+
+
+def differentiable() -> list[Any]:
+    return [
+        pytest.param(
+            *(op, case, dtype),
+            id=f"{op.name}-{case.name}-{str(dtype).removeprefix('torch.')}",
+            marks=[pytest.mark.slow] if case.tags & {"big", "bench"} else [],
+        )
+        for op in ops.pages().values()
+        if op.differentiable
+        for case in op.cases()
+        for dtype in op.dtypes
+    ]
+
+
+def leaves(op: Op, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments, those that get gradients asking for them; strides stay."""
+    return {
+        name: x.detach().requires_grad_() if name in op.differentiable and isinstance(x, Tensor) else x
+        for name, x in arguments.items()
+    }
+
+
+def gradients(function: Any, op: Op, arguments: dict[str, Any], upstream: Results, **more: Any) -> dict[str, Tensor]:
+    """The gradient of each differentiable argument, given those of the outputs."""
+    mine = leaves(op, arguments)
+    results = [r for r in outputs(function(**mine, **more)) if r.requires_grad]
+    asked = [name for name in op.differentiable if isinstance(mine.get(name), Tensor)]
+    found = torch.autograd.grad(
+        results, [mine[name] for name in asked], [u.to(r.dtype) for u, r in zip(upstream, results)], allow_unused=True
+    )
+    return {name: torch.zeros_like(mine[name]) if g is None else g for name, g in zip(asked, found)}
+
+
+def upstream_of(op: Op, case: Case, arguments: dict[str, Any], dtype: torch.dtype) -> Results:
+    """Random gradients of the outputs, rounded to their dtype."""
+    inputs = Inputs(dtype, case.name + "/upstream")
+    with torch.enable_grad():
+        results = outputs(op.reference(**leaves(op, arguments)))
+    return [inputs.randn(*r.shape, dtype=r.dtype) for r in results if r.requires_grad]
+
+
+def on_threads(n: int, function: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        return gradients(function, *args, **kwargs)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("op", "case", "dtype"), differentiable())
+def test_every_gradient(op: Op, case: Case, dtype: torch.dtype) -> None:
+    arguments = case.arguments(dtype)
+    upstream = upstream_of(op, case, arguments, dtype)
+    exact = gradients(op.reference, op, double(arguments), [u.double() for u in upstream])
+    plain = gradients(op.plain or op.baseline or op.reference, op, arguments, upstream)
+    wanted = [(exact[name], tolerance(plain[name], exact[name])) for name in exact]
+    served = ops.explain(op.function, **leaves(op, arguments))
+    for name in kernels():
+        backend = name.partition(" ")[0]
+        if backend in served.passed_over:
+            continue
+        got = on_threads(2, op.function, op, arguments, upstream, backend=backend)
+        for key, one, (value, limit) in zip(got, got.values(), wanted):
+            check([one], [(value, limit)], f"{name}, d{key}")
+        single = on_threads(1, op.function, op, arguments, upstream, backend=backend)
+        assert all(torch.equal(got[key], single[key]) for key in got), f"{name}: one thread and two differ"
+        check_rows(op, arguments, upstream, got, backend, name)
+
+
+def check_rows(
+    op: Op, arguments: dict[str, Any], upstream: Results, whole: dict[str, Tensor], backend: str, name: str
+) -> None:
+    """Bitwise: a row's own gradients, alone or in a batch. A dropout mask depends on the place, so it is left out."""
+    rows = op.batch(arguments)
+    if op.take is None or rows == 0 or arguments.get("dropout_p"):
+        return
+    for b in {0, rows // 2, rows - 1}:
+        mine = op.take(arguments, b)
+        alone = gradients(op.function, op, mine, [u[b : b + 1] for u in upstream], backend=backend)
+        for key, gradient in alone.items():
+            if mine[key] is not arguments[key]:
+                assert torch.equal(whole[key][b : b + 1], gradient), f"{name}: d{key} of row {b} differs alone"
+
+
+@pytest.mark.parametrize("op", [op for op in ops.pages().values() if op.differentiable], ids=lambda op: op.name)
+def test_most_gradients_come_from_kernels(op: Op) -> None:
+    for dtype in op.dtypes:
+        choices = [ops.explain(op.function, **leaves(op, case.arguments(dtype))).backend for case in op.cases()]
+        assert choices.count("cpu") > len(choices) / 2, f"{op.name}, {dtype}: {choices}"
+
+
+class Calls(TorchDispatchMode):
+    """Keeps the arguments of each call of our own ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "gptfast":
+            self.made.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+def calls(op: Op, arguments: dict[str, Any], upstream: Results) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The calls of PyTorch's ops that one forward and backward makes: op and arguments."""
+    with Calls() as seen:
+        gradients(op.function, op, arguments, upstream)
+    return seen.made
+
+
+def small() -> list[Any]:
+    """Of each op with gradients the cases that PyTorch's checks, which call an op many times, can take."""
+    return [
+        pytest.param(op, case, id=f"{op.name}-{case.name}")
+        for op in ops.pages().values()
+        if op.differentiable
+        for case in op.cases()
+        if not case.tags & {"big", "bench"}
+        and 0 < sum(x.numel() for x in case.arguments(torch.float32).values() if isinstance(x, Tensor)) < 3000
+    ]
+
+
+def ask(x: Any, dtype: torch.dtype | None = None) -> Any:
+    """A floating tensor of its own that asks for a gradient; anything else as it is."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return x
+    return x.detach().to(dtype or x.dtype, copy=True).requires_grad_()
+
+
+@pytest.mark.skipif(reason_missing("cpu") is not None, reason="the CPU kernels are not built")
+@pytest.mark.parametrize(("op", "case"), small())
+def test_pytorch_knows_the_ops(op: Op, case: Case) -> None:
+    """opcheck: schemas, fakes, the autograd key, and AOT tracing with dynamic shapes."""
+    arguments = case.arguments(torch.float32)
+    if "cpu" in ops.explain(op.function, **leaves(op, arguments)).passed_over:
+        pytest.skip("no kernel serves this case")
+    made = calls(op, arguments, upstream_of(op, case, arguments, torch.float32))
+    assert {func._opname for func, _ in made} == {op.name, f"{op.name}_backward"}
+    for func, given in made:
+        opcheck(func, tuple(ask(x) for x in given))
+
+
+@pytest.mark.skipif(reason_missing("cpu") is not None, reason="the CPU kernels are not built")
+@pytest.mark.parametrize(("op", "case"), small())
+def test_numerical_gradients(op: Op, case: Case) -> None:
+    """gradcheck in fp64 of the ops as registered, whose kernels are the reference then."""
+    arguments = case.arguments(torch.float32)
+    if "cpu" in ops.explain(op.function, **leaves(op, arguments)).passed_over:
+        pytest.skip("no kernel serves this case")
+    for func, given in calls(op, arguments, upstream_of(op, case, arguments, torch.float32)):
+        if not func._opname.endswith("_backward") or op.double_backward:
+            assert torch.autograd.gradcheck(func, tuple(ask(x, torch.float64) for x in given), fast_mode=True)
+
+
+@pytest.mark.parametrize("op", [op for op in ops.pages().values() if op.differentiable], ids=lambda op: op.name)
+def test_functional_transforms_go_through_the_reference(op: Op) -> None:
+    """torch.func.grad gives autograd's gradients; a kernel asked for by name is refused with a sentence."""
+    case = op.cases()[0]
+    arguments = case.arguments(torch.float32)
+    upstream = upstream_of(op, case, arguments, torch.float32)
+    name = op.differentiable[0]
+
+    def loss(x: Tensor, backend: str | None = None) -> Tensor:
+        results = [r for r in outputs(op.function(**{**arguments, name: x}, backend=backend)) if r.is_floating_point()]
+        return torch.stack([(r * u).sum() for r, u in zip(results, upstream)]).sum()
+
+    wanted = gradients(op.reference, op, arguments, upstream)[name]
+    assert torch.allclose(torch.func.grad(loss)(arguments[name]), wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ops.BackendError, match=r"torch\.func"):
+        torch.func.grad(lambda x: loss(x, "cpu"))(arguments[name])
