@@ -40,17 +40,40 @@ INLINE f32v score(const Terms& t, f32v s, i32v key, i32v position, f32v slope, f
   if (t.edge) s = select((key >= low) & (key < high), s, splat(NONE));
   return s;
 }
+// In registers at this point, all of them, lest the compiler work on one after another.
+template <int N>
+INLINE void together(f32v (&x)[N]) {
+#if defined(__x86_64__)
+  if constexpr (N == 2) asm("" : "+v"(x[0]), "+v"(x[1]));
+  if constexpr (N == 3) asm("" : "+v"(x[0]), "+v"(x[1]), "+v"(x[2]));
+#else
+  (void)x;
+#endif
+}
 // e^x for x <= 0: the absolute error counts, so x log2(e) may be rounded. 2^y to 2 units in the last place by a
 // polynomial of degree 5; y below -127 is taken for it, where the sum of the exponents is exactly zero. NaN stays one.
+// N vectors step by step: each alone is a chain of a dozen instructions of 3 to 4 cycles.
+template <int N>
+INLINE void decay(f32v (&x)[N]) {
+  constexpr float terms[] = {9.671512991e-3f, 5.550733581e-2f, 2.402224243e-1f, 6.931470037e-1f, 1.0f};
+  f32v n[N], p[N];
+  auto step = [](f32v(&to)[N], auto f) {
+    UNROLL for (int i = 0; i < N; i++) to[i] = f(i);
+    together(to);
+  };
+  step(x, [&](int i) { return x[i] * 1.44269504088896341f; });
+  step(x, [&](int i) { return max(splat(-127.0f), x[i]); });
+  step(n, [&](int i) { return round(x[i]); });
+  step(x, [&](int i) { return x[i] - n[i]; });
+  step(n, [&](int i) { return bitcast<f32v>(__builtin_convertvector(n[i], i32v) << 23); });
+  for (int i = 0; i < N; i++) p[i] = splat(1.326472731e-3f);
+  UNROLL for (const float term : terms) step(p, [&](int i) { return fma(p[i], x[i], splat(term)); });
+  for (int i = 0; i < N; i++) x[i] = bitcast<f32v>(bitcast<i32v>(p[i]) + bitcast<i32v>(n[i]));
+}
 INLINE f32v decay(f32v x) {
-  const f32v y = max(splat(-127.0f), x * 1.44269504088896341f), n = round(y), f = y - n;
-  f32v p = splat(1.326472731e-3f);
-  p = fma(p, f, splat(9.671512991e-3f));
-  p = fma(p, f, splat(5.550733581e-2f));
-  p = fma(p, f, splat(2.402224243e-1f));
-  p = fma(p, f, splat(6.931470037e-1f));
-  p = fma(p, f, splat(1.0f));
-  return bitcast<f32v>(bitcast<i32v>(p) + (__builtin_convertvector(n, i32v) << 23));
+  f32v one[1] = {x};
+  decay(one);
+  return one[0];
 }
 INLINE f32v finite(f32v m) { return select(m == NONE, f32v{}, m); }
 
@@ -183,23 +206,26 @@ template <int NV>
 NOINLINE void exp_rows(const Keys& keys, float* s, const float* m, float* l) {
   constexpr int W = NV * LANES;
   const int first = keys.first_group(), last = keys.last_group();
-  for (int v = 0; v < NV; v++) {
-    const f32v base = finite(load(m + v * LANES));
-    f32v part[LANES];
-    for (int i = 0; i < LANES; i++) {
-      f32v total = {};
-      float* p = s + i * W + v * LANES;
-      for (int g = first; g < last; g++) {
-        const f32v e = decay(load(p + g * LANES * W) - base);
-        store(p + g * LANES * W, e);
-        total += e;
+  f32v base[NV], part[LANES][NV];
+  UNROLL for (int v = 0; v < NV; v++) base[v] = finite(load(m + v * LANES));
+  for (int i = 0; i < LANES; i++) {
+    f32v total[NV] = {};
+    float* p = s + (first * LANES + i) * W;
+    NO_UNROLL for (int g = first; g < last; g++, p += LANES * W) {
+      f32v e[NV];
+      UNROLL for (int v = 0; v < NV; v++) e[v] = load(p + v * LANES) - base[v];
+      decay(e);
+      UNROLL for (int v = 0; v < NV; v++) {
+        store(p + v * LANES, e[v]);
+        total[v] += e[v];
       }
-      part[i] = total;
     }
-    for (int n = LANES / 2; n; n /= 2)
-      for (int i = 0; i < n; i++) part[i] += part[i + n];
-    store(l + v * LANES, part[0]);
+    UNROLL for (int v = 0; v < NV; v++) part[i][v] = total[v];
   }
+  for (int n = LANES / 2; n; n /= 2)
+    for (int i = 0; i < n; i++)
+      for (int v = 0; v < NV; v++) part[i][v] += part[i + n][v];
+  for (int v = 0; v < NV; v++) store(l + v * LANES, part[0][v]);
 }
 
 // Which keys of the chunk's groups row r keeps: room for CHUNK + 4 LANES, from the first group on.
