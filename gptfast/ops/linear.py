@@ -24,6 +24,9 @@ order; inside a chunk in order too, so that the last bits differ from those of t
 that is the transpose of a (K, N) one, in up to 16 rows: likewise with chunks of 96 k, and nothing is copied. Quantised
 weights: groups of 32 k, added in order; inside a group in order too (exact). Neither the number of rows or of threads
 nor a row's place in x changes a bit.
+
+Where a gradient is wanted, or PyTorch traces the call, the product of a float weight is PyTorch's own, backward and
+forward: its bits are PyTorch's.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptfast.ops import dispatch
+from gptfast.ops import dispatch, library
 from gptfast.ops.dispatch import shape
 from gptfast.ops.spec import Case, Cost, Inputs, Op, nbytes
 from gptfast.quantize import GROUP, PackedWeight, QuantizedWeight
@@ -196,7 +199,18 @@ def linear(
     where `backend` can't serve the call.
     """
     arguments = {"x": x, "weight": weight, "bias": bias, "activations": activations}
+    if isinstance(weight, Tensor) and backend is None and library.needed(arguments):
+        _check(**arguments)
+        return _trained(x, weight, bias)
     return dispatch.prepared("linear", backend, reference, x, arguments, _check)(**arguments)
+
+
+def _trained(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """PyTorch's own product, which knows its gradients; in fp32 where dtypes differ."""
+    if x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype):
+        return F.linear(x, weight, bias)
+    wide = torch.promote_types(torch.float32, torch.promote_types(x.dtype, weight.dtype))
+    return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(x.dtype)
 
 
 def _check(x: Tensor, weight: Weight, bias: Tensor | None, activations: str) -> None:

@@ -7,6 +7,7 @@
 // K is packed as kt[key / LANES][d][LANES] and V as vt[d / LANES][key][LANES], in fp32.
 #pragma once
 #include "attention_keys.h"
+#include "philox.h"
 
 namespace gptfast::ISA::attn {
 
@@ -39,17 +40,40 @@ INLINE f32v score(const Terms& t, f32v s, i32v key, i32v position, f32v slope, f
   if (t.edge) s = select((key >= low) & (key < high), s, splat(NONE));
   return s;
 }
+// In registers at this point, all of them, lest the compiler work on one after another.
+template <int N>
+INLINE void together(f32v (&x)[N]) {
+#if defined(__x86_64__)
+  if constexpr (N == 2) asm("" : "+v"(x[0]), "+v"(x[1]));
+  if constexpr (N == 3) asm("" : "+v"(x[0]), "+v"(x[1]), "+v"(x[2]));
+#else
+  (void)x;
+#endif
+}
 // e^x for x <= 0: the absolute error counts, so x log2(e) may be rounded. 2^y to 2 units in the last place by a
 // polynomial of degree 5; y below -127 is taken for it, where the sum of the exponents is exactly zero. NaN stays one.
+// N vectors step by step: each alone is a chain of a dozen instructions of 3 to 4 cycles.
+template <int N>
+INLINE void decay(f32v (&x)[N]) {
+  constexpr float terms[] = {9.671512991e-3f, 5.550733581e-2f, 2.402224243e-1f, 6.931470037e-1f, 1.0f};
+  f32v n[N], p[N];
+  auto step = [](f32v(&to)[N], auto f) {
+    UNROLL for (int i = 0; i < N; i++) to[i] = f(i);
+    together(to);
+  };
+  step(x, [&](int i) { return x[i] * 1.44269504088896341f; });
+  step(x, [&](int i) { return max(splat(-127.0f), x[i]); });
+  step(n, [&](int i) { return round(x[i]); });
+  step(x, [&](int i) { return x[i] - n[i]; });
+  step(n, [&](int i) { return bitcast<f32v>(__builtin_convertvector(n[i], i32v) << 23); });
+  for (int i = 0; i < N; i++) p[i] = splat(1.326472731e-3f);
+  UNROLL for (const float term : terms) step(p, [&](int i) { return fma(p[i], x[i], splat(term)); });
+  for (int i = 0; i < N; i++) x[i] = bitcast<f32v>(bitcast<i32v>(p[i]) + bitcast<i32v>(n[i]));
+}
 INLINE f32v decay(f32v x) {
-  const f32v y = max(splat(-127.0f), x * 1.44269504088896341f), n = round(y), f = y - n;
-  f32v p = splat(1.326472731e-3f);
-  p = fma(p, f, splat(9.671512991e-3f));
-  p = fma(p, f, splat(5.550733581e-2f));
-  p = fma(p, f, splat(2.402224243e-1f));
-  p = fma(p, f, splat(6.931470037e-1f));
-  p = fma(p, f, splat(1.0f));
-  return bitcast<f32v>(bitcast<i32v>(p) + (__builtin_convertvector(n, i32v) << 23));
+  f32v one[1] = {x};
+  decay(one);
+  return one[0];
 }
 INLINE f32v finite(f32v m) { return select(m == NONE, f32v{}, m); }
 
@@ -60,6 +84,13 @@ struct Tile {
   float *q, *o, *m, *l;            // q comes scaled
   float *slope, *sink;             // per row
   int32_t *low, *high, *position;  // keys [low, high) are seen by a row; both grow with the row
+  uint64_t* element;               // dropout's number of the row's first key
+};
+
+// Which probabilities are dropped: ops/philox.py.
+struct Dropout {
+  uint64_t seed;
+  uint32_t stream, below;  // 0 = none
 };
 
 // One chunk as seen by a tile: keys start + [begin, end) are needed.
@@ -67,6 +98,7 @@ struct Keys {
   int start, begin, end;
   Terms terms;
   const float* bias;  // [width][CHUNK]
+  Dropout dropout;
   int first_group() const { return begin / LANES; }
   int last_group() const { return (int)ceil_div(end, LANES); }
 };
@@ -174,22 +206,52 @@ template <int NV>
 NOINLINE void exp_rows(const Keys& keys, float* s, const float* m, float* l) {
   constexpr int W = NV * LANES;
   const int first = keys.first_group(), last = keys.last_group();
-  for (int v = 0; v < NV; v++) {
-    const f32v base = finite(load(m + v * LANES));
-    f32v part[LANES];
-    for (int i = 0; i < LANES; i++) {
-      f32v total = {};
-      float* p = s + i * W + v * LANES;
-      for (int g = first; g < last; g++) {
-        const f32v e = decay(load(p + g * LANES * W) - base);
-        store(p + g * LANES * W, e);
-        total += e;
+  f32v base[NV], part[LANES][NV];
+  UNROLL for (int v = 0; v < NV; v++) base[v] = finite(load(m + v * LANES));
+  for (int i = 0; i < LANES; i++) {
+    f32v total[NV] = {};
+    float* p = s + (first * LANES + i) * W;
+    NO_UNROLL for (int g = first; g < last; g++, p += LANES * W) {
+      f32v e[NV];
+      UNROLL for (int v = 0; v < NV; v++) e[v] = load(p + v * LANES) - base[v];
+      decay(e);
+      UNROLL for (int v = 0; v < NV; v++) {
+        store(p + v * LANES, e[v]);
+        total[v] += e[v];
       }
-      part[i] = total;
     }
-    for (int n = LANES / 2; n; n /= 2)
-      for (int i = 0; i < n; i++) part[i] += part[i + n];
-    store(l + v * LANES, part[0]);
+    UNROLL for (int v = 0; v < NV; v++) part[i][v] = total[v];
+  }
+  for (int n = LANES / 2; n; n /= 2)
+    for (int i = 0; i < n; i++)
+      for (int v = 0; v < NV; v++) part[i][v] += part[i + n][v];
+  for (int v = 0; v < NV; v++) store(l + v * LANES, part[0][v]);
+}
+
+// Which keys of the chunk's groups row r keeps: room for CHUNK + 4 LANES, from the first group on.
+INLINE const int32_t* kept(const Tile& t, const Keys& keys, int r, int32_t* room) {
+  const int first = keys.first_group() * LANES, n = keys.last_group() * LANES - first;
+  const Dropout& d = keys.dropout;
+  return dropout_keep(room, t.element[r] + keys.start + first, n, d.below, d.stream, d.seed);
+}
+
+// p = 0 where it is dropped.
+template <int NV>
+NOINLINE void drop_rows(const Tile& t, const Keys& keys, float* p) {
+  const int first = keys.first_group(), last = keys.last_group();
+  for (int v = 0; v < NV * LANES; v += LANES) {
+    int32_t room[LANES][CHUNK + 4 * LANES];
+    const int32_t* row[LANES];
+    for (int i = 0; i < LANES; i++) row[i] = kept(t, keys, v + i, room[i]);
+    for (int g = first; g < last; g++) {
+      f32v keep[LANES];
+      UNROLL for (int i = 0; i < LANES; i++) keep[i] = bitcast<f32v>(load(row[i] + (g - first) * LANES));
+      transpose(keep);
+      for (int i = 0; i < LANES; i++) {
+        float* at = p + (g * LANES + i) * NV * LANES + v;
+        store(at, select(bitcast<i32v>(keep[i]), load(at), f32v{}));
+      }
+    }
   }
 }
 
@@ -226,6 +288,7 @@ void chunk_rows(const Tile& t, const Keys& keys, const float* kt, const float* v
   qk_rows<NV>(t.q, kt, s, t.dim, skip, keys.last_group() * LANES, plain, mc);
   score_rows<NV>(t, keys, plain, s, mc);
   exp_rows<NV>(keys, s, mc, lc);
+  if (keys.dropout.below) drop_rows<NV>(t, keys, s);
   for (int v = 0; v < NV * LANES; v += LANES) merge(t.m + v, t.l + v, load(mc + v), load(lc + v), a + v, b + v);
   pv_rows<NV>(s, vt, t.o, a, b, t.dim, keys.begin, keys.end);
 }
@@ -286,6 +349,11 @@ INLINE void softmax_few(const Tile& t, const Keys& keys, int r, float* s, float*
     total += e;
   }
   *l = sum(total);
+  if (!keys.dropout.below) return;
+  int32_t room[CHUNK + 4 * LANES];
+  const int32_t* keep = kept(t, keys, r, room);
+  for (int g = keys.first_group(); g < keys.last_group(); g++, keep += LANES)
+    store(s + g * LANES, select(load(keep), load(s + g * LANES), f32v{}));
 }
 
 // Vectors of dims side by side for R rows: AVX2 needs 8 sums or more to hide an fma's 4 cycles, and has 16 registers
