@@ -26,10 +26,9 @@ CONFIG = GPTConfig(
 def train(model: nn.Module, rank: int, processes: int) -> list[float]:
     """The loss of each step over the whole batch, of which this process computes its part."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    data = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, 97, (4, 18), generator=torch.Generator().manual_seed(3))[rank::processes]
     losses = []
     for _ in range(STEPS):
-        ids = torch.randint(0, 97, (4, 18), generator=data)[rank::processes]
         loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()

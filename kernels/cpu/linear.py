@@ -10,7 +10,6 @@ from torch import Tensor
 from gptfast.kernels.cpu import DTYPES, as_rows, prepare, rows, threads, unsupported
 from gptfast.quantize import PackedWeight, QuantizedWeight
 
-COLUMNS = 16  # up to so many rows a weight stored as (depth, cols) is used from where it lies
 CHUNK, BAND = 96, 4096  # of depth and, at most, of cols, then
 OWN = 8192  # so few elements of x, in up to 8 rows, every worker lays out for itself: sharing them would cost more
 
@@ -45,7 +44,7 @@ def prepare_linear(
         kernel, code = "linear_int8" if activations == "int8" else "linear_exact", weight.code
     shared = count > 8 or x.numel() > OWN
     workspace = count * ((depth + 63) & -64) * 4 if shared else 0
-    if isinstance(weight, Tensor) and count <= COLUMNS and weight.stride(0) == 1 and weight.stride(1) >= cols > 1:
+    if isinstance(weight, Tensor) and weight.stride(0) == 1 and weight.stride(1) >= cols > 1:
         weight_fit, weight_stride = None, -weight.stride(1)
         workspace = -(-depth // CHUNK) * count * -(-cols // BAND) * BAND * 4
     inputs = {"x": ("x", as_rows), "weight": ("weight", weight_fit)}
