@@ -141,8 +141,7 @@ def test_modules_copy_and_pickle() -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_meta_tensors_train_on_paper(name: str) -> None:
-    with torch.device("meta"):
-        model = GPT(CONFIGS[name])
+    model = GPT(CONFIGS[name], device="meta")
     ids = torch.empty(2, 9, dtype=torch.int64, device="meta")
     loss_of(model, ids, ids).backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())

@@ -10,6 +10,9 @@ from gptfast.kernels.cpu import DTYPES, empty, pointer, rows, threads, unsupport
 
 
 def supports(ids: Tensor, weight: Tensor, positions: Tensor | None, position_weight: Tensor | None) -> str | None:
+    for t in (ids, positions):
+        if t is not None and not t.is_cpu:
+            return f"ids are on {t.device}, and this backend's tensors are on the CPU"
     return unsupported(weight, position_weight, backward=True)
 
 

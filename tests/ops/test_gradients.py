@@ -145,6 +145,8 @@ def test_numerical_gradients(op: Op, case: Case) -> None:
     arguments = case.arguments(torch.float32)
     if "cpu" in ops.explain(op.function, **leaves(op, arguments)).passed_over:
         pytest.skip("no kernel serves this case")
+    if not all(r.isfinite().all() for r in outputs(op.reference(**arguments)) if r.is_floating_point()):
+        pytest.skip("differences of infinities are no gradients")
     for func, given in calls(op, arguments):
         if not func._opname.endswith("_backward") or op.double_backward:
             asking = [ask(x, torch.float64) for x in given]
