@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from gptfast.model import GPT, GPTConfig
@@ -67,6 +67,6 @@ def test_two_processes_train_as_one(kind: str) -> None:
     wanted = train(make(), 0, 1)
     assert wanted[-1] < wanted[0]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(process, args=(kind, folder), nprocs=PROCESSES)
+        spawn(process, args=(kind, folder), nprocs=PROCESSES)
         got = torch.load(Path(folder) / "losses.pt", weights_only=True).tolist()
     assert max(abs(g - w) for g, w in zip(got, wanted)) <= 1e-5

@@ -123,7 +123,7 @@ def test_activation_checkpointing_changes_no_bit() -> None:
     for block in model.blocks:
         forward = block.forward
 
-        def again(*args: object, _forward: Callable[..., object] = forward, **kwargs: object) -> object:
+        def again(*args: Any, _forward: Callable[..., Any] = forward, **kwargs: Any) -> Any:
             return checkpoint(_forward, *args, use_reentrant=False, **kwargs)
 
         block.forward = again

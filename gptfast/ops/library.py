@@ -60,7 +60,7 @@ def differentiate(op: Any, save: Callable[..., None], backward: Callable[..., Gr
     torch.library.register_autograd(f"gptfast::{op._opname}", in_order, setup_context=by_name, lib=_LIBRARY)
 
 
-def differentiate_through(op: Any, function: Callable[..., Sequence[Tensor]]) -> None:
+def differentiate_through(op: Any, function: Callable[..., Any]) -> None:
     """Gradients of an op by autograd through `function`, which computes the same with PyTorch's ops."""
 
     def save(ctx: Any, arguments: dict[str, Any], output: Any) -> None:

@@ -71,7 +71,8 @@ def test_bias_and_sinks_get_their_gradients_from_the_reference(shape: tuple[int,
     assert (gradient(attention, torch.float32) - exact).abs().max().item() <= tolerance(plain, exact)
     for name, leaf in (("bias", bias.requires_grad_()), ("sinks", randn(H, seed=11).requires_grad_())):
         with pytest.raises(BackendError, match=f"{name} requires a gradient"):
-            attention(q, k, v, **{name: leaf}, backend="cpu")
+            terms: dict[str, Any] = {name: leaf}
+            attention(q, k, v, **terms, backend="cpu")
 
 
 def test_the_seed_may_be_a_tensor() -> None:
