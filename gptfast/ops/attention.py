@@ -15,7 +15,8 @@ is 1 / sqrt(D) unless given. A row that may attend to nothing gives 0 and LSE -i
 With cu_seqlens_q and cu_seqlens_k (int32, (N + 1), from 0) q is (Tq, H, D), k and v (Tk, Hk, D): N sequences end to
 end, each attending to itself; lse is then (H, Tq). mask and bias don't apply to those.
 
-q, k, v, bias and sinks get gradients, those through lse among them: attention_gradients.py.
+q, k, v, bias and sinks get gradients, those through lse among them: attention_gradients.py. The CPU kernel makes those
+of q, k and v; where bias or sinks want one, the reference serves the call.
 
 dropout_p drops probabilities after the normalisation, scaled by 1 / (1 - p); lse doesn't see it. Elements are counted
 row-major in (B, H, Sq, Sk), sequence after sequence where they lie end to end.
@@ -223,6 +224,8 @@ def attention(
         "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k,
     }  # fmt: skip
     page = "attention.attention"
+    if dropout_p:
+        library.check_seed("attention", seed)
     backend, as_op = library.route(page, backend, arguments)
     if as_op:
         out, lse = _registered(
@@ -249,6 +252,12 @@ def cost(q: Tensor, k: Tensor, v: Tensor, **terms: Any) -> Cost:
     pairs = sum(_pairs(*n, terms.get("causal", False), terms.get("window", (-1, -1))) for n in lengths)
     moved = nbytes(q, q, k, v, terms.get("bias"), terms.get("mask"))
     return Cost(flops=4 * q.shape[-1] * q.shape[-2] * pairs, bytes=moved)
+
+
+def train_cost(q: Tensor, k: Tensor, v: Tensor, **terms: Any) -> Cost:
+    """The backward has five products where the forward has two; it reads q, k, v, out and its gradient, writes three."""
+    forward = cost(q, k, v, **terms)
+    return Cost(flops=3.5 * forward.flops, bytes=forward.bytes + nbytes(q, q, q, q, k, k, v, v))
 
 
 def _pairs(q_len: int, k_len: int, causal: bool, window: tuple[int, int]) -> int:
@@ -401,7 +410,8 @@ def cost_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *
 
 OPS = [
     Op("attention", attention, reference, cost, attention_cases.cases, attention_cases.baseline,
-       take=attention_cases.take, batch=attention_cases.batch, differentiable=("q", "k", "v", "bias", "sinks")),
+       take=attention_cases.take, batch=attention_cases.batch, train_cost=train_cost,
+       differentiable=("q", "k", "v", "bias", "sinks")),
     Op("attention_kvcache", attention_kvcache, reference_kvcache, cost_kvcache, attention_cases.cases_kvcache,
        attention_cases.baseline_kvcache, mutates=("k_cache", "v_cache", "k_scale", "v_scale"),
        take=attention_cases.take_kvcache, batch=attention_cases.batch_kvcache),

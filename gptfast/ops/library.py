@@ -162,6 +162,13 @@ def traced(t: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(t) not in _ORDINARY or t.device.type == "meta"
 
 
+def check_seed(op: str, seed: Any) -> None:
+    """Raises ValueError unless it is a seed: an int, or one int64 in a tensor."""
+    whole = seed.dtype == torch.int64 and seed.numel() == 1 if isinstance(seed, Tensor) else isinstance(seed, int)
+    got = dispatch.shape(seed) if isinstance(seed, Tensor) else repr(seed)
+    dispatch.require(whole, f"{op}: expected seed as an int or an int64 tensor of one, got {got}")
+
+
 def seed_tensor(seed: Tensor | int, like: Tensor) -> Tensor:
     """A seed, int or int64 tensor, as the tensor that an op's schema takes, so that no graph depends on its value."""
     return seed if isinstance(seed, Tensor) else torch.tensor(seed, dtype=torch.int64, device=like.device)

@@ -21,8 +21,8 @@ activations="int8", quantised weights only: x is first rounded to int8 in each g
 Orders of summation, constants of this page. Float weights: K in chunks of 768, added in order; in a chunk as many
 partial sums as the machine has lanes (k mod lanes), added by halves. Packed float weights: chunks of 192 k, added in
 order; inside a chunk in order too, so that the last bits differ from those of the same weights unpacked. A float weight
-that is the transpose of a (K, N) one, in up to 16 rows: likewise with chunks of 96 k, and nothing is copied. Quantised
-weights: groups of 32 k, added in order; inside a group in order too (exact). Neither the number of rows or of threads
+that is the transpose of a (K, N) one: likewise with chunks of 96 k, and nothing is copied, which suits few rows.
+Quantised weights: groups of 32 k, added in order; inside a group in order too (exact). Neither the number of rows or of threads
 nor a row's place in x changes a bit.
 
 Where a gradient is wanted, or PyTorch traces the call, the product of a float weight is PyTorch's own, backward and
@@ -157,6 +157,8 @@ def cases() -> list[Case]:
         case(7, 50, 577, "columns", bias=True),
         case(13, 1030, 200, "columns", bias=True),
         case(17, 70, 577, "columns"),
+        case(3, 40, 100, "columns", bias=True),
+        case(40, 300, 200, "columns"),
     ]
     quantised = [
         case(M, N, K, kind, activations, bias)

@@ -10,7 +10,9 @@ from torch import Tensor
 from gptfast.kernels.cpu import DTYPES, as_rows, prepare, rows, threads, unsupported
 from gptfast.quantize import PackedWeight, QuantizedWeight
 
-CHUNK, BAND = 96, 4096  # of depth and, at most, of cols, then
+# Of a weight stored as (depth, cols), used from where it lies: chunks of depth and, at most, of cols; rows of a launch,
+# for its sums take as much room for each of them.
+CHUNK, BAND, ROWS = 96, 4096, 16
 OWN = 8192  # so few elements of x, in up to 8 rows, every worker lays out for itself: sharing them would cost more
 
 
@@ -45,6 +47,8 @@ def prepare_linear(
     shared = count > 8 or x.numel() > OWN
     workspace = count * ((depth + 63) & -64) * 4 if shared else 0
     if isinstance(weight, Tensor) and weight.stride(0) == 1 and weight.stride(1) >= cols > 1:
+        if count > ROWS:
+            return _by_rows
         weight_fit, weight_stride = None, -weight.stride(1)
         workspace = -(-depth // CHUNK) * count * -(-cols // BAND) * BAND * 4
     inputs = {"x": ("x", as_rows), "weight": ("weight", weight_fit)}
@@ -70,3 +74,9 @@ def prepare_linear(
         bias_dtype=bias_dtype,
         before=0,
     )
+
+
+def _by_rows(x: Tensor, **arguments: Any) -> Tensor:
+    """The op for a few rows of x after another; each row's result is the same as in any other company."""
+    y = [linear(x=part, **arguments) for part in x.reshape(-1, x.shape[-1]).split(ROWS)]
+    return torch.cat(y).view(*x.shape[:-1], -1)
