@@ -255,7 +255,7 @@ def cost(q: Tensor, k: Tensor, v: Tensor, **terms: Any) -> Cost:
 
 
 def train_cost(q: Tensor, k: Tensor, v: Tensor, **terms: Any) -> Cost:
-    """The backward has five products where the forward has two; it reads q, k, v, out and its gradient, writes three."""
+    """The backward has five products where the forward has two; it reads five tensors and writes three."""
     forward = cost(q, k, v, **terms)
     return Cost(flops=3.5 * forward.flops, bytes=forward.bytes + nbytes(q, q, q, q, k, k, v, v))
 

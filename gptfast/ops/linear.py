@@ -22,8 +22,8 @@ Orders of summation, constants of this page. Float weights: K in chunks of 768, 
 partial sums as the machine has lanes (k mod lanes), added by halves. Packed float weights: chunks of 192 k, added in
 order; inside a chunk in order too, so that the last bits differ from those of the same weights unpacked. A float weight
 that is the transpose of a (K, N) one: likewise with chunks of 96 k, and nothing is copied, which suits few rows.
-Quantised weights: groups of 32 k, added in order; inside a group in order too (exact). Neither the number of rows or of threads
-nor a row's place in x changes a bit.
+Quantised weights: groups of 32 k, added in order; inside a group in order too (exact). Neither the number of rows or
+of threads nor a row's place in x changes a bit.
 
 Where a gradient is wanted, or PyTorch traces the call, the product of a float weight is PyTorch's own, backward and
 forward: its bits are PyTorch's.
