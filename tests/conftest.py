@@ -5,6 +5,21 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests import where
+from tests.interpreter.faithful import faithful
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where the ops' tests run: cpu, or cuda for the GPU's backends")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    where.device = config.getoption("--device")
+    if where.INTERPRETED:
+        mended = faithful()
+        mended.__enter__()
+        config.add_cleanup(lambda: mended.__exit__(None, None, None))
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
@@ -19,7 +34,7 @@ def nan_filled_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def empty(*size, **kwargs):
         t = real(*size, **kwargs)
-        if t.is_floating_point() and t.device.type == "cpu":
+        if t.is_floating_point() and t.device.type in ("cpu", "cuda"):
             with torch._C.DisableTorchFunction():  # a recording watches what is called
                 t.fill_(float("nan"))
         return t

@@ -1,0 +1,63 @@
+"""The block sizes of every kernel: pure functions of shape, dtype and architecture, each line naming the limit that it
+touches. No tuner: a result depends on the blocks that it is summed in, so those of a reduction depend on the shape
+alone, and the architecture chooses only what changes no order of summation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a kernel is compiled with: block sizes by name, a program's warps, the stages of its loops' pipeline."""
+
+    num_warps: int
+    num_stages: int = 1
+    blocks: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of a launch."""
+        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one program may use."""
+
+    shared: int  # bytes of shared memory
+    lanes: int = 32  # threads of a warp
+    registers: int = 65536  # 32-bit registers of one SM, which its programs share
+    threads: int = 2048  # of one SM
+
+
+LIMITS = {
+    "sm_80": Limits(163 << 10),
+    "sm_86": Limits(99 << 10, threads=1536),
+    "sm_89": Limits(99 << 10, threads=1536),
+    "sm_90": Limits(227 << 10),
+    "sm_100": Limits(227 << 10),
+    "sm_103": Limits(227 << 10),
+    "sm_120": Limits(99 << 10, threads=1536),
+    "gfx90a": Limits(64 << 10, lanes=64),
+    "gfx942": Limits(64 << 10, lanes=64),
+    "gfx950": Limits(160 << 10, lanes=64),
+}
+
+
+def limits(arch: str) -> Limits:
+    """An architecture's limits; of one that isn't listed, the smallest of its maker's."""
+    return LIMITS.get(arch) or LIMITS["sm_86" if arch.startswith("sm_") else "gfx90a"]
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def bounded(n: int, low: int, high: int) -> int:
+    return max(low, min(n, high))
+
+
+# --- rows: norms, activations, rope, embedding, the optimizer
