@@ -127,6 +127,16 @@ def rows(x: Tensor) -> tuple[Tensor, int]:
     return (x.contiguous(), x.shape[-1]) if stride is None else (x, stride)
 
 
+def blocks(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """`x` (..., C) as blocks of rows: (x, rows of a block, stride from block to block, from row to row), copied only if
+    its strides don't allow it: the heads of one projection's output lie so."""
+    stride = x.shape[-1] if x.is_contiguous() else _row_stride(x)
+    if stride is None and x.dim() > 2 and (outer := _row_stride(x[..., 0, :])) is not None:
+        return x, x.shape[-2], outer, x.stride(-2)
+    x, stride = (x, stride) if stride is not None else (x.contiguous(), x.shape[-1])
+    return x, max(count_rows(x), 1), 0, stride
+
+
 def _row_stride(x: Tensor) -> int | None:
     """The one stride that leads from each row of (..., C) to the next, None where there isn't one."""
     outer = [(n, stride) for n, stride in zip(x.shape[:-1], x.stride()) if n > 1]
