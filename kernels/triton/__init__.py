@@ -67,6 +67,7 @@ class _Recorder:
 
 
 _recorder: _Recorder | None = None
+reached: list[Tensor] = []  # by the launch in progress, through addresses in memory
 
 
 @contextmanager
@@ -82,12 +83,19 @@ def recording(arch: str) -> Iterator[list[Launch]]:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *arguments: Any, tile: Tile, fp_fusion: bool = True, **named: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    tile: Tile,
+    fp_fusion: bool = True,
+    reaches: Sequence[Tensor] = (),
+    **named: Any,
 ) -> None:
     """Starts a kernel on its first tensor's device and PyTorch's current stream; nothing, where the grid is empty.
 
     fp_fusion: whether a product and a sum may be contracted to a fused multiply-add, which rounds once. Where a page
     prescribes each rounding they may not.
+    reaches: tensors that the kernel is led to by addresses in memory: what watches an interpreted launch must know.
     """
     if 0 in grid:
         return
@@ -96,6 +104,7 @@ def launch(
     if _recorder is not None:
         _recorder.launches.append(Launch(kernel, grid, arguments, named))
         return
+    reached[:] = reaches if interpreted() else ()
     device = next(a for a in arguments if isinstance(a, Tensor)).device
     if device.index is None or device.index == torch.cuda.current_device():
         kernel[grid](*arguments, **named)

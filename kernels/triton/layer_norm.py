@@ -165,8 +165,8 @@ def normalise_forward(
 
 
 def _normalise(
-    op: str, x: Tensor, residual: Tensor | None, *, weight: Tensor, eps: float, dropout_p: float, seed: int, stream: int,
-    y: Tensor, total: Tensor | None, mean: Tensor | None, rstd: Tensor | None, bias: Tensor | None = None,
+    op: str, x: Tensor, residual: Tensor | None, *, weight: Tensor, eps: float, dropout_p: float, seed: int,
+    stream: int, y: Tensor, total: Tensor | None, mean: Tensor | None, rstd: Tensor | None, bias: Tensor | None = None,
 ) -> None:  # fmt: skip
     N, C = count_rows(x), x.shape[-1]
     x, block, block_stride, x_stride = blocks(x)

@@ -46,9 +46,9 @@ def kept(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Which elements (BLOCK_R, BLOCK_C) dropout keeps: those at start (BLOCK_R, 1) + col (1, BLOCK_C) of a tensor, where
-    a block's columns are consecutive. IS_BY_FOURS: each block begins at a multiple of four, so that one draw of four
-    words serves four elements; otherwise each element draws for itself."""
+    """Which elements (BLOCK_R, BLOCK_C) dropout keeps: those at start (BLOCK_R, 1) + col (1, BLOCK_C) of a tensor,
+    where a block's columns are consecutive. IS_BY_FOURS: each block begins at a multiple of four, so that one draw of
+    four words serves four elements; otherwise each element draws for itself."""
     limit = drop_below.to(tl.uint32, bitcast=True)
     if IS_BY_FOURS:
         first = start + tl.min(col, 1)[:, None]

@@ -85,8 +85,8 @@ def layer_norm(C: int, arch: str) -> Tile:
 
 
 def layer_norm_backward(C: int, arch: str) -> Tile:
-    """Seven values of each element are live at once (dy, s, weight, two sums, products): rows of up to 8,192 columns fit
-    in the registers of 1,024 threads. Wider rows go in blocks of columns."""
+    """Seven values of each element are live at once (dy, s, weight, two sums, products): rows of up to 8,192 columns
+    fit in the registers of 1,024 threads. Wider rows go in blocks of columns."""
     BLOCK_C = bounded(next_power_of_2(C), 1, 8192 if C <= 8192 else 1024)
     BLOCK_R = bounded(1024 // BLOCK_C, 1, 16)
     lanes = limits(arch).lanes
@@ -104,3 +104,47 @@ def layer_norm_means(C: int, arch: str) -> Tile:
 def column_sums() -> Tile:
     """64 columns are a cache line of 256 bytes of each chunk; 32 chunks at once, 16 values a thread."""
     return Tile(num_warps=4, blocks={"BLOCK_R": 32, "BLOCK_C": 64})
+
+
+def elementwise(C: int, arch: str) -> Tile:
+    """2,048 elements a program: each of 128 threads has two 16-byte accesses of 16-bit numbers to each tensor on their
+    way, and a row of a usual width leaves little of its last block empty."""
+    BLOCK_C = bounded(next_power_of_2(C), 1, 1024)
+    lanes = limits(arch).lanes
+    return Tile(num_warps=128 // lanes, blocks={"BLOCK_R": 2048 // BLOCK_C, "BLOCK_C": BLOCK_C})
+
+
+def bias_gelu_backward(C: int, arch: str) -> Tile:
+    """Four rows of 256 columns at a time: 8 values of each tensor in each of 128 threads, beside as many sums."""
+    BLOCK_C = bounded(next_power_of_2(C), 1, 256)
+    return Tile(num_warps=128 // limits(arch).lanes, blocks={"BLOCK_R": 1024 // BLOCK_C, "BLOCK_C": BLOCK_C})
+
+
+def bias_gelu_chunk(N: int, tile: Tile) -> int:
+    """Rows of a chunk: 64 chunks at most, since its blocks of columns are programs too."""
+    BLOCK_R = tile.blocks["BLOCK_R"]
+    return max(-(-N // (64 * BLOCK_R)) * BLOCK_R, BLOCK_R)
+
+
+def rope(H: int, D: int, R: int, arch: str) -> Tile:
+    """1,024 pairs a program: 8 of them in each of 128 threads, one 16-byte access of 16-bit numbers to either half."""
+    BLOCK_R = next_power_of_2(max(R // 2, 1))
+    BLOCK_H = bounded(1024 // BLOCK_R, 1, next_power_of_2(H))
+    blocks = {"BLOCK_H": BLOCK_H, "BLOCK_R": BLOCK_R, "BLOCK_REST": next_power_of_2(D - R) if D > R else 0}
+    return Tile(num_warps=bounded(BLOCK_H * BLOCK_R // 256, 1, 4) * 32 // limits(arch).lanes or 1, blocks=blocks)
+
+
+def embedding_backward(C: int, arch: str) -> Tile:
+    """Four rows of 256 columns at a time, so that four reads are on their way to a row that many places took."""
+    BLOCK_C = bounded(next_power_of_2(C), 1, 256)
+    return Tile(num_warps=128 // limits(arch).lanes, blocks={"BLOCK_R": 4, "BLOCK_C": BLOCK_C})
+
+
+def adamw(count: int, arch: str) -> Tile:
+    """1,024 elements at a time: 8 of each tensor in each of 128 threads, so that 16-bit numbers too are read 16 bytes
+    at a time. BLOCK_T holds the table's tensors."""
+    return Tile(num_warps=128 // limits(arch).lanes, blocks={"BLOCK_T": next_power_of_2(count), "BLOCK_N": 1024})
+
+
+def total_norm() -> Tile:
+    return Tile(num_warps=4, blocks={"BLOCK_N": 1024})
