@@ -42,7 +42,7 @@ def unsupported(*tensors: Tensor | None, backward: bool = False) -> str | None:
 def elsewhere(*tensors: Tensor | None) -> str | None:
     """Why these kernels can't reach the tensors' memory; None where they can."""
     for t in tensors:
-        if t is None or t.is_cuda or (t.is_cpu and interpreted()) or (t.is_meta and _recorder is not None):
+        if t is None or t.is_cuda or _recorder is not None or (t.is_cpu and interpreted()):
             continue
         if t.is_cpu:
             return "the tensors are on the CPU, where these kernels run only if TRITON_INTERPRET=1 (for tests)"
@@ -72,8 +72,9 @@ reached: list[Tensor] = []  # by the launch in progress, through addresses in me
 
 @contextmanager
 def recording(arch: str) -> Iterator[list[Launch]]:
-    """Within it nothing runs: launches are written to the list, with the tiles for `arch` ("sm_90", "gfx942"). Tensors
-    may be on the meta device. For one thread; what studies compiled kernels uses it."""
+    """Within it nothing runs: launches are written to the list, with the tiles for `arch` ("sm_90", "gfx942"), and
+    outputs stay as they were allocated. Tensors may be on any device. For one thread; what studies compiled kernels
+    uses it."""
     global _recorder
     _recorder = _Recorder(arch, [])
     try:
