@@ -14,7 +14,7 @@ test-all: build .venv/.model
 	$(MAKE) test-triton
 # Triton's kernels, interpreted: a process of their own, for Triton reads the variable when it is imported.
 test-triton: build
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/interpreter tests/ops/test_conformance.py tests/ops/test_gradients.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/interpreter tests/ops/test_conformance.py tests/ops/test_gradients.py tests/ops/test_triton.py
 build: .venv/.deps
 	GPTFAST_REQUIRE_CPU=1 $(PY) setup.py -q build_ext --inplace
 bench: build .venv/.model

@@ -26,6 +26,8 @@ import torch
 from gptfast.kernels import reason_missing
 
 ROOT = Path(__file__).parents[1]
+TIMES = """Median microseconds. bound: bytes at the copy's rate, or operations at the matrix rate; %: how much of the time
+that is. error: of the result, as a part of what it may be."""
 TESTS = ("tests/ops/test_conformance.py", "tests/ops/test_gradients.py")
 
 
@@ -147,9 +149,7 @@ def markdown(parts: dict[str, Any]) -> str:
     if rows := parts.get("timings"):
         names = ["op", "case", "dtype", "pass", "us", "eager", "compiled", "sdpa", "x eager", "x compiled", "x sdpa"]
         names += ["bound", "%", "error", "note"]
-        lines += ["", "## Timings", "", "Median microseconds. %: of the bound (bytes at the copy rate, or operations at",
-                  "the matrix rate). error: of the result, as a part of what it may be.", "",
-                  "|" + "|".join(names) + "|", "|" + "---|" * len(names)]  # fmt: skip
+        lines += ["", "## Timings", "", TIMES, "", "|" + "|".join(names) + "|", "|" + "---|" * len(names)]
         lines += ["|" + "|".join(_cell(row.get(name)) for name in names) + "|" for row in rows]
     return "\n".join(lines) + "\n"
 
