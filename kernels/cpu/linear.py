@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gptfast.kernels.cpu import DTYPES, as_rows, prepare, rows, threads, unsupported
+from gptfast.kernels.cpu.product import multiply
 from gptfast.quantize import PackedWeight, QuantizedWeight
 
 # Of a weight stored as (depth, cols), used from where it lies: chunks of depth and, at most, of cols; rows of a launch,
@@ -20,7 +21,7 @@ def supports(x: Tensor, weight: Tensor | QuantizedWeight | PackedWeight, bias: T
     if x.numel() == 0 or weight.shape[0] == 0:
         return "there is nothing to compute"
     if isinstance(weight, Tensor):
-        return unsupported(x, weight, bias)
+        return unsupported(x, weight, bias, backward=True)
     if weight.packed.device.type != "cpu":
         return f"the weight is on {weight.packed.device}, and this backend's are on the CPU"
     return unsupported(x, bias)
@@ -80,3 +81,40 @@ def _by_rows(x: Tensor, **arguments: Any) -> Tensor:
     """The op for a few rows of x after another; each row's result is the same as in any other company."""
     y = [linear(x=part, **arguments) for part in x.reshape(-1, x.shape[-1]).split(ROWS)]
     return torch.cat(y).view(*x.shape[:-1], -1)
+
+
+def supports_linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, **_: Any) -> str | None:
+    return unsupported(x, weight, bias, backward=True)
+
+
+def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y, _ = multiply(_matrix(x), weight.t(), bias)
+    return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+def supports_linear_backward(x: Tensor, weight: Tensor, bias: Tensor | None, **_: Any) -> str | None:
+    return unsupported(x, weight, bias, backward=True)
+
+
+def linear_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight, laid out as the weight is, and dbias; those that nobody wants are empty."""
+    dx = dweight = dbias = nothing = x.new_empty(0)
+    rows, dy, sums = _matrix(x), _matrix(dy).contiguous(), None
+    if wants_x:
+        dx = multiply(dy, weight)[0].to(x.dtype).view(x.shape)
+    wants_bias = bias is not None
+    if wants_weight and weight.stride(0) == 1 < weight.shape[0]:
+        made, sums = multiply(rows.t(), dy, column_sums=wants_bias)
+        dweight = made.to(weight.dtype).t()
+    elif wants_weight or wants_bias:
+        made, sums = multiply(dy.t(), rows if wants_weight else rows[:, :1], row_sums=wants_bias)
+        dweight = made.to(weight.dtype) if wants_weight else nothing
+    if bias is not None and sums is not None:
+        dbias = sums.to(bias.dtype)
+    return dx, dweight, dbias
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return as_rows(x).view(-1, x.shape[-1]) if x.numel() else x.reshape(-1, x.shape[-1])
