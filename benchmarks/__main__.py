@@ -1,7 +1,7 @@
 """`python -m benchmarks`: every op case, then whole-model generation, recorded in results/<machine>/*.csv.
 
-Give a name to run one: ops, gaps, generate, quality, scaling, speculation, start, hogged, train; what follows it are its
-own options.
+Give a name to run one: ops, gaps, generate, quality, scaling, speculation, start, hogged, train; what follows it are
+its own options.
 """
 
 from __future__ import annotations

@@ -211,8 +211,8 @@ def linear(
     arguments = {"x": x, "weight": weight, "bias": bias, "activations": activations}
     if isinstance(weight, Tensor) and not isinstance(backend, dispatch.Explain) and library.needed(arguments):
         _check(**arguments)
-        autocast = torch.is_autocast_enabled(x.device.type)
-        wanted, as_op = (backend, False) if autocast else library.route("linear", backend, arguments)
+        alone = library.autocasting(x)
+        wanted, as_op = (backend, False) if alone else library.route("linear", backend, arguments)
         if as_op and (backend is not None or x.device.type == "cpu"):
             return _registered(x, weight, bias, wanted)
         if backend is None:

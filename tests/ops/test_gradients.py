@@ -82,7 +82,9 @@ def check_rows(
 @pytest.mark.parametrize("op", [op for op in ops.pages().values() if op.differentiable], ids=lambda op: op.name)
 def test_most_gradients_come_from_kernels(op: Op) -> None:
     for dtype in op.dtypes:
-        choices = [ops.explain(op.function, **leaves(op, case.arguments(dtype))).backend for case in op.cases()]
+        asked = [leaves(op, case.arguments(dtype)) for case in op.cases()]  # a quantised weight asks for none
+        asked = [a for a in asked if all(isinstance(a.get(n), Tensor | None) for n in op.differentiable)]
+        choices = [ops.explain(op.function, **arguments).backend for arguments in asked]
         assert choices.count("cpu") > len(choices) / 2, f"{op.name}, {dtype}: {choices}"
 
 
