@@ -1,7 +1,7 @@
 """`python -m benchmarks`: every op case, then whole-model generation, recorded in results/<machine>/*.csv.
 
-Give a name to run one: ops, gaps, generate, quality, scaling, speculation, start, hogged; what follows it are its
-own options.
+Give a name to run one: ops, gaps, generate, quality, scaling, speculation, start, hogged, train; what follows it are
+its own options.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from benchmarks import gaps, generate, hogged, ops, quality, scaling, speculation, start
+from benchmarks import gaps, generate, hogged, ops, quality, scaling, speculation, start, train
 
 ALL = {
     "ops": ops.main,
@@ -20,6 +20,7 @@ ALL = {
     "speculation": speculation.main,
     "start": start.main,
     "hogged": hogged.main,
+    "train": train.main,
 }
 
 

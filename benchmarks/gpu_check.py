@@ -26,8 +26,8 @@ import torch
 from gptfast.kernels import reason_missing
 
 ROOT = Path(__file__).parents[1]
-TIMES = """Median microseconds. bound: bytes at the copy's rate, or operations at the matrix rate; %: how much of the time
-that is. error: of the result, as a part of what it may be."""
+TIMES = """Median microseconds. bound: bytes at the copy's rate, or operations at the matrix rate; %: how much of the
+time that is. error: of the result, as a part of what it may be."""
 TESTS = ("tests/ops/test_conformance.py", "tests/ops/test_gradients.py")
 
 
