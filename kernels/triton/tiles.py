@@ -61,3 +61,22 @@ def bounded(n: int, low: int, high: int) -> int:
 
 
 # --- rows: norms, activations, rope, embedding, the optimizer
+
+
+# --- the vocabulary: sampling, losses
+
+
+def sampling_chunk(V: int) -> int:
+    """Tokens of a program of sampling: at most 4096, for their places are kept in 16 bits, the sums of half their
+    weights in 31, and 32 programs read one row of 128k."""
+    return bounded(next_power_of_2(V), 256, 4096)
+
+
+def sampling_tile(chunk: int) -> Tile:
+    """16 tokens of a chunk to a thread: two 128-bit loads of 16-bit logits in flight, and 8 masses in registers."""
+    return Tile(bounded(chunk // 512, 1, 16), blocks={"CHUNK": chunk})
+
+
+def sampling_choose_tile(chunk: int) -> Tile:
+    """A row's cuts: 512 x 16 masses of 64 bits at a time take 64 of the 255 registers of each thread."""
+    return Tile(8, blocks={"CHUNK": chunk, "BLOCK": 512, "GROUP": 32})
