@@ -80,3 +80,24 @@ def sampling_tile(chunk: int) -> Tile:
 def sampling_choose_tile(chunk: int) -> Tile:
     """A row's cuts: 512 x 16 masses of 64 bits at a time take 64 of the 255 registers of each thread."""
     return Tile(8, blocks={"CHUNK": chunk, "BLOCK": 512, "GROUP": 32})
+
+
+def product_tile(M: int, N: int, itemsize: int, arch: str) -> Tile:
+    """K in blocks of 64 16-bit or 32 fp32 numbers, always: 128 bytes, one swizzled line of shared memory."""
+    if itemsize == 4:  # no tensor cores: 64 sums in the registers of each of 128 threads
+        return Tile(4, 2, blocks={"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP": 8})
+    roomy = limits(arch).shared >= 163 << 10 and limits(arch).lanes == 32
+    blocks = {"BLOCK_M": 128, "BLOCK_N": 256 if roomy and N > 2048 else 128, "BLOCK_K": 64, "GROUP": 8}
+    stage = (blocks["BLOCK_M"] + blocks["BLOCK_N"]) * blocks["BLOCK_K"] * itemsize
+    return Tile(8, bounded(limits(arch).shared // stage, 2, 4 if arch != "sm_80" else 3), blocks)
+
+
+def vocabulary_tile(V: int) -> Tile:
+    """A row's columns at a time: 16 for each thread of 8 warps."""
+    block = bounded(next_power_of_2(V), 64, 4096)
+    return Tile(bounded(block // 512, 1, 8), blocks={"BLOCK": block})
+
+
+def logits_rows(V: int) -> int:
+    """Rows whose logits exist at a time: a quarter of a gigabyte of them in fp32."""
+    return bounded(next_power_of_2((1 << 26) // V) // 2, 128, 8192)
