@@ -3,10 +3,10 @@ many rows there are, and none on the machine."""
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
+import triton
+import triton.language as tl
 from gptfast.kernels.triton import arch, cdiv, launch
 from gptfast.kernels.triton.tiles import product_tile
 
@@ -56,7 +56,7 @@ def product(
     a and b are of one dtype, with any strides; factor is one number. The sums are fp32, out is rounded once.
     """
     (M, K), N = a.shape, b.shape[1]
-    tile = product_tile(M, N, a.dtype.itemsize, arch(a))
+    tile = product_tile(M, N, a.dtype.itemsize, add, arch(a))
     grid = cdiv(M, tile.blocks["BLOCK_M"]) * cdiv(N, tile.blocks["BLOCK_N"])
     launch(
         _product_kernel,

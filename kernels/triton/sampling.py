@@ -11,7 +11,6 @@ All sums that decide are sums of integers: how a row is shared out changes nothi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ PARTS = 32  # of a chunk, whose largest logits bound the k-th largest
 KEYS = 1024  # parts of a row that are looked at: the largest k with a bound
 PIVOTS = 8  # thresholds, 2 bits apart, whose masses bound a nucleus
 BLOCK_L = 1024  # tokens of the history that are counted at a time
-FEW = 4096  # tokens that are gathered; where more may survive, the row is read instead
 
 
 def supports(logits: Tensor, **_: Any) -> str | None:
@@ -77,7 +75,7 @@ def sample(
     has_filters = not (greedy_only or (no_k and no_p and no_typical))
 
     chunk = sampling_chunk(V)
-    chunks = cdiv(V, chunk)
+    chunks, few = cdiv(V, chunk), chunk  # where more than a few tokens may survive, all of the row are read instead
     padded = max(next_power_of_2(chunks), 16)
     tile, last_tile = sampling_tile(chunk), sampling_choose_tile(chunk)
 
@@ -92,7 +90,7 @@ def sample(
     above = scratch(B, chunks, PIVOTS, dtype=torch.int64, when=has_filters and has_all)
     counts = scratch(B, chunks, dtype=torch.int32, when=has_filters)
     found = scratch(B, chunks * chunk, dtype=torch.int16, when=has_filters)
-    few_ids, few = (scratch(B, FEW, dtype=d, when=has_filters) for d in (torch.int32, torch.float32))
+    few_ids, few_values = (scratch(B, few, dtype=d, when=has_filters) for d in (torch.int32, torch.float32))
     ids, logprobs = scratch(B, dtype=torch.int64), scratch(B, when=bool(return_logprobs))
 
     launch(
@@ -112,7 +110,7 @@ def sample(
         USE_RAW=is_raw,
         PARTS=PARTS,
         BLOCK_L=BLOCK_L,
-        tile=tile,
+        tile=sampling_tile(chunk, history is not None),
         fp_fusion=False,
     )
     values, values_stride = (processed, V) if is_processed else (logits, logits_stride)
@@ -148,7 +146,7 @@ def sample(
         _choose_sample_kernel,
         (B,),
         *(logits, *filters[:-1], *seed_words, *step_words, *stream_words),
-        *(tops, best, raw_tops, raw_sums, masses, counts, found, few_ids, few, ids, logprobs),
+        *(tops, best, raw_tops, raw_sums, masses, counts, found, few_ids, few_values, ids, logprobs),
         *(logits_stride, values_stride, V, chunks),
         ROWS_OF=of_rows,
         IS_PROCESSED=is_processed,
@@ -158,7 +156,7 @@ def sample(
         IS_TYPICAL=not no_typical,
         LOGPROBS=1 if is_raw else 2 if return_logprobs else 0,
         CHUNKS=padded,
-        FEW=FEW,
+        FEW=few,
         tile=last_tile,
         fp_fusion=False,
     )

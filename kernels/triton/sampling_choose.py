@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from gptfast.kernels.triton.sampling_kernels import (
     LEAST_BITS,
     LN2,
