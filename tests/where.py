@@ -18,7 +18,7 @@ from gptfast.ops.spec import Case, Op, map_tensors
 device = "cpu"  # conftest.py sets it before tests are imported
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Elements of a case's tensors. An interpreted program takes milliseconds whatever it does, and a row may be a program.
-LARGEST_INTERPRETED = 1 << 18
+LARGEST_INTERPRETED = 1 << 19
 
 
 def on_the_cpu() -> bool:

@@ -46,6 +46,16 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def compile_only() -> None:
+    """From now on this process records and compiles Triton's kernels, for any machine, and runs none."""
+    global _compiling
+    _compiling = True
+    reason_missing.cache_clear()
+
+
+_compiling = False
+
+
 def _without_triton() -> str | None:
     """Why Triton's kernels can't run here."""
     try:
@@ -57,7 +67,7 @@ def _without_triton() -> str | None:
         return f"Triton is installed, but can't be imported ({error}); reinstall it"
     if version < TRITON:
         return f"Triton {triton.__version__} is too old: these kernels are for {TRITON[0]}.{TRITON[1]} and later"
-    if interpreted() or torch.cuda.is_available():
+    if _compiling or interpreted() or torch.cuda.is_available():
         return None
     return (
         "Triton is here but no GPU: PyTorch sees no CUDA or ROCm device, or was built without them; only tests want "

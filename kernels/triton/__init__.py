@@ -42,7 +42,7 @@ def unsupported(*tensors: Tensor | None, backward: bool = False) -> str | None:
 def elsewhere(*tensors: Tensor | None) -> str | None:
     """Why these kernels can't reach the tensors' memory; None where they can."""
     for t in tensors:
-        if t is None or t.is_cuda or (t.is_cpu and interpreted()) or (t.is_meta and _recorder is not None):
+        if t is None or t.is_cuda or _recorder is not None or (t.is_cpu and interpreted()):
             continue
         if t.is_cpu:
             return "the tensors are on the CPU, where these kernels run only if TRITON_INTERPRET=1 (for tests)"
@@ -67,12 +67,14 @@ class _Recorder:
 
 
 _recorder: _Recorder | None = None
+reached: list[Tensor] = []  # by the launch in progress, through addresses in memory
 
 
 @contextmanager
 def recording(arch: str) -> Iterator[list[Launch]]:
-    """Within it nothing runs: launches are written to the list, with the tiles for `arch` ("sm_90", "gfx942"). Tensors
-    may be on the meta device. For one thread; what studies compiled kernels uses it."""
+    """Within it nothing runs: launches are written to the list, with the tiles for `arch` ("sm_90", "gfx942"), and
+    outputs stay as they were allocated. Tensors may be on any device. For one thread; what studies compiled kernels
+    uses it."""
     global _recorder
     _recorder = _Recorder(arch, [])
     try:
@@ -82,12 +84,19 @@ def recording(arch: str) -> Iterator[list[Launch]]:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *arguments: Any, tile: Tile, fp_fusion: bool = True, **named: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    tile: Tile,
+    fp_fusion: bool = True,
+    reaches: Sequence[Tensor] = (),
+    **named: Any,
 ) -> None:
     """Starts a kernel on its first tensor's device and PyTorch's current stream; nothing, where the grid is empty.
 
     fp_fusion: whether a product and a sum may be contracted to a fused multiply-add, which rounds once. Where a page
     prescribes each rounding they may not.
+    reaches: tensors that the kernel is led to by addresses in memory: what watches an interpreted launch must know.
     """
     if 0 in grid:
         return
@@ -96,6 +105,7 @@ def launch(
     if _recorder is not None:
         _recorder.launches.append(Launch(kernel, grid, arguments, named))
         return
+    reached[:] = reaches if interpreted() else ()
     device = next(a for a in arguments if isinstance(a, Tensor)).device
     if device.index is None or device.index == torch.cuda.current_device():
         kernel[grid](*arguments, **named)
@@ -125,6 +135,16 @@ def rows(x: Tensor) -> tuple[Tensor, int]:
         return x, x.shape[-1]
     stride = _row_stride(x)
     return (x.contiguous(), x.shape[-1]) if stride is None else (x, stride)
+
+
+def blocks(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """`x` (..., C) as blocks of rows: (x, rows of a block, stride from block to block, from row to row), copied only if
+    its strides don't allow it: the heads of one projection's output lie so."""
+    stride = x.shape[-1] if x.is_contiguous() else _row_stride(x)
+    if stride is None and x.dim() > 2 and (outer := _row_stride(x[..., 0, :])) is not None:
+        return x, x.shape[-2], outer, x.stride(-2)
+    x, stride = (x, stride) if stride is not None else (x.contiguous(), x.shape[-1])
+    return x, max(count_rows(x), 1), 0, stride
 
 
 def _row_stride(x: Tensor) -> int | None:

@@ -49,8 +49,8 @@ def candidates(begin, source, state, IS_PROCESSED: tl.constexpr, IS_TYPICAL: tl.
     """The next BLOCK tokens that are left: id, logit, log2 of the weight, 2^32 times the weight (0 for none).
 
     source: the lists of a few tokens' ids and logits, how many they hold, the row's logits, how many tokens it has (0
-    where the lists are all), the larger of both numbers, the temperature, the largest logit. state: the last key and id that are kept, the least weight, the mean
-    surprise, and the last key and id that are kept by the distance from it.
+    where the lists are all), the larger of both numbers, the temperature, the largest logit. state: the last key and id
+    that are kept, the least weight, the mean surprise, and the last key and id that are kept by the distance from it.
     """
     few_ids, few_values, few, values, many, n, temperature, top = source
     last_key, last_id, least, mean, last_near, last_near_id = state
@@ -289,7 +289,7 @@ def _choose_sample_kernel(
             mean = none
             last_near = zero
             last_near_id = none
-            if IS_TYPICAL:
+            if IS_TYPICAL:  # noqa: SIM102  (known when it is compiled; the other when it runs)
                 if typical < 1:
                     state = (last_key, last_id, least, none, zero, none)
                     total = total_mass(source, state, IS_PROCESSED, False, BLOCK)

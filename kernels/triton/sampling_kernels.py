@@ -223,7 +223,7 @@ def _sample_masses_kernel(
         w = tl.where(w >= least_weight(real(min_p, row, ROWS_OF & 4)), w, 0.0)
     high, low = halves(w)
     tl.store(masses + row * chunks + chunk, (tl.sum(high, 0).to(tl.int64) << 16) + tl.sum(low, 0))
-    if USE_PIVOTS:
+    if USE_PIVOTS:  # noqa: SIM102  (known when it is compiled; the other when it runs)
         if p < 1:
             for j in tl.static_range(PIVOTS):
                 is_in = y >= -PIVOT_STEP * (j + 1)

@@ -63,6 +63,93 @@ def bounded(n: int, low: int, high: int) -> int:
 # --- rows: norms, activations, rope, embedding, the optimizer
 
 
+CHUNKS, SMALLEST = 256, 8  # chunks of rows, at most, that a sum over rows is made in; their sizes' common factor
+
+
+def chunk_of(N: int, BLOCK_R: int) -> int:
+    """How many rows a chunk of a sum over N rows has. 256 chunks are two programs on each of an H100's 132 SMs; their
+    sums are 1/16 of what rows of 64 or more read."""
+    return max(-(-N // (CHUNKS * SMALLEST)) * SMALLEST, SMALLEST, BLOCK_R)
+
+
+def layer_norm(C: int, arch: str) -> Tile:
+    """Rows of up to 16,384 columns fit in registers: 32 fp32 values in each of 512 threads. Narrow rows share a program
+    so that it has a whole warp's 16-byte accesses to make. Wider rows go in blocks."""
+    BLOCK_C = bounded(next_power_of_2(C), 1, 16384 if C <= 16384 else 8192)
+    BLOCK_R = bounded(1024 // BLOCK_C, 1, 16)
+    lanes = limits(arch).lanes
+    return Tile(
+        num_warps=bounded(BLOCK_R * BLOCK_C // (16 * lanes), 1, 512 // lanes),  # 16 values a thread
+        blocks={"BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C},
+    )
+
+
+def layer_norm_backward(C: int, arch: str) -> Tile:
+    """Seven values of each element are live at once (dy, s, weight, two sums, products): rows of up to 8,192 columns
+    fit in the registers of 1,024 threads. Wider rows go in blocks of columns."""
+    BLOCK_C = bounded(next_power_of_2(C), 1, 8192 if C <= 8192 else 1024)
+    BLOCK_R = bounded(1024 // BLOCK_C, 1, 16)
+    lanes = limits(arch).lanes
+    return Tile(
+        num_warps=bounded(BLOCK_R * BLOCK_C // (8 * lanes), 1, 512 // lanes),  # 8 values a thread
+        blocks={"BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C, "STAGES": 1},
+    )
+
+
+def layer_norm_means(C: int, arch: str) -> Tile:
+    """Blocks of 4,096: 16 values of each tensor in each of 256 threads."""
+    return Tile(num_warps=256 // limits(arch).lanes, blocks={"BLOCK_C": 4096})
+
+
+def column_sums() -> Tile:
+    """64 columns are a cache line of 256 bytes of each chunk; 32 chunks at once, 16 values a thread."""
+    return Tile(num_warps=4, blocks={"BLOCK_R": 32, "BLOCK_C": 64})
+
+
+def elementwise(C: int, arch: str) -> Tile:
+    """2,048 elements a program: each of 128 threads has two 16-byte accesses of 16-bit numbers to each tensor on their
+    way, and a row of a usual width leaves little of its last block empty."""
+    BLOCK_C = bounded(next_power_of_2(C), 1, 1024)
+    lanes = limits(arch).lanes
+    return Tile(num_warps=128 // lanes, blocks={"BLOCK_R": 2048 // BLOCK_C, "BLOCK_C": BLOCK_C})
+
+
+def bias_gelu_backward(C: int, arch: str) -> Tile:
+    """Four rows of 256 columns at a time: 8 values of each tensor in each of 128 threads, beside as many sums."""
+    BLOCK_C = bounded(next_power_of_2(C), 1, 256)
+    return Tile(num_warps=128 // limits(arch).lanes, blocks={"BLOCK_R": 1024 // BLOCK_C, "BLOCK_C": BLOCK_C})
+
+
+def bias_gelu_chunk(N: int, tile: Tile) -> int:
+    """Rows of a chunk: 64 chunks at most, since its blocks of columns are programs too."""
+    BLOCK_R = tile.blocks["BLOCK_R"]
+    return max(-(-N // (64 * BLOCK_R)) * BLOCK_R, BLOCK_R)
+
+
+def rope(H: int, D: int, R: int, arch: str) -> Tile:
+    """1,024 pairs a program: 8 of them in each of 128 threads, one 16-byte access of 16-bit numbers to either half."""
+    BLOCK_R = next_power_of_2(max(R // 2, 1))
+    BLOCK_H = bounded(1024 // BLOCK_R, 1, next_power_of_2(H))
+    blocks = {"BLOCK_H": BLOCK_H, "BLOCK_R": BLOCK_R, "BLOCK_REST": next_power_of_2(D - R) if D > R else 0}
+    return Tile(num_warps=bounded(BLOCK_H * BLOCK_R // 256, 1, 4) * 32 // limits(arch).lanes or 1, blocks=blocks)
+
+
+def embedding_backward(C: int, arch: str) -> Tile:
+    """Four rows of 256 columns at a time, so that four reads are on their way to a row that many places took."""
+    BLOCK_C = bounded(next_power_of_2(C), 1, 256)
+    return Tile(num_warps=128 // limits(arch).lanes, blocks={"BLOCK_R": 4, "BLOCK_C": BLOCK_C})
+
+
+def adamw(count: int, arch: str) -> Tile:
+    """1,024 elements at a time: 8 of each tensor in each of 128 threads, so that 16-bit numbers too are read 16 bytes
+    at a time. BLOCK_T holds the table's tensors."""
+    return Tile(num_warps=128 // limits(arch).lanes, blocks={"BLOCK_T": next_power_of_2(count), "BLOCK_N": 1024})
+
+
+def total_norm() -> Tile:
+    return Tile(num_warps=4, blocks={"BLOCK_N": 1024})
+
+
 # --- the vocabulary: sampling, losses
 
 

@@ -9,7 +9,6 @@ which program wrote it and which read it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
+
+from gptfast.kernels import triton as triton_backend
 
 Array = np.ndarray[Any, Any]
 SEVERAL = -1  # in `reader`: more than one program
@@ -223,26 +224,20 @@ class Executor(interpreter.GridExecutor):
     def _init_args_hst(self, args_dev: Any, kwargs: Any) -> Any:
         args, named = super()._init_args_hst(args_dev, kwargs)
         builder: Any = interpreter.interpreter_builder
-        builder.watch(_tensors([*zip(self.arg_names, args), *named.items(), *(("pool", t) for t in _reachable)]))
+        builder.watch(
+            _tensors(
+                [
+                    *zip(self.arg_names, args),
+                    *named.items(),
+                    *(("what a table leads to", t) for t in triton_backend.reached),
+                ]
+            )
+        )
         return args, named
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         with np.errstate(all="ignore"):
             return super().__call__(*args, **named)
-
-
-_reachable: list[Tensor] = []
-
-
-@contextmanager
-def reachable(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Within it kernels may reach these tensors too, though only their addresses are passed."""
-    before = len(_reachable)
-    _reachable.extend(tensors)
-    try:
-        yield
-    finally:
-        del _reachable[before:]
 
 
 def _tensors(named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Tensor]]:

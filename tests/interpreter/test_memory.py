@@ -15,7 +15,9 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import InterpreterError
 
-from tests.interpreter import kernels, memory
+from gptfast.kernels.triton import launch
+from gptfast.kernels.triton.tiles import Tile
+from tests.interpreter import kernels
 
 
 @pytest.mark.parametrize(("load", "store"), [(True, False), (False, True)])
@@ -76,6 +78,5 @@ def test_memory_that_only_its_address_names() -> None:
     addresses = torch.tensor([x.data_ptr()])
     with pytest.raises(InterpreterError, match="lanes of a load are outside"):
         kernels._indirect_kernel[(1,)](addresses, y, N=64)
-    with memory.reachable([x]):
-        kernels._indirect_kernel[(1,)](addresses, y, N=64)
+    launch(kernels._indirect_kernel, (1,), addresses, y, N=64, tile=Tile(num_warps=1), reaches=[x])
     assert torch.equal(x, y)
