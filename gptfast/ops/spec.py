@@ -73,6 +73,7 @@ class Op:
     differentiable: tuple[str, ...] = ()  # arguments that get gradients, from a backward kernel where there is one
     double_backward: bool = False  # whether its gradients can be differentiated in turn
     exact: bool = False  # outputs equal the reference's bit for bit
+    host: tuple[str, ...] = ()  # arguments that stay on the CPU wherever the others are
     kernels: bool = True  # False where none would pay: what it works on is as small as a number for each sequence
     # The arguments of row `b` of the batch alone, and how many rows a call has; None = no batch.
     take: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
