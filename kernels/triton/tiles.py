@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -196,3 +198,18 @@ def sequence_tile(T: int) -> Tile:
     """A sequence's tokens at a time, 8 to a thread: sums in fp64 and a scan's two numbers take 4 registers each."""
     block = bounded(next_power_of_2(T), 64, 1024)
     return Tile(bounded(block // 256, 1, 4), blocks={"BLOCK": block})
+
+
+# --- attention
+
+
+def attention(D: int, dtype: torch.dtype, arch: str) -> Tile:
+    """D = 128: 128 rows by 8 warps hold 64 sums, 64 scores and 32 packed probabilities in each thread, of 255 registers;
+    2 stages of 128 keys and values are 128 KiB of shared memory beside 32 KiB of queries. The order of summation is
+    that of BLOCK_N, which no architecture changes."""
+    BLOCK_D = bounded(next_power_of_2(D), 16, 256)
+    if dtype.itemsize == 4:
+        blocks = {"BLOCK_M": 64 if BLOCK_D <= 64 else 32, "BLOCK_N": 32 if BLOCK_D <= 128 else 16}
+        return Tile(num_warps=4, num_stages=2, blocks={**blocks, "BLOCK_D": BLOCK_D})
+    blocks = {"BLOCK_M": 128, "BLOCK_N": 64 if BLOCK_D <= 128 else 32, "BLOCK_D": BLOCK_D}
+    return Tile(num_warps=8 if BLOCK_D >= 128 else 4, num_stages=3 if BLOCK_D <= 128 else 2, blocks=blocks)
