@@ -183,7 +183,7 @@ def attention_dkdv(D: int, dtype: torch.dtype, arch: str) -> Tile:
     if dtype.itemsize == 4:
         blocks = {"BLOCK_M": 32 if BLOCK_D <= 128 else 16, "BLOCK_N": 32, "BLOCK_D": BLOCK_D}
         return Tile(num_warps=8, num_stages=1, blocks=blocks)
-    blocks = {"BLOCK_M": 64 if BLOCK_D <= 128 else 32, "BLOCK_N": 128 if BLOCK_D <= 128 else 64, "BLOCK_D": BLOCK_D}
+    blocks = {"BLOCK_M": 32, "BLOCK_N": 128 if BLOCK_D <= 128 else 64, "BLOCK_D": BLOCK_D}
     return Tile(num_warps=8, num_stages=2, blocks=blocks)
 
 
