@@ -1,7 +1,7 @@
 PY := .venv/bin/python
 PIP := $(PY) -m pip install -q -c constraints/cpu.txt
 
-.PHONY: demo test test-all test-triton build lint bench bench-peers format clean
+.PHONY: demo test test-all test-triton gpu-check build lint bench bench-peers format clean
 demo: build .venv/.model
 	$(PY) -m gptfast demo
 # Two test processes share the cores: idle OpenMP threads must not spin on them.
@@ -14,11 +14,14 @@ test-all: build .venv/.model
 	$(MAKE) test-triton
 # Triton's kernels, interpreted: a process of their own, for Triton reads the variable when it is imported.
 test-triton: build
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/interpreter tests/ops/test_conformance.py tests/ops/test_gradients.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/interpreter tests/ops/test_conformance.py tests/ops/test_gradients.py tests/ops/test_triton.py
 build: .venv/.deps
 	GPTFAST_REQUIRE_CPU=1 $(PY) setup.py -q build_ext --inplace
 bench: build .venv/.model
 	$(PY) -m benchmarks
+# On a machine with a GPU, with the PyTorch that is there: `python` and no virtual environment of our own.
+gpu-check:
+	python3 -m benchmarks.gpu_check
 bench-peers: build .venv/.model
 	$(PY) -m benchmarks.peers --install
 lint: build

@@ -210,6 +210,7 @@ def linear_cross_entropy(
     serve the call.
     """
     op, V = "linear_cross_entropy", weight.shape[0] if weight.dim() else 0
+    x, weight, bias = library.as_autocast(x, weight, bias)
     arguments = {
         "x": x, "weight": weight, "target": target, "bias": bias, "class_weight": class_weight,
         "ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap,

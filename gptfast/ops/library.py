@@ -153,8 +153,21 @@ def needed(arguments: Mapping[str, Any]) -> bool:
 
 def under_autocast(x: Tensor, *others: Tensor | None) -> bool:
     """Whether dtypes differ because autocast made some of them: then an op takes them as PyTorch's own would."""
-    differ = any(t is not None and t.dtype != x.dtype for t in others)
-    return differ and torch.is_autocast_enabled(x.device.type)
+    return any(t is not None and t.dtype != x.dtype for t in others) and autocasting(x)
+
+
+def as_autocast(*operands: Tensor | None) -> tuple[Any, ...]:
+    """The operands of a product, in autocast's dtype where it is on: what PyTorch's own products make of theirs."""
+    x = operands[0]
+    if x is None or not autocasting(x):
+        return operands
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(None if t is None else t.to(dtype) for t in operands)
+
+
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast is on for x's device."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def traced(t: Tensor) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gptfast import ops
 from gptfast.patch.changes import Replacement
+from gptfast.patch.linears import Linear
 
 NAME = "linear_cross_entropy"
 
@@ -30,7 +31,8 @@ class Loss(Replacement):
         module: Any = self.module
         given = dict(zip(_names(type(module)), args)) | kwargs
         labels, loss = given.get("labels"), None
-        plain = type(head := module.get_output_embeddings()) is nn.Linear and "forward" not in head.__dict__
+        head = module.get_output_embeddings()
+        plain = type(head) is nn.Linear and isinstance(head.__dict__.get("forward"), Linear | None)
         whole = given.get("logits_to_keep") in (None, 0) and given.get("return_dict") is not False
         if labels is None or not (module.training and plain and whole):
             return self.original(*args, **kwargs)

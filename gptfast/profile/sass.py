@@ -1,5 +1,5 @@
-"""What compiled kernels use and do, read from their machine code: NVIDIA's by the disassembler that Triton brings, AMD's
-from the listing that its compiler writes."""
+"""What compiled kernels use and do, read from their machine code: NVIDIA's by the disassembler that Triton brings,
+AMD's from the listing that its compiler writes."""
 
 from __future__ import annotations
 
@@ -99,10 +99,10 @@ def _widths(names: list[str], kinds: tuple[str, ...]) -> dict[str, int]:
 def _occupancy(arch: str, registers: int, shared: int, threads: int) -> tuple[float, str]:
     total, shared_kib, _, warps, programs = SM[arch]
     mine = -(-threads // 32)
-    by = {
+    by = {  # of equals the first is named
+        "warps": min(warps // mine, programs),
         "registers": total // (-(-registers * 32 // 256) * 256) // mine if registers else programs,
         "shared": (shared_kib << 10) // (-(-(shared + 1024) // 128) * 128),  # a program costs 1 KiB of its own
-        "warps": min(warps // mine, programs),
     }
     limit = min(by, key=lambda name: by[name])
     return by[limit] * mine / warps, limit

@@ -36,7 +36,15 @@ def place(block, cu_q, cu_k, N, BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr):
     block -= tl.sum(tl.where(before, blocks, 0), 0)
     start_q = tl.sum(tl.where(mine, q0, 0), 0)
     start_k = tl.sum(tl.where(mine, k0, 0), 0)
-    return b, block, start_q, start_k, tl.sum(tl.where(mine, q1 - q0, 0), 0), tl.sum(tl.where(mine, k1 - k0, 0), 0), pairs
+    return (
+        b,
+        block,
+        start_q,
+        start_k,
+        tl.sum(tl.where(mine, q1 - q0, 0), 0),
+        tl.sum(tl.where(mine, k1 - k0, 0), 0),
+        pairs,
+    )
 
 
 @triton.jit
@@ -164,9 +172,7 @@ def _attention_kernel(
     d = tl.arange(0, BLOCK_D)[None, :]
     # out is contiguous: (B, Sq, H, D) or (T, H, D)
     whole = (batch * Sq + (start_q + first)) * H + h
-    tl.store(
-        out + whole * D + (row[:, None] * (H * D) + d), result.to(out.dtype.element_ty), mask=(i < Sq) & (d < D)
-    )
+    tl.store(out + whole * D + (row[:, None] * (H * D) + d), result.to(out.dtype.element_ty), mask=(i < Sq) & (d < D))
     if lse is not None:
         # (B, H, Sq), or (H, T)
         at = lse + (batch * H + h) * lse_head + start_q + first
@@ -220,7 +226,12 @@ def attention(
     dropout = dropout_arguments(dropout_p, int(seed), stream)
     launch(
         *(_attention_kernel, grid(q, tile.blocks["BLOCK_M"], cu_seqlens_q), q, k, v, out, lse, mask, bias),
-        *(floats(alibi_slopes), None if sinks is None else sinks.contiguous(), edges(cu_seqlens_q), edges(cu_seqlens_k)),
+        *(
+            floats(alibi_slopes),
+            None if sinks is None else sinks.contiguous(),
+            edges(cu_seqlens_q),
+            edges(cu_seqlens_k),
+        ),
         *(0 if cu_seqlens_q is None else len(cu_seqlens_q) - 1, Sq, Sk, H, H // k.shape[-2]),
         **terms,
         **strides(q=q, k=k, v=v),

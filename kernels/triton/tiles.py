@@ -152,6 +152,54 @@ def total_norm() -> Tile:
     return Tile(num_warps=4, blocks={"BLOCK_N": 1024})
 
 
+# --- the vocabulary: sampling, losses
+
+
+def sampling_chunk(V: int) -> int:
+    """Tokens of a program of sampling, and how many a row may keep in lists: at most 4096, for their places are kept in
+    16 bits, the sums of half their weights in 31, and 32 programs read one row of 128k."""
+    return bounded(next_power_of_2(V) // 4, 256, 4096)
+
+
+def sampling_tile(chunk: int, has_history: bool = False) -> Tile:
+    """16 tokens of a chunk to a thread: two 128-bit loads of 16-bit logits in flight; 8 where each has two counts."""
+    return Tile(bounded(chunk // (256 if has_history else 512), 1, 16), blocks={"CHUNK": chunk})
+
+
+def sampling_choose_tile(chunk: int) -> Tile:
+    """A row's cuts: 512 x 16 masses of 64 bits at a time take 64 of the 255 registers of each thread."""
+    return Tile(8, blocks={"CHUNK": chunk, "BLOCK": 512, "GROUP": 32})
+
+
+def product_tile(M: int, N: int, itemsize: int, adds: bool, arch: str) -> Tile:
+    """K in blocks of 64 16-bit or 32 fp32 numbers, always: 128 bytes, one swizzled line of shared memory."""
+    if itemsize == 4:  # no tensor cores: 32 sums in the registers of each of 256 threads
+        return Tile(8, 2, blocks={"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP": 8})
+    roomy = limits(arch).shared >= 163 << 10 and limits(arch).lanes == 32
+    # What is added to takes as many registers as the sums: 128 x 256 of both would spill.
+    wide = roomy and N > 2048 and not adds
+    blocks = {"BLOCK_M": 128, "BLOCK_N": 256 if wide else 128, "BLOCK_K": 64, "GROUP": 8}
+    stage = (blocks["BLOCK_M"] + blocks["BLOCK_N"]) * blocks["BLOCK_K"] * itemsize
+    return Tile(8, bounded(limits(arch).shared // stage, 2, 4 if arch != "sm_80" else 3), blocks)
+
+
+def vocabulary_tile(V: int) -> Tile:
+    """A row's columns at a time: 16 for each thread of 8 warps."""
+    block = bounded(next_power_of_2(V), 64, 4096)
+    return Tile(bounded(block // 512, 1, 8), blocks={"BLOCK": block})
+
+
+def logits_rows(V: int) -> int:
+    """Rows whose logits exist at a time: a quarter of a gigabyte of them in fp32."""
+    return bounded(next_power_of_2((1 << 26) // V) // 2, 128, 8192)
+
+
+def sequence_tile(T: int) -> Tile:
+    """A sequence's tokens at a time, 8 to a thread: sums in fp64 and a scan's two numbers take 4 registers each."""
+    block = bounded(next_power_of_2(T), 64, 1024)
+    return Tile(bounded(block // 256, 1, 4), blocks={"BLOCK": block})
+
+
 # --- attention
 
 
@@ -164,7 +212,7 @@ def attention(D: int, dtype: torch.dtype, arch: str) -> Tile:
         blocks = {"BLOCK_M": 64 if BLOCK_D <= 64 else 32, "BLOCK_N": 32 if BLOCK_D <= 128 else 16}
         return Tile(num_warps=4, num_stages=2, blocks={**blocks, "BLOCK_D": BLOCK_D})
     blocks = {"BLOCK_M": 128, "BLOCK_N": 64 if BLOCK_D <= 128 else 32, "BLOCK_D": BLOCK_D}
-    return Tile(num_warps=8, num_stages=3 if BLOCK_D <= 128 else 2, blocks=blocks)
+    return Tile(num_warps=8 if BLOCK_D >= 128 else 4, num_stages=3 if BLOCK_D <= 128 else 2, blocks=blocks)
 
 
 def attention_dq(D: int, dtype: torch.dtype, arch: str) -> Tile:

@@ -112,8 +112,9 @@ class Numerics:
         )
         kind = d.data.dtype
         if kind.kind == "f" and kind.itemsize <= 4:
-            x, y = x.astype(np.float32), y.astype(np.float32)
-        product = np.matmul(x, y, dtype=np.float32 if kind == np.float16 else kind)
+            x, y = x.astype(np.float64), y.astype(np.float64)
+        # In fp64: NumPy's BLAS sums a row of fp32 otherwise at another place of a tile, which no GPU does.
+        product = np.matmul(x, y)
         return Handle((product + d.data).astype(kind), d.dtype.scalar)
 
 

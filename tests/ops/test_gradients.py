@@ -96,7 +96,8 @@ def test_most_gradients_come_from_kernels(op: Op, backend: str) -> None:
         pytest.skip(f"{backend} has no kernel for {op.name} yet")
     for dtype in op.dtypes:
         asked = [leaves(op, where.here(op, case.arguments(dtype))) for case in op.cases() if not where.too_large(case)]
-        served = [not where.refusal(op, arguments, backend) for arguments in asked]
+        asked = [a for a in asked if all(isinstance(a.get(n), Tensor | None) for n in op.differentiable)]
+        served = [not where.refusal(op, arguments, backend) for arguments in asked]  # a quantised weight asks for none
         assert sum(served) > len(served) / 2, f"{op.name}, {dtype}: {sum(served)} of {len(served)} cases"
 
 
