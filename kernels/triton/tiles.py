@@ -212,7 +212,7 @@ def attention(D: int, dtype: torch.dtype, arch: str) -> Tile:
         blocks = {"BLOCK_M": 64 if BLOCK_D <= 64 else 32, "BLOCK_N": 32 if BLOCK_D <= 128 else 16}
         return Tile(num_warps=4, num_stages=2, blocks={**blocks, "BLOCK_D": BLOCK_D})
     blocks = {"BLOCK_M": 128, "BLOCK_N": 64 if BLOCK_D <= 128 else 32, "BLOCK_D": BLOCK_D}
-    return Tile(num_warps=8 if BLOCK_D >= 128 else 4, num_stages=3 if BLOCK_D <= 128 else 2, blocks=blocks)
+    return Tile(num_warps=8, num_stages=3 if BLOCK_D <= 128 else 2, blocks=blocks)
 
 
 def attention_dq(D: int, dtype: torch.dtype, arch: str) -> Tile:
