@@ -118,18 +118,17 @@ def _attention_dq_kernel(
             low, high = a0, a1
         if part == 2:
             low, high = a2, a3
-        IS_EDGE: tl.constexpr = part != 1
         if HAS_LEFT or part != 0:
             for start in range(low, high, BLOCK_N):
                 j = start + tl.arange(0, BLOCK_N)[None, :]
-                tile_k = tile_at(k, start, Sk, k_row, D, BLOCK_N, BLOCK_D, IS_EDGE)
-                tile_v = tile_at(v, start, Sk, v_row, D, BLOCK_N, BLOCK_D, IS_EDGE)
+                tile_k = tile_at(k, start, Sk, k_row, D, BLOCK_N, BLOCK_D, part != 1)
+                tile_v = tile_at(v, start, Sk, v_row, D, BLOCK_N, BLOCK_D, part != 1)
                 s = tl.dot(tile_q, tl.trans(tile_k), input_precision="ieee")
                 dp = tl.dot(tile_dout, tl.trans(tile_v), input_precision="ieee")
                 _, ds = _gradient(
                     s, dp, i, j, logs, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope, mask, bias,
                     mask_i, mask_j, bias_i, bias_j, element, seed_low, seed_high, stream, drop_below, keep_scale,
-                    HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, USE_DROPOUT, IS_EXACT, IS_EDGE,
+                    HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, USE_DROPOUT, IS_EXACT, part != 1,
                 )  # fmt: skip
                 acc = tl.dot(ds.to(tile_k.dtype), tile_k, acc, input_precision="ieee")
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -200,12 +199,11 @@ def _attention_dkdv_kernel(
                 low, high = a0, a1
             if part == 2:
                 low, high = a2, a3
-            IS_EDGE: tl.constexpr = part != 1
             if HAS_RIGHT or part != 0:
                 for start in range(low, high, BLOCK_M):
                     i = start + tl.arange(0, BLOCK_M)
-                    tile_q = tile_at(q_h, start, Sq, q_row, D, BLOCK_M, BLOCK_D, IS_EDGE)
-                    tile_dout = tile_at(dout_h, start, Sq, dout_row, D, BLOCK_M, BLOCK_D, IS_EDGE)
+                    tile_q = tile_at(q_h, start, Sq, q_row, D, BLOCK_M, BLOCK_D, part != 1)
+                    tile_dout = tile_at(dout_h, start, Sq, dout_row, D, BLOCK_M, BLOCK_D, part != 1)
                     logs = tl.load(logs_h + i, mask=i < Sq, other=float("inf"))
                     logs = tl.where(logs == float("-inf"), float("inf"), logs)[None, :]
                     sums = tl.load(delta_h + i, mask=i < Sq, other=0.0)[None, :]
@@ -215,7 +213,7 @@ def _attention_dkdv_kernel(
                         s, dp, i[None, :], j, logs, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope,
                         mask_h_at, bias_h_at, mask_i, mask_j, bias_i, bias_j, element, seed_low, seed_high, stream,
                         drop_below, keep_scale,
-                        HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, USE_DROPOUT, IS_EXACT, IS_EDGE,
+                        HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, USE_DROPOUT, IS_EXACT, part != 1,
                     )  # fmt: skip
                     acc_v = tl.dot(p.to(tile_dout.dtype), tile_dout, acc_v, input_precision="ieee")
                     acc_k = tl.dot(ds.to(tile_q.dtype), tile_q, acc_k, input_precision="ieee")

@@ -210,9 +210,9 @@ def attention(D: int, dtype: torch.dtype, arch: str) -> Tile:
     BLOCK_D = bounded(next_power_of_2(D), 16, 256)
     if dtype.itemsize == 4:
         blocks = {"BLOCK_M": 64 if BLOCK_D <= 64 else 32, "BLOCK_N": 32 if BLOCK_D <= 128 else 16}
-        return Tile(num_warps=4, num_stages=2, blocks={**blocks, "BLOCK_D": BLOCK_D})
+        return Tile(num_warps=8, num_stages=2, blocks={**blocks, "BLOCK_D": BLOCK_D})
     blocks = {"BLOCK_M": 128, "BLOCK_N": 64 if BLOCK_D <= 128 else 32, "BLOCK_D": BLOCK_D}
-    return Tile(num_warps=8 if BLOCK_D >= 128 else 4, num_stages=3 if BLOCK_D <= 128 else 2, blocks=blocks)
+    return Tile(num_warps=8, num_stages=3 if BLOCK_D <= 128 else 2, blocks=blocks)
 
 
 def attention_dq(D: int, dtype: torch.dtype, arch: str) -> Tile:
@@ -231,7 +231,7 @@ def attention_dkdv(D: int, dtype: torch.dtype, arch: str) -> Tile:
     if dtype.itemsize == 4:
         blocks = {"BLOCK_M": 32 if BLOCK_D <= 128 else 16, "BLOCK_N": 32, "BLOCK_D": BLOCK_D}
         return Tile(num_warps=8, num_stages=1, blocks=blocks)
-    blocks = {"BLOCK_M": 64 if BLOCK_D <= 128 else 32, "BLOCK_N": 128 if BLOCK_D <= 128 else 64, "BLOCK_D": BLOCK_D}
+    blocks = {"BLOCK_M": 32, "BLOCK_N": 128 if BLOCK_D <= 128 else 64, "BLOCK_D": BLOCK_D}
     return Tile(num_warps=8, num_stages=2, blocks=blocks)
 
 
@@ -242,7 +242,7 @@ def attention_kvcache(R: int, D: int, dtype: torch.dtype, arch: str) -> Tile:
     BLOCK_M = bounded(next_power_of_2(R), 16, 64 if dtype.itemsize == 2 else 16)
     BLOCK_N = (64 if dtype.itemsize == 2 else 32) // (2 if BLOCK_D > 128 else 1)
     blocks = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D, "CHUNK": 256}
-    return Tile(num_warps=4, num_stages=3 if dtype.itemsize == 2 else 2, blocks=blocks)
+    return Tile(num_warps=4 if dtype.itemsize == 2 else 8, num_stages=3 if dtype.itemsize == 2 else 2, blocks=blocks)
 
 
 def attention_append(D: int) -> Tile:
