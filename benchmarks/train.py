@@ -44,14 +44,15 @@ class Contender:
     parameters: int
 
 
-def make(name: str, layers: int = 12) -> Contender:
-    """The contender by name, from the same seed."""
+def make(name: str, layers: int = 12, **sizes: int) -> Contender:
+    """The contender by name, from the same seed. sizes: of a GPT2Config, where they aren't GPT-2's own."""
     from transformers import GPT2Config, GPT2LMHeadModel
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=layers, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    config = GPT2Config(n_layer=layers, use_cache=False, bos_token_id=0, eos_token_id=0, **dropout, **sizes)
     theirs: Any = GPT2LMHeadModel._from_config(config, attn_implementation="sdpa").train()
     if name == OURS:
         model: Any = GPT.from_huggingface_model(theirs).train()

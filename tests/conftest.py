@@ -1,17 +1,14 @@
 from __future__ import annotations
 
-<<<<<<< HEAD
-import json
-=======
 import importlib
->>>>>>> main
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-<<<<<<< HEAD
+from gptfast.kernels import reason_missing
 from tests import where
 from tests.interpreter.faithful import faithful
 
@@ -45,9 +42,6 @@ def pytest_configure(config: pytest.Config) -> None:
         mended = faithful()
         mended.__enter__()
         config.add_cleanup(lambda: mended.__exit__(None, None, None))
-=======
-from gptfast.kernels import reason_missing
->>>>>>> main
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
