@@ -297,3 +297,27 @@ def strides(**tensors: Tensor) -> dict[str, int]:
         batch = t.stride(0) if t.dim() == 4 else 0
         named |= {f"{name}_batch": batch, f"{name}_row": t.stride(-3), f"{name}_head": t.stride(-2)}
     return named
+
+
+def attention_backward(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:
+    from gptfast.kernels.triton import attention_backward as module
+
+    return module.attention_backward(*arguments, **named)
+
+
+def supports_attention_backward(*arguments: Any, **named: Any) -> str | None:
+    from gptfast.kernels.triton import attention_backward as module
+
+    return module.supports_attention_backward(*arguments, **named)
+
+
+def attention_kvcache(**arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
+    from gptfast.kernels.triton import attention_kvcache as module
+
+    return module.attention_kvcache(**arguments)
+
+
+def supports_attention_kvcache(**arguments: Any) -> str | None:
+    from gptfast.kernels.triton import attention_kvcache as module
+
+    return module.supports_attention_kvcache(**arguments)

@@ -218,3 +218,43 @@ def attention(D: int, dtype: torch.dtype, arch: str) -> Tile:
         return Tile(num_warps=4, num_stages=2, blocks={**blocks, "BLOCK_D": BLOCK_D})
     blocks = {"BLOCK_M": 128, "BLOCK_N": 64 if BLOCK_D <= 128 else 32, "BLOCK_D": BLOCK_D}
     return Tile(num_warps=8 if BLOCK_D >= 128 else 4, num_stages=3 if BLOCK_D <= 128 else 2, blocks=blocks)
+
+
+def attention_dq(D: int, dtype: torch.dtype, arch: str) -> Tile:
+    """Three products: dq's sums, two tiles of scores."""
+    BLOCK_D = bounded(next_power_of_2(D), 16, 256)
+    if dtype.itemsize == 4:
+        blocks = {"BLOCK_M": 32, "BLOCK_N": 32 if BLOCK_D <= 128 else 16, "BLOCK_D": BLOCK_D}
+        return Tile(num_warps=8, num_stages=1, blocks=blocks)
+    blocks = {"BLOCK_M": 128 if BLOCK_D <= 128 else 64, "BLOCK_N": 64 if BLOCK_D <= 128 else 32, "BLOCK_D": BLOCK_D}
+    return Tile(num_warps=8, num_stages=2, blocks=blocks)
+
+
+def attention_dkdv(D: int, dtype: torch.dtype, arch: str) -> Tile:
+    """Four products: the sums of dk and of dv, two tiles of scores."""
+    BLOCK_D = bounded(next_power_of_2(D), 16, 256)
+    if dtype.itemsize == 4:
+        blocks = {"BLOCK_M": 32 if BLOCK_D <= 128 else 16, "BLOCK_N": 32, "BLOCK_D": BLOCK_D}
+        return Tile(num_warps=8, num_stages=1, blocks=blocks)
+    blocks = {"BLOCK_M": 64 if BLOCK_D <= 128 else 32, "BLOCK_N": 128 if BLOCK_D <= 128 else 64, "BLOCK_D": BLOCK_D}
+    return Tile(num_warps=8, num_stages=2, blocks=blocks)
+
+
+def attention_kvcache(R: int, D: int, dtype: torch.dtype, arch: str) -> Tile:
+    """R: rows of a KV head, its query heads times the queries. Chunks of 256 keys: one sequence of 8,192 tokens with 8 KV
+    heads is 256 programs for an H100's 132 SMs, and what the chunks leave is 1/64 of the keys and values in bf16."""
+    BLOCK_D = bounded(next_power_of_2(D), 16, 256)
+    BLOCK_M = bounded(next_power_of_2(R), 16, 64 if dtype.itemsize == 2 else 16)
+    BLOCK_N = (64 if dtype.itemsize == 2 else 32) // (2 if BLOCK_D > 128 else 1)
+    blocks = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D, "CHUNK": 256}
+    return Tile(num_warps=4, num_stages=3 if dtype.itemsize == 2 else 2, blocks=blocks)
+
+
+def attention_append(D: int) -> Tile:
+    """A head a warp."""
+    return Tile(num_warps=1)
+
+
+def attention_merge(D: int) -> Tile:
+    """16 chunks at a time: 16 values of 128 dimensions in each of 128 threads."""
+    return Tile(num_warps=4, blocks={"BLOCK_S": 16})
