@@ -47,8 +47,8 @@ def compile_launch(launch: Any, arch: str) -> Any:
         kernel = kernel.fn
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, more = bind(*launch.arguments, **launch.named)
-    more["debug"] = False
-    options, signature, constants, attributes = kernel._pack_args(backend, more, bound, specialization, more)
+    given = {**launch.named, "debug": False}  # all of it, as the JIT checks it: some names are its own
+    options, signature, constants, attributes = kernel._pack_args(backend, given, bound, specialization, more)
     source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=target, options=options.__dict__)
 

@@ -90,7 +90,15 @@ def _walk(
         acc, m, l, p = soften(acc, m, l, s, to_log2, IS_EDGE or mask is not None or bias is not None, IS_EXACT)
         if USE_DROPOUT:
             keep = kept(
-                element + i.to(tl.int64) * Sk, j, seed_low, seed_high, stream_id, drop_below, IS_BY_FOURS, BLOCK_M, BLOCK_N
+                element + i.to(tl.int64) * Sk,
+                j,
+                seed_low,
+                seed_high,
+                stream_id,
+                drop_below,
+                IS_BY_FOURS,
+                BLOCK_M,
+                BLOCK_N,
             )
             p = tl.where(keep, p * keep_scale, 0.0)
         tile_v = tile_at(v, start, Sk, v_row, D, BLOCK_N, BLOCK_D, IS_EDGE)
