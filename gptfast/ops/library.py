@@ -77,10 +77,12 @@ def differentiate(known: Registered, save: Callable[..., None], backward: Callab
 
     torch.library.register_autograd(f"gptfast::{op._opname}", in_order, setup_context=by_name, lib=_LIBRARY)
 
-    def forward(*given: Any) -> Any:
-        return known.run(**dict(zip(names, given)))
+    def forward(ctx: Any, *given: Any) -> Any:  # no setup_context: apply would read this function's signature each time
+        output = known.run(**dict(zip(names, given)))
+        by_name(ctx, given, output)
+        return output
 
-    methods = {"forward": forward, "setup_context": by_name, "backward": in_order}
+    methods = {"forward": forward, "backward": in_order}
     known.function = type(op._opname, (torch.autograd.Function,), {k: staticmethod(f) for k, f in methods.items()})
 
 
