@@ -14,6 +14,7 @@ import triton.language as tl
 from gptfast.kernels.triton import arch, cdiv, empty, launch, tiles, unsupported
 from gptfast.kernels.triton.attention_scores import bounds, finish, seen, soften, with_terms
 from gptfast.kernels.triton.philox import UNSPECIALISED, dropout_arguments, kept
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 SIZES = ["Sq", "Sk", "H", "G", "left", "right", "scale", "softcap"]
 
@@ -66,8 +67,18 @@ def tile_at(x, row, S, stride, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: 
 
 
 @triton.jit
+def keys_at(x, desc, b, row, h, S, stride, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+            IS_EDGE: tl.constexpr):  # fmt: skip
+    """tile_at(), through a descriptor of the whole tensor (B, S, H, D) where there is one."""
+    if desc is None:
+        return tile_at(x, row, S, stride, D, BLOCK_S, BLOCK_D, IS_EDGE)
+    else:
+        return desc.load([b, row, h, 0]).reshape(BLOCK_S, BLOCK_D)
+
+
+@triton.jit
 def _walk(
-    acc, m, l, tile_q, k, v, i, first, last, shift, Sq, Sk, k_row, v_row, left, right, scale, softcap, to_log2,
+    acc, m, l, tile_q, k, v, k_desc, v_desc, b, hk, i, first, last, shift, Sq, Sk, k_row, v_row, left, right, scale, softcap, to_log2,
     slope, mask, bias, mask_i, mask_j, bias_i, bias_j,
     element, seed_low, seed_high, stream, drop_below, keep_scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -76,7 +87,8 @@ def _walk(
 ):  # fmt: skip
     """The keys' blocks from first to last, one after another."""
     for start in range(first, last, BLOCK_N):
-        s = tl.dot(tile_q, tl.trans(tile_at(k, start, Sk, k_row, D, BLOCK_N, BLOCK_D, IS_EDGE)), input_precision="ieee")
+        tile_k = keys_at(k, k_desc, b, start, hk, Sk, k_row, D, BLOCK_N, BLOCK_D, IS_EDGE)
+        s = tl.dot(tile_q, tl.trans(tile_k), input_precision="ieee")
         j = start + tl.arange(0, BLOCK_N)[None, :]
         inside = seen(i, j, shift, Sq, Sk, left, right, HAS_LEFT, HAS_RIGHT)
         if HAS_TERMS:
@@ -93,14 +105,14 @@ def _walk(
                 element + i.to(tl.int64) * Sk, j, seed_low, seed_high, stream, drop_below, IS_BY_FOURS, BLOCK_M, BLOCK_N
             )
             p = tl.where(keep, p * keep_scale, 0.0)
-        tile_v = tile_at(v, start, Sk, v_row, D, BLOCK_N, BLOCK_D, IS_EDGE)
+        tile_v = keys_at(v, v_desc, b, start, hk, Sk, v_row, D, BLOCK_N, BLOCK_D, IS_EDGE)
         acc = tl.dot(p.to(tile_v.dtype), tile_v, acc, input_precision="ieee")
     return acc, m, l
 
 
 @triton.jit(do_not_specialize=[*SIZES, "N", *UNSPECIALISED])
 def _attention_kernel(
-    q, k, v, out, lse, mask, bias, slopes, sinks, cu_q, cu_k, N, Sq, Sk, H, G, left, right, scale, softcap,
+    q, k, v, k_desc, v_desc, out, lse, mask, bias, slopes, sinks, cu_q, cu_k, N, Sq, Sk, H, G, left, right, scale, softcap,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, slopes_batch, lse_head,
     mask_b, mask_h, mask_i, mask_j, bias_b, bias_h, bias_i, bias_j,
     seed_low, seed_high, stream, drop_below, keep_scale,
@@ -150,19 +162,19 @@ def _attention_kernel(
     a0, a1, a2, a3 = bounds(first, end, shift, Sk, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N)
     if HAS_LEFT:
         acc, m, l = _walk(
-            acc, m, l, tile_q, k, v, i, a0, a1, shift, Sq, Sk, k_row, v_row, left, right, scale, softcap, to_log2,
+            acc, m, l, tile_q, k, v, k_desc, v_desc, b, h // G, i, a0, a1, shift, Sq, Sk, k_row, v_row, left, right, scale, softcap, to_log2,
             slope, mask, bias, mask_i, mask_j, bias_i, bias_j,
             element, seed_low, seed_high, stream, drop_below, keep_scale, D, BLOCK_M, BLOCK_N, BLOCK_D,
             HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, USE_DROPOUT, IS_BY_FOURS, IS_EXACT, True,
         )  # fmt: skip
     acc, m, l = _walk(
-        acc, m, l, tile_q, k, v, i, a1, a2, shift, Sq, Sk, k_row, v_row, left, right, scale, softcap, to_log2,
+        acc, m, l, tile_q, k, v, k_desc, v_desc, b, h // G, i, a1, a2, shift, Sq, Sk, k_row, v_row, left, right, scale, softcap, to_log2,
         slope, mask, bias, mask_i, mask_j, bias_i, bias_j,
         element, seed_low, seed_high, stream, drop_below, keep_scale, D, BLOCK_M, BLOCK_N, BLOCK_D,
         HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, USE_DROPOUT, IS_BY_FOURS, IS_EXACT, False,
     )  # fmt: skip
     acc, m, l = _walk(
-        acc, m, l, tile_q, k, v, i, a2, a3, shift, Sq, Sk, k_row, v_row, left, right, scale, softcap, to_log2,
+        acc, m, l, tile_q, k, v, k_desc, v_desc, b, h // G, i, a2, a3, shift, Sq, Sk, k_row, v_row, left, right, scale, softcap, to_log2,
         slope, mask, bias, mask_i, mask_j, bias_i, bias_j,
         element, seed_low, seed_high, stream, drop_below, keep_scale, D, BLOCK_M, BLOCK_N, BLOCK_D,
         HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, USE_DROPOUT, IS_BY_FOURS, IS_EXACT, True,
@@ -224,8 +236,10 @@ def attention(
     tile = tiles.attention(D, q.dtype, arch(q))
     terms = shared(q, k, mask, bias, alibi_slopes, causal, scale, window, softcap, cu_seqlens_q)
     dropout = dropout_arguments(dropout_p, int(seed), stream)
+    BLOCK = [1, tile.blocks["BLOCK_N"], 1, tile.blocks["BLOCK_D"]]
+    descriptors = (described(k, BLOCK), described(v, BLOCK))
     launch(
-        *(_attention_kernel, grid(q, tile.blocks["BLOCK_M"], cu_seqlens_q), q, k, v, out, lse, mask, bias),
+        *(_attention_kernel, grid(q, tile.blocks["BLOCK_M"], cu_seqlens_q), q, k, v, *descriptors, out, lse, mask, bias),
         *(
             floats(alibi_slopes),
             None if sinks is None else sinks.contiguous(),
@@ -275,6 +289,15 @@ def grid(q: Tensor, BLOCK: int, cu: Tensor | None, H: int | None = None) -> tupl
         return q.shape[0] * H, cdiv(q.shape[1], BLOCK)
     N = len(cu) - 1
     return H, min(q.shape[0], q.shape[0] // BLOCK + N) if q.shape[0] else 0
+
+
+def described(t: Tensor, block: list[int]) -> TensorDescriptor | None:
+    """What Hopper and later copy blocks of (B, S, H, D) by, without addresses in registers; None where it can't be: its
+    addresses and strides are multiples of 16 bytes. Sequences end to end would be read beyond their own end."""
+    aligned = all(n * t.element_size() % 16 == 0 for n in (t.data_ptr() // t.element_size(), *t.stride()[:-1]))
+    if t.dim() != 4 or not aligned or t.numel() == 0 or t.element_size() != 2 or int(arch(t)[3:] or 0) < 90:
+        return None
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), block)
 
 
 def with_rows(t: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from gptfast.kernels.triton import arch, empty, launch, tiles, unsupported
-from gptfast.kernels.triton.attention import SIZES, edges, floats, grid, place, refuses, shared, strides, tile_at, with_rows
+from gptfast.kernels.triton.attention import SIZES, described, edges, floats, grid, keys_at, place, refuses, shared, strides, tile_at, with_rows
 from gptfast.kernels.triton.attention_scores import LOG2E, bounds, seen, with_terms
 from gptfast.kernels.triton.philox import UNSPECIALISED, dropout_arguments, kept
 
@@ -55,7 +55,7 @@ def _gradient(
 
 @triton.jit(do_not_specialize=[*SIZES, "N", *UNSPECIALISED])
 def _attention_dq_kernel(
-    dout, out, lse, dlse, delta, q, k, v, dq, mask, bias, slopes, cu_q, cu_k, N, Sq, Sk, H, G, left, right, scale,
+    dout, out, lse, dlse, delta, q, k, v, k_desc, v_desc, dq, mask, bias, slopes, cu_q, cu_k, N, Sq, Sk, H, G, left, right, scale,
     softcap, dout_batch, dout_row, dout_head, out_batch, out_row, out_head, q_batch, q_row, q_head,
     k_batch, k_row, k_head, v_batch, v_row, v_head, slopes_batch, lse_head,
     mask_b, mask_h, mask_i, mask_j, bias_b, bias_h, bias_i, bias_j,
@@ -121,8 +121,8 @@ def _attention_dq_kernel(
         if HAS_LEFT or part != 0:
             for start in range(low, high, BLOCK_N):
                 j = start + tl.arange(0, BLOCK_N)[None, :]
-                tile_k = tile_at(k, start, Sk, k_row, D, BLOCK_N, BLOCK_D, part != 1)
-                tile_v = tile_at(v, start, Sk, v_row, D, BLOCK_N, BLOCK_D, part != 1)
+                tile_k = keys_at(k, k_desc, b, start, h // G, Sk, k_row, D, BLOCK_N, BLOCK_D, part != 1)
+                tile_v = keys_at(v, v_desc, b, start, h // G, Sk, v_row, D, BLOCK_N, BLOCK_D, part != 1)
                 s = tl.dot(tile_q, tl.trans(tile_k), input_precision="ieee")
                 dp = tl.dot(tile_dout, tl.trans(tile_v), input_precision="ieee")
                 _, ds = _gradient(
@@ -139,7 +139,7 @@ def _attention_dq_kernel(
 
 @triton.jit(do_not_specialize=[*SIZES, "N", *UNSPECIALISED])
 def _attention_dkdv_kernel(
-    dout, lse, delta, q, k, v, dk, dv, mask, bias, slopes, cu_q, cu_k, N, Sq, Sk, H, G, left, right, scale, softcap,
+    dout, lse, delta, q, k, v, q_desc, dout_desc, dk, dv, mask, bias, slopes, cu_q, cu_k, N, Sq, Sk, H, G, left, right, scale, softcap,
     dout_batch, dout_row, dout_head, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     slopes_batch, lse_head, mask_b, mask_h, mask_i, mask_j, bias_b, bias_h, bias_i, bias_j,
     seed_low, seed_high, stream, drop_below, keep_scale,
@@ -202,8 +202,8 @@ def _attention_dkdv_kernel(
             if HAS_RIGHT or part != 0:
                 for start in range(low, high, BLOCK_M):
                     i = start + tl.arange(0, BLOCK_M)
-                    tile_q = tile_at(q_h, start, Sq, q_row, D, BLOCK_M, BLOCK_D, part != 1)
-                    tile_dout = tile_at(dout_h, start, Sq, dout_row, D, BLOCK_M, BLOCK_D, part != 1)
+                    tile_q = keys_at(q_h, q_desc, b, start, h, Sq, q_row, D, BLOCK_M, BLOCK_D, part != 1)
+                    tile_dout = keys_at(dout_h, dout_desc, b, start, h, Sq, dout_row, D, BLOCK_M, BLOCK_D, part != 1)
                     logs = tl.load(logs_h + i, mask=i < Sq, other=float("inf"))
                     logs = tl.where(logs == float("-inf"), float("inf"), logs)[None, :]
                     sums = tl.load(delta_h + i, mask=i < Sq, other=0.0)[None, :]
@@ -275,17 +275,19 @@ def attention_backward(
     N = 0 if cu_seqlens_q is None else len(cu_seqlens_q) - 1
     rest = (mask, bias, floats(alibi_slopes), edges(cu_seqlens_q), edges(cu_seqlens_k), N, Sq, Sk, H, H // Hk)
     tile = tiles.attention_dq(D, q.dtype, arch(q))
+    block = [1, tile.blocks["BLOCK_N"], 1, tile.blocks["BLOCK_D"]]
     launch(
         *(_attention_dq_kernel, grid(q, tile.blocks["BLOCK_M"], cu_seqlens_q)),
-        *(dout, out, lse, dlse, delta, q, k, v, dq, *rest),
+        *(dout, out, lse, dlse, delta, q, k, v, described(k, block), described(v, block), dq, *rest),
         **terms,
         **strides(out=out),
         tile=tile,
     )
     tile = tiles.attention_dkdv(D, q.dtype, arch(q))
+    block = [1, tile.blocks["BLOCK_M"], 1, tile.blocks["BLOCK_D"]]
     launch(
         *(_attention_dkdv_kernel, grid(k, tile.blocks["BLOCK_N"], cu_seqlens_k)),
-        *(dout, lse, delta, q, k, v, dk, dv, *rest),
+        *(dout, lse, delta, q, k, v, described(q, block), described(dout, block), dk, dv, *rest),
         **terms,
         tile=tile,
     )
