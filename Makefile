@@ -1,7 +1,7 @@
 PY := .venv/bin/python
 PIP := $(PY) -m pip install -q -c constraints/cpu.txt
 
-.PHONY: demo test test-all test-triton gpu-check build lint bench bench-peers format clean
+.PHONY: demo test test-all test-triton test-aot gpu-check build lint bench bench-peers format clean
 demo: build .venv/.model
 	$(PY) -m gptfast demo
 # Two test processes share the cores: idle OpenMP threads must not spin on them.
@@ -15,6 +15,9 @@ test-all: build .venv/.model
 # Triton's kernels, interpreted: a process of their own, for Triton reads the variable when it is imported.
 test-triton: build
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/interpreter tests/ops/test_conformance.py tests/ops/test_gradients.py tests/ops/test_triton.py
+# Triton's kernels as they ship, compiled for GPUs that aren't here: everything, where `make test` takes a sample.
+test-aot: build
+	$(PY) -m pytest -n 2 tests/test_aot.py
 build: .venv/.deps
 	GPTFAST_REQUIRE_CPU=1 $(PY) setup.py -q build_ext --inplace
 bench: build .venv/.model

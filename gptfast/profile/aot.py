@@ -15,7 +15,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gptfast import kernels
+from gptfast.ops import BackendError
 
+WORKER = "from gptfast.profile import aot; aot.work()"
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
@@ -45,8 +47,8 @@ def compile_launch(launch: Any, arch: str) -> Any:
         kernel = kernel.fn
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, more = bind(*launch.arguments, **launch.named)
-    more["debug"] = False
-    options, signature, constants, attributes = kernel._pack_args(backend, more, bound, specialization, more)
+    given = {**launch.named, "debug": False}  # all of it, as the JIT checks it: some names are its own
+    options, signature, constants, attributes = kernel._pack_args(backend, given, bound, specialization, more)
     source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=target, options=options.__dict__)
 
@@ -56,7 +58,15 @@ def compile_call(name: str, arch: str) -> Iterator[Compiled]:
     from gptfast.profile import sass, shipped
 
     seen = set()
-    for launch in shipped.record(name, arch):
+    launches = shipped.record(name, arch)
+    while True:
+        try:
+            launch = next(launches, None)
+        except BackendError as refused:  # no kernel for the backward
+            yield Compiled(name, arch, "", {}, None, str(refused))
+            return
+        if launch is None:
+            return
         compiled = error = None
         try:
             compiled = compile_launch(launch, arch)
@@ -75,7 +85,7 @@ def survey(names: Iterable[str], archs: Iterable[str] = TARGETS) -> Iterator[Com
     left = [(name, arch) for arch in archs for name in names]
     while left:
         worker = subprocess.Popen(
-            [sys.executable, "-m", "gptfast.profile.aot"],
+            [sys.executable, "-c", WORKER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -92,13 +102,10 @@ def survey(names: Iterable[str], archs: Iterable[str] = TARGETS) -> Iterator[Com
             yield Compiled(name, arch, "", {}, None, f"the compiler died ({worker.returncode}): {complaint[-2000:]}")
 
 
-def _main() -> None:
+def work() -> None:
+    """What a process of survey() does: calls as JSON in, a line for each kernel out, and one after each call."""
     kernels.compile_only()
     for name, arch in json.load(sys.stdin):
         for compiled in compile_call(name, arch):
             print(json.dumps(asdict(compiled)), flush=True)
         print("done", name, flush=True)
-
-
-if __name__ == "__main__":
-    _main()

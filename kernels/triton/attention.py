@@ -80,7 +80,7 @@ def keys_at(x, desc, b, row, h, S, stride, D: tl.constexpr, BLOCK_S: tl.constexp
 def _walk(
     acc, m, l, tile_q, k, v, k_desc, v_desc, b, hk, i, first, last, shift, Sq, Sk, k_row, v_row, left, right, scale, softcap, to_log2,
     slope, mask, bias, mask_i, mask_j, bias_i, bias_j,
-    element, seed_low, seed_high, stream, drop_below, keep_scale,
+    element, seed_low, seed_high, stream_id, drop_below, keep_scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_TERMS: tl.constexpr, USE_SOFTCAP: tl.constexpr,
     USE_DROPOUT: tl.constexpr, IS_BY_FOURS: tl.constexpr, IS_EXACT: tl.constexpr, IS_EDGE: tl.constexpr,
@@ -102,7 +102,15 @@ def _walk(
         acc, m, l, p = soften(acc, m, l, s, to_log2, IS_EDGE or mask is not None or bias is not None, IS_EXACT)
         if USE_DROPOUT:
             keep = kept(
-                element + i.to(tl.int64) * Sk, j, seed_low, seed_high, stream, drop_below, IS_BY_FOURS, BLOCK_M, BLOCK_N
+                element + i.to(tl.int64) * Sk,
+                j,
+                seed_low,
+                seed_high,
+                stream_id,
+                drop_below,
+                IS_BY_FOURS,
+                BLOCK_M,
+                BLOCK_N,
             )
             p = tl.where(keep, p * keep_scale, 0.0)
         tile_v = keys_at(v, v_desc, b, start, hk, Sk, v_row, D, BLOCK_N, BLOCK_D, IS_EDGE)
@@ -115,7 +123,7 @@ def _attention_kernel(
     q, k, v, k_desc, v_desc, out, lse, mask, bias, slopes, sinks, cu_q, cu_k, N, Sq, Sk, H, G, left, right, scale, softcap,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, slopes_batch, lse_head,
     mask_b, mask_h, mask_i, mask_j, bias_b, bias_h, bias_i, bias_j,
-    seed_low, seed_high, stream, drop_below, keep_scale,
+    seed_low, seed_high, stream_id, drop_below, keep_scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_TERMS: tl.constexpr, USE_SOFTCAP: tl.constexpr,
     USE_DROPOUT: tl.constexpr, IS_BY_FOURS: tl.constexpr, IS_EXACT: tl.constexpr,
@@ -164,19 +172,19 @@ def _attention_kernel(
         acc, m, l = _walk(
             acc, m, l, tile_q, k, v, k_desc, v_desc, b, h // G, i, a0, a1, shift, Sq, Sk, k_row, v_row, left, right, scale, softcap, to_log2,
             slope, mask, bias, mask_i, mask_j, bias_i, bias_j,
-            element, seed_low, seed_high, stream, drop_below, keep_scale, D, BLOCK_M, BLOCK_N, BLOCK_D,
+            element, seed_low, seed_high, stream_id, drop_below, keep_scale, D, BLOCK_M, BLOCK_N, BLOCK_D,
             HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, USE_DROPOUT, IS_BY_FOURS, IS_EXACT, True,
         )  # fmt: skip
     acc, m, l = _walk(
         acc, m, l, tile_q, k, v, k_desc, v_desc, b, h // G, i, a1, a2, shift, Sq, Sk, k_row, v_row, left, right, scale, softcap, to_log2,
         slope, mask, bias, mask_i, mask_j, bias_i, bias_j,
-        element, seed_low, seed_high, stream, drop_below, keep_scale, D, BLOCK_M, BLOCK_N, BLOCK_D,
+        element, seed_low, seed_high, stream_id, drop_below, keep_scale, D, BLOCK_M, BLOCK_N, BLOCK_D,
         HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, USE_DROPOUT, IS_BY_FOURS, IS_EXACT, False,
     )  # fmt: skip
     acc, m, l = _walk(
         acc, m, l, tile_q, k, v, k_desc, v_desc, b, h // G, i, a2, a3, shift, Sq, Sk, k_row, v_row, left, right, scale, softcap, to_log2,
         slope, mask, bias, mask_i, mask_j, bias_i, bias_j,
-        element, seed_low, seed_high, stream, drop_below, keep_scale, D, BLOCK_M, BLOCK_N, BLOCK_D,
+        element, seed_low, seed_high, stream_id, drop_below, keep_scale, D, BLOCK_M, BLOCK_N, BLOCK_D,
         HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, USE_DROPOUT, IS_BY_FOURS, IS_EXACT, True,
     )  # fmt: skip
     result, logs = finish(acc, m, l, sink, to_natural)

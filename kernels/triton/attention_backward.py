@@ -12,7 +12,20 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from gptfast.kernels.triton import arch, empty, launch, tiles, unsupported
-from gptfast.kernels.triton.attention import SIZES, described, edges, floats, grid, keys_at, place, refuses, shared, strides, tile_at, with_rows
+from gptfast.kernels.triton.attention import (
+    SIZES,
+    described,
+    edges,
+    floats,
+    grid,
+    keys_at,
+    place,
+    refuses,
+    shared,
+    strides,
+    tile_at,
+    with_rows,
+)
 from gptfast.kernels.triton.attention_scores import LOG2E, bounds, seen, with_terms
 from gptfast.kernels.triton.philox import UNSPECIALISED, dropout_arguments, kept
 
@@ -20,7 +33,7 @@ from gptfast.kernels.triton.philox import UNSPECIALISED, dropout_arguments, kept
 @triton.jit
 def _gradient(
     s, dp, i, j, logs, delta, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope, mask, bias, mask_i, mask_j,
-    bias_i, bias_j, element, seed_low, seed_high, stream, drop_below, keep_scale,
+    bias_i, bias_j, element, seed_low, seed_high, stream_id, drop_below, keep_scale,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_TERMS: tl.constexpr, USE_SOFTCAP: tl.constexpr,
     USE_DROPOUT: tl.constexpr, IS_EXACT: tl.constexpr, IS_EDGE: tl.constexpr,
 ):  # fmt: skip
@@ -44,7 +57,7 @@ def _gradient(
         p = tl.where(inside, p, 0.0)
     dropped = p
     if USE_DROPOUT:
-        keep = kept(element + i.to(tl.int64) * Sk, j, seed_low, seed_high, stream, drop_below, False, 1, 1)
+        keep = kept(element + i.to(tl.int64) * Sk, j, seed_low, seed_high, stream_id, drop_below, False, 1, 1)
         dropped = tl.where(keep, p * keep_scale, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     ds = p * (dp - delta)
@@ -59,7 +72,7 @@ def _attention_dq_kernel(
     softcap, dout_batch, dout_row, dout_head, out_batch, out_row, out_head, q_batch, q_row, q_head,
     k_batch, k_row, k_head, v_batch, v_row, v_head, slopes_batch, lse_head,
     mask_b, mask_h, mask_i, mask_j, bias_b, bias_h, bias_i, bias_j,
-    seed_low, seed_high, stream, drop_below, keep_scale,
+    seed_low, seed_high, stream_id, drop_below, keep_scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_TERMS: tl.constexpr, USE_SOFTCAP: tl.constexpr,
     USE_DROPOUT: tl.constexpr, IS_EXACT: tl.constexpr,
@@ -127,7 +140,7 @@ def _attention_dq_kernel(
                 dp = tl.dot(tile_dout, tl.trans(tile_v), input_precision="ieee")
                 _, ds = _gradient(
                     s, dp, i, j, logs, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope, mask, bias,
-                    mask_i, mask_j, bias_i, bias_j, element, seed_low, seed_high, stream, drop_below, keep_scale,
+                    mask_i, mask_j, bias_i, bias_j, element, seed_low, seed_high, stream_id, drop_below, keep_scale,
                     HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, USE_DROPOUT, IS_EXACT, part != 1,
                 )  # fmt: skip
                 acc = tl.dot(ds.to(tile_k.dtype), tile_k, acc, input_precision="ieee")
@@ -142,7 +155,7 @@ def _attention_dkdv_kernel(
     dout, lse, delta, q, k, v, q_desc, dout_desc, dk, dv, mask, bias, slopes, cu_q, cu_k, N, Sq, Sk, H, G, left, right, scale, softcap,
     dout_batch, dout_row, dout_head, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     slopes_batch, lse_head, mask_b, mask_h, mask_i, mask_j, bias_b, bias_h, bias_i, bias_j,
-    seed_low, seed_high, stream, drop_below, keep_scale,
+    seed_low, seed_high, stream_id, drop_below, keep_scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_TERMS: tl.constexpr, USE_SOFTCAP: tl.constexpr,
     USE_DROPOUT: tl.constexpr, IS_EXACT: tl.constexpr,
@@ -211,7 +224,7 @@ def _attention_dkdv_kernel(
                     dp = tl.dot(tile_v, tl.trans(tile_dout), input_precision="ieee")
                     p, ds = _gradient(
                         s, dp, i[None, :], j, logs, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope,
-                        mask_h_at, bias_h_at, mask_i, mask_j, bias_i, bias_j, element, seed_low, seed_high, stream,
+                        mask_h_at, bias_h_at, mask_i, mask_j, bias_i, bias_j, element, seed_low, seed_high, stream_id,
                         drop_below, keep_scale,
                         HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, USE_DROPOUT, IS_EXACT, part != 1,
                     )  # fmt: skip

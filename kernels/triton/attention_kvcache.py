@@ -68,7 +68,11 @@ def _append_kernel(
             if cos is None:
                 x = tl.load(at + d, mask=inside, other=0.0).to(tl.float32)
             else:
-                x = _turned(at, d, inside, cos, sin, position, HALF, IS_INTERLEAVED).to(k.dtype.element_ty).to(tl.float32)
+                x = (
+                    _turned(at, d, inside, cos, sin, position, HALF, IS_INTERLEAVED)
+                    .to(k.dtype.element_ty)
+                    .to(tl.float32)
+                )
             _keep(x, d, inside, k_cache, k_scale, row * kc_batch + slot * tl.cast(kc_row, tl.int64) + h * kc_head,
                   row * ks_batch + slot * tl.cast(ks_row, tl.int64) + h * ks_head)  # fmt: skip
         else:
@@ -191,13 +195,13 @@ def _chunk_kernel(
         j = start + tl.arange(0, BLOCK_N)
         there = j < Sk
         row, slot = _slot(pad + j, own, pages, PAGE, there)
-        keys = _kept(k_cache, k_scales, row, slot, there, kc_batch, kc_row, ks_batch, ks_row, d, D, BLOCK_D, tile_q.dtype)
+        keys = _kept(
+            k_cache, k_scales, row, slot, there, kc_batch, kc_row, ks_batch, ks_row, d, D, BLOCK_D, tile_q.dtype
+        )
         s = tl.dot(tile_q, tl.trans(keys), input_precision="ieee")
         inside = seen(i[:, None], j[None, :], shift, Sq, Sk, left, right, HAS_LEFT, HAS_RIGHT)
         if HAS_TERMS:
-            s, _ = with_terms(
-                s, i[:, None], j[None, :], shift, inside, scale, softcap, slope, None, 0, 0, USE_SOFTCAP
-            )
+            s, _ = with_terms(s, i[:, None], j[None, :], shift, inside, scale, softcap, slope, None, 0, 0, USE_SOFTCAP)
         s = tl.where(inside, s, float("-inf"))
         acc, m, l, p = soften(acc, m, l, s, to_log2, True, IS_EXACT)
         values = _kept(

@@ -22,13 +22,13 @@ from gptfast.kernels.triton.philox import UNSPECIALISED, dropout_arguments, kept
 @triton.jit
 def _summed(
     x, residual, x_start, residual_start, start, col, inside,
-    seed_low, seed_high, stream, drop_below, keep_scale,
+    seed_low, seed_high, stream_id, drop_below, keep_scale,
     HAS_DROPOUT: tl.constexpr, IS_BY_FOURS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """x, where dropout keeps it, + residual, in fp32; 0 outside."""
     s = tl.load(x + x_start + col, mask=inside, other=0.0).to(tl.float32)
     if HAS_DROPOUT:
-        keep = kept(start, col, seed_low, seed_high, stream, drop_below, IS_BY_FOURS, BLOCK_R, BLOCK_C)
+        keep = kept(start, col, seed_low, seed_high, stream_id, drop_below, IS_BY_FOURS, BLOCK_R, BLOCK_C)
         s = tl.where(keep, s * keep_scale, 0.0)
     if residual is not None:
         s += tl.load(residual + residual_start + col, mask=inside, other=0.0).to(tl.float32)
@@ -47,7 +47,7 @@ def _scaled(normal, weight, bias, col, C):
 def _layer_norm_kernel(
     x, residual, weight, bias, y, total, mean, rstd,
     N, C, block, block_stride, x_stride, residual_stride, eps,
-    seed_low, seed_high, stream, drop_below, keep_scale,
+    seed_low, seed_high, stream_id, drop_below, keep_scale,
     IS_CENTRED: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_BY_FOURS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -58,7 +58,7 @@ def _layer_norm_kernel(
     start = row * C
     s = _summed(
         x, residual, row // block * block_stride + row % block * x_stride, row * residual_stride, start, col, inside,
-        seed_low, seed_high, stream, drop_below, keep_scale, HAS_DROPOUT, IS_BY_FOURS, BLOCK_R, BLOCK_C,
+        seed_low, seed_high, stream_id, drop_below, keep_scale, HAS_DROPOUT, IS_BY_FOURS, BLOCK_R, BLOCK_C,
     )  # fmt: skip
     if total is not None:
         tl.store(total + start + col, s.to(total.dtype.element_ty), mask=inside)
@@ -77,7 +77,7 @@ def _layer_norm_kernel(
 def _layer_norm_wide_kernel(
     x, residual, weight, bias, y, total, mean, rstd,
     N, C, block, block_stride, x_stride, residual_stride, eps,
-    seed_low, seed_high, stream, drop_below, keep_scale,
+    seed_low, seed_high, stream_id, drop_below, keep_scale,
     IS_CENTRED: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_BY_FOURS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -95,7 +95,7 @@ def _layer_norm_wide_kernel(
         inside = col < C
         s = _summed(
             x, residual, x_start, residual_start, start, col, inside,
-            seed_low, seed_high, stream, drop_below, keep_scale, HAS_DROPOUT, IS_BY_FOURS, BLOCK_R, BLOCK_C,
+            seed_low, seed_high, stream_id, drop_below, keep_scale, HAS_DROPOUT, IS_BY_FOURS, BLOCK_R, BLOCK_C,
         )  # fmt: skip
         if total is not None:
             tl.store(total + start + col, s.to(total.dtype.element_ty), mask=inside)
@@ -117,7 +117,7 @@ def _layer_norm_wide_kernel(
         inside = col < C
         s = _summed(
             x, residual, x_start, residual_start, start, col, inside,
-            seed_low, seed_high, stream, drop_below, keep_scale, HAS_DROPOUT, IS_BY_FOURS, BLOCK_R, BLOCK_C,
+            seed_low, seed_high, stream_id, drop_below, keep_scale, HAS_DROPOUT, IS_BY_FOURS, BLOCK_R, BLOCK_C,
         )  # fmt: skip
         tl.store(y + start + col, _scaled((s - m) * r, weight, bias, col, C).to(y.dtype.element_ty), mask=inside)
 

@@ -28,7 +28,7 @@ def _normal(s, mean, rstd, row, inside_row, IS_CENTRED: tl.constexpr):
 
 @triton.jit
 def _store_gradients(
-    ds, dsum, dx, dresidual, dsum_start, start, col, inside, seed_low, seed_high, stream, drop_below, keep_scale,
+    ds, dsum, dx, dresidual, dsum_start, start, col, inside, seed_low, seed_high, stream_id, drop_below, keep_scale,
     HAS_DROPOUT: tl.constexpr, IS_BY_FOURS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     if dsum is not None:
@@ -36,7 +36,7 @@ def _store_gradients(
     if dresidual is not None:
         tl.store(dresidual + start + col, ds.to(dresidual.dtype.element_ty), mask=inside)
     if HAS_DROPOUT:
-        keep = kept(start, col, seed_low, seed_high, stream, drop_below, IS_BY_FOURS, BLOCK_R, BLOCK_C)
+        keep = kept(start, col, seed_low, seed_high, stream_id, drop_below, IS_BY_FOURS, BLOCK_R, BLOCK_C)
         ds = tl.where(keep, ds * keep_scale, 0.0)
     tl.store(dx + start + col, ds.to(dx.dtype.element_ty), mask=inside)
 
@@ -45,7 +45,7 @@ def _store_gradients(
 def _layer_norm_backward_kernel(
     dy, dsum, s, weight, mean, rstd, dx, dresidual, dweight, dbias,
     N, C, chunk, block, block_stride, s_stride, dy_stride, dsum_stride,
-    seed_low, seed_high, stream, drop_below, keep_scale,
+    seed_low, seed_high, stream_id, drop_below, keep_scale,
     IS_CENTRED: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_BY_FOURS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -74,7 +74,7 @@ def _layer_norm_backward_kernel(
             ds -= tl.sum(g, 1)[:, None] / C
         _store_gradients(
             ds * r, dsum, dx, dresidual, row * dsum_stride, row * C, col, inside,
-            seed_low, seed_high, stream, drop_below, keep_scale, HAS_DROPOUT, IS_BY_FOURS, BLOCK_R, BLOCK_C,
+            seed_low, seed_high, stream_id, drop_below, keep_scale, HAS_DROPOUT, IS_BY_FOURS, BLOCK_R, BLOCK_C,
         )  # fmt: skip
     out = tl.program_id(0).to(tl.int64) * C + tl.arange(0, BLOCK_C)
     within = tl.arange(0, BLOCK_C) < C
@@ -112,7 +112,7 @@ def _layer_norm_means_kernel(
 def _layer_norm_backward_wide_kernel(
     dy, dsum, s, weight, mean, rstd, means, dx, dresidual, dweight, dbias,
     N, C, chunk, block, block_stride, s_stride, dy_stride, dsum_stride,
-    seed_low, seed_high, stream, drop_below, keep_scale,
+    seed_low, seed_high, stream_id, drop_below, keep_scale,
     IS_CENTRED: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_BY_FOURS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -138,7 +138,7 @@ def _layer_norm_backward_wide_kernel(
             ds -= tl.load(means + N + row, mask=row < end, other=0.0)
         _store_gradients(
             ds * r, dsum, dx, dresidual, row * dsum_stride, row * C, col, inside,
-            seed_low, seed_high, stream, drop_below, keep_scale, HAS_DROPOUT, IS_BY_FOURS, BLOCK_R, BLOCK_C,
+            seed_low, seed_high, stream_id, drop_below, keep_scale, HAS_DROPOUT, IS_BY_FOURS, BLOCK_R, BLOCK_C,
         )  # fmt: skip
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     out = tl.program_id(0).to(tl.int64) * C + cols

@@ -67,10 +67,10 @@ def dropout_arguments(p: float, seed: int, stream: int) -> dict[str, Any]:
     return {
         "seed_low": signed(seed),
         "seed_high": signed(seed >> 32),
-        "stream": signed(stream),
+        "stream_id": signed(stream),
         "drop_below": signed(int(p * 2**32)),
         "keep_scale": 1 / (1 - p),
     }
 
 
-UNSPECIALISED = ["seed_low", "seed_high", "stream", "drop_below", "keep_scale"]
+UNSPECIALISED = ["seed_low", "seed_high", "stream_id", "drop_below", "keep_scale"]

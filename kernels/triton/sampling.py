@@ -1,6 +1,7 @@
-"""Sampling without a sort of the vocabulary, in two to four launches that leave the host nothing to wait for:
+"""Sampling without a sort of the vocabulary, in two to five launches that leave the host nothing to wait for:
 
-1. prepare: a chunk of a row to a program; bias, mask, penalties, temperature; the largest logits of the chunk's parts.
+0. process, where there is something to: bias, mask and penalties.
+1. prepare: a chunk of a row to a program; the largest logits of the chunk's parts.
 2. masses: what weighs how much, where no top-k comes first.
 3. gather: the few tokens that may survive the filters. A bound on the k-th largest logit comes from the parts' largest,
    one on a nucleus from the masses of those that are at most so many bits below the top.
@@ -21,14 +22,20 @@ from gptfast.kernels.triton.sampling_choose import _choose_sample_kernel
 from gptfast.kernels.triton.sampling_kernels import (
     _gather_sample_kernel,
     _prepare_sample_kernel,
+    _process_sample_kernel,
     _sample_masses_kernel,
 )
-from gptfast.kernels.triton.tiles import next_power_of_2, sampling_choose_tile, sampling_chunk, sampling_tile
+from gptfast.kernels.triton.tiles import (
+    next_power_of_2,
+    sampling_choose_tile,
+    sampling_chunk,
+    sampling_process_tile,
+    sampling_tile,
+)
 
 PARTS = 32  # of a chunk, whose largest logits bound the k-th largest
 KEYS = 1024  # parts of a row that are looked at: the largest k with a bound
 PIVOTS = 8  # thresholds, 2 bits apart, whose masses bound a nucleus
-BLOCK_L = 1024  # tokens of the history that are counted at a time
 
 
 def supports(logits: Tensor, **_: Any) -> str | None:
@@ -93,27 +100,37 @@ def sample(
     few_ids, few_values = (scratch(B, few, dtype=d, when=has_filters) for d in (torch.int32, torch.float32))
     ids, logprobs = scratch(B, dtype=torch.int64), scratch(B, when=bool(return_logprobs))
 
+    values, values_stride = logits, logits_stride
+    if is_processed:
+        values, values_stride = processed, V
+        process_tile = sampling_process_tile(V)
+        blocks = cdiv(V, process_tile.blocks["BLOCK"])
+        launch(
+            _process_sample_kernel,
+            (B * blocks,),
+            *(logits, logit_bias, mask, history, prompt_lengths, *reals[4:], processed),
+            *(logits_stride, bias_stride, mask_stride, V, 0 if history is None else history.shape[1], blocks),
+            ROWS_OF=of_rows,
+            HAS_BIAS=logit_bias is not None,
+            HAS_MASK=mask is not None,
+            HAS_HISTORY=history is not None,
+            HAS_PROMPT=prompt_lengths is not None,
+            tile=process_tile,
+            fp_fusion=False,
+        )
     launch(
         _prepare_sample_kernel,
         (B * chunks,),
-        *(logits, logit_bias, mask, history, prompt_lengths, temperature, *reals[4:]),
-        *(processed, tops, parts, best, raw_tops, raw_sums),
-        *(logits_stride, bias_stride, mask_stride, V, 0 if history is None else history.shape[1], chunks),
+        *(logits, values, temperature, tops, parts, best, raw_tops, raw_sums),
+        *(logits_stride, values_stride, V, chunks),
         ROWS_OF=of_rows,
-        HAS_BIAS=logit_bias is not None,
-        HAS_MASK=mask is not None,
-        HAS_HISTORY=history is not None,
-        HAS_PROMPT=prompt_lengths is not None,
-        IS_PROCESSED=is_processed,
         USE_PARTS=has_filters and not no_k,
         USE_BEST=may_be_greedy,
         USE_RAW=is_raw,
         PARTS=PARTS,
-        BLOCK_L=BLOCK_L,
-        tile=sampling_tile(chunk, history is not None),
+        tile=tile,
         fp_fusion=False,
     )
-    values, values_stride = (processed, V) if is_processed else (logits, logits_stride)
     filters = (values, temperature, *k_words, *reals[1:4], tops)
     if has_all:
         launch(
@@ -121,7 +138,6 @@ def sample(
             (B * chunks,),
             *(*filters, masses, above, values_stride, V, chunks),
             ROWS_OF=of_rows,
-            IS_PROCESSED=is_processed,
             USE_PIVOTS=has_filters,
             CHUNKS=padded,
             PIVOTS=PIVOTS,
@@ -134,7 +150,6 @@ def sample(
             (B * chunks,),
             *(*filters, parts, masses, above, counts, found, values_stride, V, chunks),
             ROWS_OF=of_rows,
-            IS_PROCESSED=is_processed,
             CHUNKS=padded,
             PARTS=PARTS,
             PIVOTS=PIVOTS,
@@ -149,7 +164,6 @@ def sample(
         *(tops, best, raw_tops, raw_sums, masses, counts, found, few_ids, few_values, ids, logprobs),
         *(logits_stride, values_stride, V, chunks),
         ROWS_OF=of_rows,
-        IS_PROCESSED=is_processed,
         USE_BEST=may_be_greedy,
         USE_ALL=has_all,
         USE_FILTERS=has_filters,

@@ -12,6 +12,7 @@ from gptfast.kernels.triton.sampling_kernels import (
     LEAST_BITS,
     LN2,
     NO_ID,
+    NUMBERS,
     is_bad,
     is_plain,
     least_weight,
@@ -45,7 +46,7 @@ def nearness(y, mean):
 
 
 @triton.jit
-def candidates(begin, source, state, IS_PROCESSED: tl.constexpr, IS_TYPICAL: tl.constexpr, BLOCK: tl.constexpr):
+def candidates(begin, source, state, IS_TYPICAL: tl.constexpr, BLOCK: tl.constexpr):
     """The next BLOCK tokens that are left: id, logit, log2 of the weight, 2^32 times the weight (0 for none).
 
     source: the lists of a few tokens' ids and logits, how many they hold, the row's logits, how many tokens it has (0
@@ -58,8 +59,7 @@ def candidates(begin, source, state, IS_PROCESSED: tl.constexpr, IS_TYPICAL: tl.
     v = tl.load(few_values + i, mask=i < few, other=float("-inf"))
     ids = tl.load(few_ids + i, mask=i < few, other=NO_ID)
     u = tl.load(values + i, mask=i < many, other=float("-inf")).to(tl.float32)
-    if not IS_PROCESSED:
-        u = tempered(u, temperature)
+    u = tempered(u, temperature)
     v = tl.where(i < few, v, u)
     ids = tl.where((i < few) | (many == 0), ids, i)
     key = ordered(v)
@@ -79,30 +79,29 @@ def measured(
     state,
     mean,
     BY: tl.constexpr,
-    IS_PROCESSED: tl.constexpr,
     IS_TYPICAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Ids, keys and measures of the next BLOCK tokens that are left."""
-    ids, key, y, w = candidates(begin, source, state, IS_PROCESSED, IS_TYPICAL, BLOCK)
+    ids, key, y, w = candidates(begin, source, state, IS_TYPICAL, BLOCK)
     if BY == TYPICAL:
         key = nearness(y, mean)
     return ids, key, (w >= 1).to(tl.int64) if BY == COUNT else mass(w)
 
 
 @triton.jit
-def total_mass(source, state, IS_PROCESSED: tl.constexpr, IS_TYPICAL: tl.constexpr, BLOCK: tl.constexpr):
+def total_mass(source, state, IS_TYPICAL: tl.constexpr, BLOCK: tl.constexpr):
     total = tl.full((), 0, tl.int64)
     for begin in range(0, source[5], BLOCK):
-        total += tl.sum(mass(candidates(begin, source, state, IS_PROCESSED, IS_TYPICAL, BLOCK)[3]), 0)
+        total += tl.sum(mass(candidates(begin, source, state, IS_TYPICAL, BLOCK)[3]), 0)
     return total
 
 
 @triton.jit
-def mean_surprise(source, state, total, IS_PROCESSED: tl.constexpr, IS_TYPICAL: tl.constexpr, BLOCK: tl.constexpr):
+def mean_surprise(source, state, total, IS_TYPICAL: tl.constexpr, BLOCK: tl.constexpr):
     surplus = tl.full((), 0, tl.int64)
     for begin in range(0, source[5], BLOCK):
-        _, _, y, w = candidates(begin, source, state, IS_PROCESSED, IS_TYPICAL, BLOCK)
+        _, _, y, w = candidates(begin, source, state, IS_TYPICAL, BLOCK)
         surplus += tl.sum((mass(w) * surprise(y)) >> 12, 0)
     return (surplus.to(tl.float64) / total.to(tl.float64) * 4096.0).to(tl.int64).to(tl.int32)
 
@@ -110,7 +109,7 @@ def mean_surprise(source, state, total, IS_PROCESSED: tl.constexpr, IS_TYPICAL: 
 @triton.jit
 def find_cut(
     budget, low, shift, source, state, mean,
-    BY: tl.constexpr, IS_PROCESSED: tl.constexpr, IS_TYPICAL: tl.constexpr, BLOCK: tl.constexpr,
+    BY: tl.constexpr, IS_TYPICAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The last key and, of those with this key, the last id within the budget. Keys that differ above the 4 bits from
     `shift` on are alike in them; low: what all have there."""
@@ -120,7 +119,7 @@ def find_cut(
         pivots = low + (steps.to(tl.uint32) << shift.to(tl.uint32))
         reach = tl.zeros([16], tl.int64)
         for begin in range(0, source[5], BLOCK):
-            _, key, m = measured(begin, source, state, mean, BY, IS_PROCESSED, IS_TYPICAL, BLOCK)
+            _, key, m = measured(begin, source, state, mean, BY, IS_TYPICAL, BLOCK)
             reach += tl.sum(tl.where(key[:, None] >= pivots[None, :], m[:, None], 0), 0)
         digit = tl.maximum(tl.sum((reach >= budget).to(tl.int32), 0) - 1, 0)
         above = tl.where(digit < 15, tl.sum(tl.where(steps == digit + 1, reach, 0), 0), above)
@@ -129,7 +128,7 @@ def find_cut(
     before = above
     last = tl.full((), -1, tl.int32)
     for begin in range(0, source[5], BLOCK):
-        ids, key, m = measured(begin, source, state, mean, BY, IS_PROCESSED, IS_TYPICAL, BLOCK)
+        ids, key, m = measured(begin, source, state, mean, BY, IS_TYPICAL, BLOCK)
         m = tl.where(key == low, m, 0)
         kept = (m > 0) & (tl.cumsum(m, 0) - m + before < budget)
         last = tl.maximum(last, tl.max(tl.where(kept, ids, -1), 0))
@@ -151,12 +150,12 @@ def key_range(top):
 
 
 @triton.jit
-def draw(target, source, state, IS_PROCESSED: tl.constexpr, IS_TYPICAL: tl.constexpr, BLOCK: tl.constexpr):
+def draw(target, source, state, IS_TYPICAL: tl.constexpr, BLOCK: tl.constexpr):
     """The lowest id whose mass up to and with itself is above the target."""
     before = tl.full((), 0, tl.int64)
     chosen = tl.full((), NO_ID, tl.int32)
     for begin in range(0, source[5], BLOCK):
-        ids, _, _, w = candidates(begin, source, state, IS_PROCESSED, IS_TYPICAL, BLOCK)
+        ids, _, _, w = candidates(begin, source, state, IS_TYPICAL, BLOCK)
         m = mass(w)
         chosen = tl.minimum(chosen, tl.min(tl.where(tl.cumsum(m, 0) + before > target, ids, NO_ID), 0))
         before += tl.sum(m, 0)
@@ -166,7 +165,7 @@ def draw(target, source, state, IS_PROCESSED: tl.constexpr, IS_TYPICAL: tl.const
 @triton.jit
 def draw_from_all(
     values, temperature, top, least, masses, seed, step, stream, V, chunks,
-    IS_PROCESSED: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """The id drawn from all tokens with at least this weight, and the total: the chunk that holds it by the chunks'
     masses, then the token in there."""
@@ -178,8 +177,7 @@ def draw_from_all(
     target -= tl.sum(tl.where(c < chunk, m, 0), 0)
     cols = chunk * CHUNK + tl.arange(0, CHUNK)
     v = tl.load(values + cols, mask=cols < V, other=float("-inf")).to(tl.float32)
-    if not IS_PROCESSED:
-        v = tempered(v, temperature)
+    v = tempered(v, temperature)
     w = weight(log2_weight(v, top))
     up_to = tl.cumsum(mass(tl.where(w >= least, w, 0.0)), 0)
     return tl.min(tl.where(up_to > target, cols, NO_ID), 0), total
@@ -188,7 +186,7 @@ def draw_from_all(
 @triton.jit
 def list_few(
     few_ids, few_values, values, found, counts, n, temperature, chunks,
-    IS_PROCESSED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Writes the ids, in order, and the logits of the n tokens that were found in the row's chunks."""
     for begin in range(0, n, BLOCK):
@@ -207,20 +205,19 @@ def list_few(
         place = tl.load(found + chunk.to(tl.int64) * CHUNK + i - first, mask=inside, other=0)
         ids = chunk * CHUNK + place.to(tl.int32)
         v = tl.load(values + ids, mask=inside, other=0.0).to(tl.float32)
-        if not IS_PROCESSED:
-            v = tempered(v, temperature)
+        v = tempered(v, temperature)
         tl.store(few_ids + i, ids, mask=inside)
         tl.store(few_values + i, v, mask=inside)
     tl.debug_barrier()  # other threads of this program read the lists
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS[:-1])
 def _choose_sample_kernel(
     logits, values, temperature, top_k, top_k_high, top_p, min_p, typical_p,
     seed, seed_high, step, step_high, stream, stream_high,
     tops, best, raw_tops, raw_sums, masses, counts, found, few_ids, few_values, chosen_ids, logprobs,
     logits_stride, values_stride, V, chunks,
-    ROWS_OF: tl.constexpr, IS_PROCESSED: tl.constexpr, USE_BEST: tl.constexpr, USE_ALL: tl.constexpr,
+    ROWS_OF: tl.constexpr, USE_BEST: tl.constexpr, USE_ALL: tl.constexpr,
     USE_FILTERS: tl.constexpr, IS_TYPICAL: tl.constexpr, LOGPROBS: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -252,7 +249,7 @@ def _choose_sample_kernel(
     elif is_plain(k, p, typical):
         if USE_ALL:
             chosen, total = draw_from_all(
-                of_row, t, top, least, masses + row * chunks, random, index, of, V, chunks, IS_PROCESSED, CHUNK, CHUNKS
+                of_row, t, top, least, masses + row * chunks, random, index, of, V, chunks, CHUNK, CHUNKS
             )
     else:
         if USE_FILTERS:
@@ -262,9 +259,7 @@ def _choose_sample_kernel(
             of_few = few_values + row * FEW
             places = found + row * chunks * CHUNK
             if n <= FEW:
-                list_few(
-                    ids, of_few, of_row, places, counts + row * chunks, n, t, chunks, IS_PROCESSED, CHUNK, BLOCK, GROUP
-                )
+                list_few(ids, of_few, of_row, places, counts + row * chunks, n, t, chunks, CHUNK, BLOCK, GROUP)
             few = tl.where(n <= FEW, n, 0)
             many = tl.where(n <= FEW, 0, V)
             source = (ids, of_few, few, of_row, many, few + many, t, top)
@@ -276,15 +271,15 @@ def _choose_sample_kernel(
             last_id = none - 1
             if k > 0:
                 state = (zero, last_id, one, none, zero, none)
-                last_key, last_id = find_cut(k, low, shift, source, state, none, COUNT, IS_PROCESSED, False, BLOCK)
+                last_key, last_id = find_cut(k, low, shift, source, state, none, COUNT, False, BLOCK)
             if p < 1:
                 state = (last_key, last_id, one, none, zero, none)
                 if k > 0:
-                    total = total_mass(source, state, IS_PROCESSED, False, BLOCK)
+                    total = total_mass(source, state, False, BLOCK)
                 else:  # of all tokens, not only of those that were found
                     total = tl.sum(tl.load(masses + row * chunks + c, mask=c < chunks, other=0), 0)
                 budget = nucleus(p, total)
-                last_key, last_id = find_cut(budget, low, shift, source, state, none, MASS, IS_PROCESSED, False, BLOCK)
+                last_key, last_id = find_cut(budget, low, shift, source, state, none, MASS, False, BLOCK)
             least = tl.maximum(least, 1.0)
             mean = none
             last_near = zero
@@ -292,16 +287,16 @@ def _choose_sample_kernel(
             if IS_TYPICAL:  # noqa: SIM102  (known when it is compiled; the other when it runs)
                 if typical < 1:
                     state = (last_key, last_id, least, none, zero, none)
-                    total = total_mass(source, state, IS_PROCESSED, False, BLOCK)
-                    mean = mean_surprise(source, state, total, IS_PROCESSED, False, BLOCK)
+                    total = total_mass(source, state, False, BLOCK)
+                    mean = mean_surprise(source, state, total, False, BLOCK)
                     last_near, last_near_id = find_cut(
                         nucleus(typical, total), zero + 0xF0000000, none + 24, source, state, mean,
-                        TYPICAL, IS_PROCESSED, False, BLOCK,
+                        TYPICAL, False, BLOCK,
                     )  # fmt: skip
             state = (last_key, last_id, least, mean, last_near, last_near_id)
-            total = total_mass(source, state, IS_PROCESSED, IS_TYPICAL, BLOCK)
+            total = total_mass(source, state, IS_TYPICAL, BLOCK)
             target = uniform_below(total, random, index, of)
-            chosen = draw(target, source, state, IS_PROCESSED, IS_TYPICAL, BLOCK)
+            chosen = draw(target, source, state, IS_TYPICAL, BLOCK)
     tl.store(chosen_ids + row, chosen.to(tl.int64))
     if LOGPROBS == 1:
         c = tl.arange(0, CHUNKS)
@@ -317,7 +312,6 @@ def _choose_sample_kernel(
             tl.store(logprobs + row, 0.0)
         else:
             v = tl.load(of_row + chosen).to(tl.float32)
-            if not IS_PROCESSED:
-                v = tempered(v, t)
+            v = tempered(v, t)
             w = mass(weight(log2_weight(v, top)))
             tl.store(logprobs + row, tl.log(w.to(tl.float64) / total.to(tl.float64)).to(tl.float32))

@@ -11,6 +11,8 @@ import triton.language as tl
 LEAST_BITS = tl.constexpr(32.0)  # no token more than so many bits below the largest has a weight
 LOG2E = tl.constexpr(1.44269502)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to a whole number, ties to even
+# What changes from call to call; a kernel compiled for one value or its multiples of 16 would be compiled again.
+NUMBERS = ["top_k", "top_k_high", "seed", "seed_high", "step", "step_high", "stream", "stream_high", "L"]
 NO_ID = tl.constexpr(1 << 22)
 LN2 = tl.constexpr(0.693147181)
 PIVOT_STEP = tl.constexpr(2.0)  # bits between the thresholds whose masses bound a nucleus
@@ -138,55 +140,66 @@ def is_plain(top_k, top_p, typical_p):
     return (top_k == 0) & (top_p >= 1) & (typical_p >= 1)
 
 
-@triton.jit
-def _prepare_sample_kernel(
-    logits, bias, mask, history, prompt_lengths,
-    temperature, repetition_penalty, presence_penalty, frequency_penalty,
-    processed, tops, parts, best, raw_tops, raw_sums,
-    logits_stride, bias_stride, mask_stride, V, L, chunks,
+@triton.jit(do_not_specialize=NUMBERS[-1:])
+def _process_sample_kernel(
+    logits, bias, mask, history, prompt_lengths, repetition_penalty, presence_penalty, frequency_penalty, processed,
+    logits_stride, bias_stride, mask_stride, V, L, blocks,
     ROWS_OF: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_HISTORY: tl.constexpr,
-    HAS_PROMPT: tl.constexpr, IS_PROCESSED: tl.constexpr, USE_PARTS: tl.constexpr, USE_BEST: tl.constexpr,
-    USE_RAW: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, BLOCK_L: tl.constexpr,
+    HAS_PROMPT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of a row: its logits after all processing, in fp32; the largest of all, of each part, and its id; and
-    of the logits as given, the largest and the sum of e^(l - largest)."""
-    row = (tl.program_id(0) // chunks).to(tl.int64)
-    chunk = tl.program_id(0) % chunks
-    i = tl.arange(0, CHUNK // PARTS)[:, None] * PARTS + tl.arange(0, PARTS)[None, :]
-    cols = chunk * CHUNK + i
+    """A block of a row's logits after bias, mask and penalties, in fp32. Each program counts its own tokens in the
+    history: a few thousand ids, read once from memory and then from the cache."""
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    first = tl.program_id(0) % blocks * BLOCK
+    cols = first + tl.arange(0, BLOCK)
     inside = cols < V
-    v = tl.load(logits + row * logits_stride + cols, mask=inside, other=float("-inf")).to(tl.float32)
-    if USE_RAW:
-        top = tl.max(tl.max(v, 0), 0)
-        e = tl.where(inside, tl.exp(v - tl.where(top == float("-inf"), 0.0, top)), 0.0)
-        tl.store(raw_tops + row * chunks + chunk, top)
-        tl.store(raw_sums + row * chunks + chunk, tl.sum(tl.sum(e, 0), 0))
+    v = tl.load(logits + row * logits_stride + cols, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         v = v + tl.load(bias + row * bias_stride + cols, mask=inside, other=0.0)
     if HAS_MASK:
         allowed = tl.load(mask + row * mask_stride + cols, mask=inside, other=0)
         v = tl.where(allowed != 0, v, float("-inf"))
-    t = real(temperature, row, ROWS_OF & 1)
     if HAS_HISTORY:
         r = real(repetition_penalty, row, ROWS_OF & 16)
         presence = real(presence_penalty, row, ROWS_OF & 32)
         frequency = real(frequency_penalty, row, ROWS_OF & 64)
         prompt = tl.load(prompt_lengths + row) if HAS_PROMPT else tl.full((), 0, tl.int64)
-        seen = tl.zeros([CHUNK], tl.int32)
-        output = tl.zeros([CHUNK], tl.int32)
+        seen = tl.zeros([BLOCK], tl.int32)
+        output = tl.zeros([BLOCK], tl.int32)
         for begin in range(0, L, BLOCK_L):
             at = begin + tl.arange(0, BLOCK_L)
-            ids = tl.load(history + row * L + at, mask=at < L, other=-1) - chunk * CHUNK
-            here = (ids >= 0) & (ids < tl.minimum(CHUNK, V - chunk * CHUNK))
-            seen += tl.histogram(ids.to(tl.int32), CHUNK, mask=here)
-            output += tl.histogram(ids.to(tl.int32), CHUNK, mask=here & (at >= prompt))
-        was_seen = tl.reshape(seen, [CHUNK // PARTS, PARTS]) > 0
-        n = tl.reshape(output, [CHUNK // PARTS, PARTS]).to(tl.float32)
-        v = tl.where(was_seen, tl.where(v > 0, tl.div_rn(v, r + tl.zeros_like(v)), v * r), v)
+            ids = tl.load(history + row * L + at, mask=at < L, other=-1) - first
+            here = (ids >= 0) & (ids < tl.minimum(BLOCK, V - first))
+            ids = tl.where(here, ids, 0).to(tl.int32)
+            seen += tl.histogram(ids, BLOCK, mask=here)
+            output += tl.histogram(ids, BLOCK, mask=here & (at >= prompt))
+        n = output.to(tl.float32)
+        v = tl.where(seen > 0, tl.where(v > 0, tl.div_rn(v, r + tl.zeros_like(v)), v * r), v)
         v = tl.where(n > 0, v - (presence + frequency * n), v)
-    v = tempered(v, t)
-    if IS_PROCESSED:
-        tl.store(processed + row * V + cols, v, mask=inside)
+    tl.store(processed + row * V + cols, v, mask=inside)
+
+
+@triton.jit
+def _prepare_sample_kernel(
+    logits, values, temperature, tops, parts, best, raw_tops, raw_sums,
+    logits_stride, values_stride, V, chunks,
+    ROWS_OF: tl.constexpr, USE_PARTS: tl.constexpr, USE_BEST: tl.constexpr, USE_RAW: tl.constexpr,
+    CHUNK: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Of a chunk of a row's processed logits the largest of all, of each part, and its id; and of the logits as given
+    the largest and the sum of e^(l - largest)."""
+    row = (tl.program_id(0) // chunks).to(tl.int64)
+    chunk = tl.program_id(0) % chunks
+    cols = chunk * CHUNK + tl.arange(0, CHUNK // PARTS)[:, None] * PARTS + tl.arange(0, PARTS)[None, :]
+    inside = cols < V
+    if USE_RAW:
+        v = tl.load(logits + row * logits_stride + cols, mask=inside, other=float("-inf")).to(tl.float32)
+        top = tl.max(tl.max(v, 0), 0)
+        e = tl.where(inside, tl.exp(v - tl.where(top == float("-inf"), 0.0, top)), 0.0)
+        tl.store(raw_tops + row * chunks + chunk, top)
+        tl.store(raw_sums + row * chunks + chunk, tl.sum(tl.sum(e, 0), 0))
+    v = tl.load(values + row * values_stride + cols, mask=inside, other=float("-inf")).to(tl.float32)
+    v = tempered(v, real(temperature, row, ROWS_OF & 1))
     v = tl.where(v != v, float("inf"), v)
     of_parts = tl.max(v, 0)
     top = tl.max(of_parts, 0)
@@ -197,11 +210,11 @@ def _prepare_sample_kernel(
         tl.store(best + row * chunks + chunk, tl.min(tl.min(tl.where(v == top, cols, NO_ID), 0), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS[:2])
 def _sample_masses_kernel(
     values, temperature, top_k, top_k_high, top_p, min_p, typical_p, tops, masses, above,
     values_stride, V, chunks,
-    ROWS_OF: tl.constexpr, IS_PROCESSED: tl.constexpr, USE_PIVOTS: tl.constexpr,
+    ROWS_OF: tl.constexpr, USE_PIVOTS: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PIVOTS: tl.constexpr,
 ):  # fmt: skip
     """The mass of one chunk's tokens that min-p leaves; for a nucleus, of those at most so many bits below the top."""
@@ -215,8 +228,7 @@ def _sample_masses_kernel(
         return
     cols = chunk * CHUNK + tl.arange(0, CHUNK)
     v = tl.load(values + row * values_stride + cols, mask=cols < V, other=float("-inf")).to(tl.float32)
-    if not IS_PROCESSED:
-        v = tempered(v, real(temperature, row, ROWS_OF & 1))
+    v = tempered(v, real(temperature, row, ROWS_OF & 1))
     y = log2_weight(v, top)
     w = weight(y)
     if plain:
@@ -231,11 +243,11 @@ def _sample_masses_kernel(
                 tl.store(above + (row * chunks + chunk) * PIVOTS + j, of_high + tl.sum(tl.where(is_in, low, 0), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS[:2])
 def _gather_sample_kernel(
     values, temperature, top_k, top_k_high, top_p, min_p, typical_p, tops, parts, masses, above, counts, found,
     values_stride, V, chunks,
-    ROWS_OF: tl.constexpr, IS_PROCESSED: tl.constexpr,
+    ROWS_OF: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PARTS: tl.constexpr, PIVOTS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The places in one chunk, in order, of tokens that may survive the filters: none that does is left out."""
@@ -267,8 +279,7 @@ def _gather_sample_kernel(
     if tl.load(tops + row * chunks + chunk) >= bound:
         cols = chunk * CHUNK + tl.arange(0, CHUNK)
         v = tl.load(values + row * values_stride + cols, mask=cols < V, other=float("-inf")).to(tl.float32)
-        if not IS_PROCESSED:
-            v = tempered(v, real(temperature, row, ROWS_OF & 1))
+        v = tempered(v, real(temperature, row, ROWS_OF & 1))
         y = log2_weight(v, top)
         take = ((v >= bound) & (y >= -bits) & (weight(y) >= least) & (cols < V)).to(tl.int32)
         place = tl.cumsum(take, 0) - 1

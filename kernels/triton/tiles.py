@@ -161,9 +161,14 @@ def sampling_chunk(V: int) -> int:
     return bounded(next_power_of_2(V) // 4, 256, 4096)
 
 
-def sampling_tile(chunk: int, has_history: bool = False) -> Tile:
-    """16 tokens of a chunk to a thread: two 128-bit loads of 16-bit logits in flight; 8 where each has two counts."""
-    return Tile(bounded(chunk // (256 if has_history else 512), 1, 16), blocks={"CHUNK": chunk})
+def sampling_process_tile(V: int) -> Tile:
+    """A histogram keeps its bins / 32 counts in the registers of each thread: 32 of them, twice."""
+    return Tile(4, blocks={"BLOCK": bounded(next_power_of_2(V), 128, 1024), "BLOCK_L": 512})
+
+
+def sampling_tile(chunk: int) -> Tile:
+    """16 tokens of a chunk to a thread: two 128-bit loads of 16-bit logits in flight, 8 masses in registers."""
+    return Tile(bounded(chunk // 512, 1, 16), blocks={"CHUNK": chunk})
 
 
 def sampling_choose_tile(chunk: int) -> Tile:
