@@ -23,8 +23,26 @@ _ORDINARY = (Tensor, torch.nn.Parameter)
 Gradients = Mapping[str, Tensor | None]  # of arguments, by name
 
 
-def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """gptfast::<name> from its schema, `run` for tensors that hold values and `fake` for those that hold none; the op.
+class Registered:
+    """An op that PyTorch knows. Where nothing but gradients is recorded, a call goes past PyTorch's dispatcher, which
+    takes as long for an op written in Python as a small kernel takes ten times: to the function, or, for its gradients,
+    to an autograd.Function of the same two functions that are registered."""
+
+    def __init__(self, op: Any, run: Callable[..., Any]) -> None:
+        self.op, self.run, self.names = op, run, argument_names(op)
+        self.function: Any = None  # an autograd.Function, where the op has gradients
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        arguments = dict(zip(self.names, given)) | named
+        if watched(arguments):
+            return self.op(**arguments)
+        if self.function is None or not recorded(arguments):
+            return self.run(**arguments)
+        return self.function.apply(*[arguments[name] for name in self.names])
+
+
+def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Registered:
+    """gptfast::<name> from its schema, `run` for tensors that hold values and `fake` for those that hold none.
 
     Neither may return an argument or a view of one.
     """
@@ -34,20 +52,20 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> An
     names = argument_names(op)
     _LIBRARY.impl(name, lambda *given: run(**dict(zip(names, given))), "CompositeExplicitAutograd")
     torch.library.register_fake(f"gptfast::{name}", lambda *given: fake(**dict(zip(names, given))), lib=_LIBRARY)
-    return op
+    return Registered(op, run)
 
 
 def argument_names(op: Any) -> list[str]:
     return [argument.name for argument in op._schema.arguments]
 
 
-def differentiate(op: Any, save: Callable[..., None], backward: Callable[..., Gradients]) -> None:
+def differentiate(known: Registered, save: Callable[..., None], backward: Callable[..., Gradients]) -> None:
     """Registers the op's gradients at PyTorch's Autograd key.
 
     save(ctx, arguments, output) keeps what backward(ctx, needs, *gradients of the outputs) reads; needs[name] says
     whether that argument's gradient is asked for.
     """
-    names = argument_names(op)
+    op, names = known.op, known.names
 
     def by_name(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         save(ctx, dict(zip(names, inputs)), output)
@@ -59,8 +77,16 @@ def differentiate(op: Any, save: Callable[..., None], backward: Callable[..., Gr
 
     torch.library.register_autograd(f"gptfast::{op._opname}", in_order, setup_context=by_name, lib=_LIBRARY)
 
+    def forward(ctx: Any, *given: Any) -> Any:  # no setup_context: apply would read this function's signature each time
+        output = known.run(**dict(zip(names, given)))
+        by_name(ctx, given, output)
+        return output
 
-def differentiate_through(op: Any, function: Callable[..., Any]) -> None:
+    methods = {"forward": forward, "backward": in_order}
+    known.function = type(op._opname, (torch.autograd.Function,), {k: staticmethod(f) for k, f in methods.items()})
+
+
+def differentiate_through(op: Registered, function: Callable[..., Any]) -> None:
     """Gradients of an op by autograd through `function`, which computes the same with PyTorch's ops."""
 
     def save(ctx: Any, arguments: dict[str, Any], output: Any) -> None:
@@ -137,15 +163,19 @@ def route(op: str, backend: Any, arguments: Mapping[str, Any]) -> tuple[Any, boo
 def needed(arguments: Mapping[str, Any]) -> bool:
     """Whether PyTorch must see a call with these arguments: to record it for gradients, to trace or transform it, or
     because a tensor is no ordinary one."""
-    gradients = torch.is_grad_enabled()
-    for x in arguments.values():
-        if type(x) in _ORDINARY:
-            if gradients and x.requires_grad:
-                return True
-        elif isinstance(x, Tensor):
-            return True
+    return recorded(arguments) or watched(arguments)
+
+
+def recorded(arguments: Mapping[str, Any]) -> bool:
+    """Whether gradients will be asked for."""
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments.values())
+
+
+def watched(arguments: Mapping[str, Any]) -> bool:
+    """Whether PyTorch traces or transforms the call, or a tensor is no ordinary one."""
     return (
-        torch.compiler.is_compiling()
+        any(isinstance(x, Tensor) and type(x) not in _ORDINARY for x in arguments.values())
+        or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or _functorch.peek_interpreter_stack() is not None
     )
