@@ -247,7 +247,18 @@ def attention(
     BLOCK = [1, tile.blocks["BLOCK_N"], 1, tile.blocks["BLOCK_D"]]
     descriptors = (described(k, BLOCK), described(v, BLOCK))
     launch(
-        *(_attention_kernel, grid(q, tile.blocks["BLOCK_M"], cu_seqlens_q), q, k, v, *descriptors, out, lse, mask, bias),
+        *(
+            _attention_kernel,
+            grid(q, tile.blocks["BLOCK_M"], cu_seqlens_q),
+            q,
+            k,
+            v,
+            *descriptors,
+            out,
+            lse,
+            mask,
+            bias,
+        ),
         *(
             floats(alibi_slopes),
             None if sinks is None else sinks.contiguous(),

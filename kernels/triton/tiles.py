@@ -224,8 +224,8 @@ def attention_dq(D: int, dtype: torch.dtype, arch: str) -> Tile:
     """Three products: dq's sums, two tiles of scores."""
     BLOCK_D = bounded(next_power_of_2(D), 16, 256)
     if dtype.itemsize == 4:
-        blocks = {"BLOCK_M": 32, "BLOCK_N": 32 if BLOCK_D <= 128 else 16, "BLOCK_D": BLOCK_D}
-        return Tile(num_warps=8, num_stages=1, blocks=blocks)
+        blocks = {"BLOCK_M": 32, "BLOCK_N": 32 if BLOCK_D <= 64 else 16, "BLOCK_D": BLOCK_D}
+        return Tile(num_warps=8, num_stages=2, blocks=blocks)
     blocks = {"BLOCK_M": 128 if BLOCK_D <= 128 else 64, "BLOCK_N": 64 if BLOCK_D <= 128 else 32, "BLOCK_D": BLOCK_D}
     return Tile(num_warps=8, num_stages=2, blocks=blocks)
 
