@@ -1,5 +1,5 @@
-"""attention's backward: dq by blocks of queries, which sums delta by the way, then dk and dv by blocks of keys, over the
-query heads of a KV head and their queries in order. Nothing is added up in memory. Formulas:
+"""attention's backward: dq by blocks of queries, which sums delta by the way, then dk and dv by blocks of keys, over
+the query heads of a KV head and their queries in order. Nothing is added up in memory. Formulas:
 gptfast/ops/attention_gradients.py."""
 
 from __future__ import annotations
@@ -12,28 +12,24 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from gptfast.kernels.triton import arch, empty, launch, tiles, unsupported
-from gptfast.kernels.triton.attention import (
-    SIZES,
+from gptfast.kernels.triton.attention_arguments import (
     described,
     edges,
     floats,
     grid,
-    keys_at,
-    place,
     refuses,
     shared,
     strides,
-    tile_at,
     with_rows,
 )
-from gptfast.kernels.triton.attention_scores import LOG2E, bounds, seen, with_terms
+from gptfast.kernels.triton.attention_scores import LOG2E, SIZES, bounds, keys_at, place, seen, tile_at, with_terms
 from gptfast.kernels.triton.philox import UNSPECIALISED, dropout_arguments, kept
 
 
 @triton.jit
 def _gradient(
-    s, dp, i, j, logs, norm, delta, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope, mask, bias, mask_i, mask_j,
-    bias_i, bias_j, element, seed_low, seed_high, stream_id, drop_below, keep_scale,
+    s, dp, i, j, logs, norm, delta, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope, mask, bias, mask_i,
+    mask_j, bias_i, bias_j, element, seed_low, seed_high, stream_id, drop_below, keep_scale,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_TERMS: tl.constexpr, USE_SOFTCAP: tl.constexpr,
     USE_DROPOUT: tl.constexpr, IS_EXACT: tl.constexpr, IS_EDGE: tl.constexpr,
 ):  # fmt: skip
@@ -70,8 +66,9 @@ def _gradient(
 
 @triton.jit(do_not_specialize=[*SIZES, "N", *UNSPECIALISED])
 def _attention_dq_kernel(
-    dout, out, lse, dlse, delta, norm, q, k, v, k_desc, v_desc, dq, mask, bias, slopes, sinks, cu_q, cu_k, N, Sq, Sk, H, G, left, right, scale,
-    softcap, dout_batch, dout_row, dout_head, out_batch, out_row, out_head, q_batch, q_row, q_head,
+    dout, out, lse, dlse, delta, norm, q, k, v, k_desc, v_desc, dq, mask, bias, slopes, sinks, cu_q, cu_k,
+    N, Sq, Sk, H, G, left, right, scale, softcap,
+    dout_batch, dout_row, dout_head, out_batch, out_row, out_head, q_batch, q_row, q_head,
     k_batch, k_row, k_head, v_batch, v_row, v_head, slopes_batch, lse_head,
     mask_b, mask_h, mask_i, mask_j, bias_b, bias_h, bias_i, bias_j,
     seed_low, seed_high, stream_id, drop_below, keep_scale,
@@ -161,7 +158,8 @@ def _attention_dq_kernel(
                 dp = tl.dot(tile_dout, tl.trans(tile_v), input_precision="ieee")
                 _, ds = _gradient(
                     s, dp, i, j, logs, mine, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope, mask,
-                    bias, mask_i, mask_j, bias_i, bias_j, element, seed_low, seed_high, stream_id, drop_below, keep_scale,
+                    bias, mask_i, mask_j, bias_i, bias_j, element, seed_low, seed_high, stream_id, drop_below,
+                    keep_scale,
                     HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, USE_DROPOUT, IS_EXACT, part != 1,
                 )  # fmt: skip
                 acc = tl.dot(ds.to(tile_k.dtype), tile_k, acc, input_precision="ieee")
@@ -173,16 +171,17 @@ def _attention_dq_kernel(
 
 @triton.jit(do_not_specialize=[*SIZES, "N", *UNSPECIALISED])
 def _attention_dkdv_kernel(
-    dout, lse, delta, norm, q, k, v, q_desc, dout_desc, dk, dv, mask, bias, slopes, cu_q, cu_k, N, Sq, Sk, H, G, left, right, scale, softcap,
-    dout_batch, dout_row, dout_head, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
+    dout, lse, delta, norm, q, k, v, q_desc, dout_desc, dk, dv, mask, bias, slopes, cu_q, cu_k, N, Sq, Sk, H, G,
+    left, right, scale, softcap, dout_batch, dout_row, dout_head,
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     slopes_batch, lse_head, mask_b, mask_h, mask_i, mask_j, bias_b, bias_h, bias_i, bias_j,
     seed_low, seed_high, stream_id, drop_below, keep_scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_TERMS: tl.constexpr, USE_SOFTCAP: tl.constexpr,
     USE_DROPOUT: tl.constexpr, IS_EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (KV heads x batch, blocks of keys), or (KV heads, blocks of all sequences). Keys are the rows of all tiles of
-    scores. The first keys of a causal call have the most queries and begin first."""
+    """Grid: (KV heads x batch, blocks of keys), or (KV heads, blocks of all sequences). Keys are the rows of all tiles
+    of scores. The first keys of a causal call have the most queries and begin first."""
     block = tl.program_id(1)
     Hk = H // G
     hk = tl.program_id(0) % Hk
@@ -256,9 +255,9 @@ def _attention_dkdv_kernel(
                     s = tl.dot(tile_k, tl.trans(tile_q), input_precision="ieee")
                     dp = tl.dot(tile_v, tl.trans(tile_dout), input_precision="ieee")
                     p, ds = _gradient(
-                        s, dp, i[None, :], j, logs, mine, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope,
-                        mask_h_at, bias_h_at, mask_i, mask_j, bias_i, bias_j, element, seed_low, seed_high, stream_id,
-                        drop_below, keep_scale,
+                        s, dp, i[None, :], j, logs, mine, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2,
+                        slope, mask_h_at, bias_h_at, mask_i, mask_j, bias_i, bias_j, element, seed_low, seed_high,
+                        stream_id, drop_below, keep_scale,
                         HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, USE_DROPOUT, IS_EXACT, part != 1,
                     )  # fmt: skip
                     acc_v = tl.dot(p.to(tile_dout.dtype), tile_dout, acc_v, input_precision="ieee")
