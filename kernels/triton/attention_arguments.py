@@ -73,7 +73,7 @@ def edges(cu: Tensor | None) -> Tensor | None:
     return None if cu is None else cu.contiguous()
 
 
-def strides(**tensors: Tensor) -> dict[str, int]:
+def strides(**tensors: Tensor) -> dict[str, Any]:
     """Batch, row and head stride of (B, S, H, D) or (T, H, D), by the names of the kernels' arguments."""
     named = {}
     for name, t in tensors.items():

@@ -210,8 +210,8 @@ def sequence_tile(T: int) -> Tile:
 
 def attention(D: int, dtype: torch.dtype, arch: str) -> Tile:
     """D = 128: 128 rows by 8 warps hold 64 sums, 64 scores and 32 packed probabilities in each thread, of 255
-    registers; 2 stages of 128 keys and values are 128 KiB of shared memory beside 32 KiB of queries. The order of summation
-    is that of BLOCK_N, which no architecture changes."""
+    registers; 2 stages of 128 keys and values are 128 KiB of shared memory beside 32 KiB of queries. The order of
+    summation is that of BLOCK_N, which no architecture changes."""
     BLOCK_D = bounded(next_power_of_2(D), 16, 256)
     if dtype.itemsize == 4:
         blocks = {"BLOCK_M": 64 if BLOCK_D <= 64 else 32, "BLOCK_N": 32 if BLOCK_D <= 128 else 16}
