@@ -1,5 +1,5 @@
-"""attention's backward: dq by blocks of queries, which sums delta by the way, then dk and dv by blocks of keys, over the
-query heads of a KV head and their queries in order. Nothing is added up in memory. Formulas:
+"""attention's backward: dq by blocks of queries, which sums delta by the way, then dk and dv by blocks of keys, over
+the query heads of a KV head and their queries in order. Nothing is added up in memory. Formulas:
 gptfast/ops/attention_gradients.py."""
 
 from __future__ import annotations
@@ -12,31 +12,29 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from gptfast.kernels.triton import arch, empty, launch, tiles, unsupported
-from gptfast.kernels.triton.attention import (
-    SIZES,
+from gptfast.kernels.triton.attention_arguments import (
+    described,
     edges,
     floats,
     grid,
-    place,
     refuses,
     shared,
     strides,
-    tile_at,
     with_rows,
 )
-from gptfast.kernels.triton.attention_scores import LOG2E, bounds, seen, with_terms
+from gptfast.kernels.triton.attention_scores import LOG2E, SIZES, bounds, keys_at, place, seen, tile_at, with_terms
 from gptfast.kernels.triton.philox import UNSPECIALISED, dropout_arguments, kept
 
 
 @triton.jit
 def _gradient(
-    s, dp, i, j, logs, delta, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope, mask, bias, mask_i, mask_j,
-    bias_i, bias_j, element, seed_low, seed_high, stream_id, drop_below, keep_scale,
+    s, dp, i, j, logs, norm, delta, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope, mask, bias, mask_i,
+    mask_j, bias_i, bias_j, element, seed_low, seed_high, stream_id, drop_below, keep_scale,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_TERMS: tl.constexpr, USE_SOFTCAP: tl.constexpr,
     USE_DROPOUT: tl.constexpr, IS_EXACT: tl.constexpr, IS_EDGE: tl.constexpr,
 ):  # fmt: skip
     """(p as dropout leaves it, the gradient of the products s), from the products s = q . k and dp = dout . v. i and j,
-    logs and delta broadcast to them, so that keys may be the rows."""
+    logs, norm and delta broadcast to them, so that keys may be the rows."""
     inside = seen(i, j, shift, Sq, Sk, left, right, HAS_LEFT, HAS_RIGHT)
     t = s
     if HAS_TERMS:
@@ -53,6 +51,8 @@ def _gradient(
         p = tl.exp2(s * to_log2 - logs * LOG2E)
     if IS_EDGE or mask is not None:
         p = tl.where(inside, p, 0.0)
+    if norm is not None:
+        p *= norm
     dropped = p
     if USE_DROPOUT:
         keep = kept(element + i.to(tl.int64) * Sk, j, seed_low, seed_high, stream_id, drop_below, False, 1, 1)
@@ -66,8 +66,9 @@ def _gradient(
 
 @triton.jit(do_not_specialize=[*SIZES, "N", *UNSPECIALISED])
 def _attention_dq_kernel(
-    dout, out, lse, dlse, delta, q, k, v, dq, mask, bias, slopes, cu_q, cu_k, N, Sq, Sk, H, G, left, right, scale,
-    softcap, dout_batch, dout_row, dout_head, out_batch, out_row, out_head, q_batch, q_row, q_head,
+    dout, out, lse, dlse, delta, norm, q, k, v, k_desc, v_desc, dq, mask, bias, slopes, sinks, cu_q, cu_k,
+    N, Sq, Sk, H, G, left, right, scale, softcap,
+    dout_batch, dout_row, dout_head, out_batch, out_row, out_head, q_batch, q_row, q_head,
     k_batch, k_row, k_head, v_batch, v_row, v_head, slopes_batch, lse_head,
     mask_b, mask_h, mask_i, mask_j, bias_b, bias_h, bias_i, bias_j,
     seed_low, seed_high, stream_id, drop_below, keep_scale,
@@ -123,6 +124,25 @@ def _attention_dq_kernel(
     a0, a1, a2, a3 = bounds(
         first, tl.minimum(first + BLOCK_M, Sq) - 1, shift, Sk, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
     )
+    mine = None
+    if norm is not None:
+        # lse is rounded, by up to 2^-22 from 4 on, which all of a row's probabilities have in common: their sum tells.
+        z = tl.zeros((BLOCK_M,), tl.float32)
+        if sinks is not None:
+            z += tl.exp2((tl.load(sinks + h).to(tl.float32) - tl.reshape(logs, (BLOCK_M,))) * LOG2E)
+        for start in range(a0, a3, BLOCK_N):
+            j = start + tl.arange(0, BLOCK_N)[None, :]
+            tile_k = tile_at(k, start, Sk, k_row, D, BLOCK_N, BLOCK_D, True)
+            s = tl.dot(tile_q, tl.trans(tile_k), input_precision="ieee")
+            p, _ = _gradient(
+                s, s, i, j, logs, None, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope, mask, bias,
+                mask_i, mask_j, bias_i, bias_j, element, seed_low, seed_high, stream_id, drop_below, keep_scale,
+                HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, False, IS_EXACT, True,
+            )  # fmt: skip
+            z += tl.sum(p, 1)
+        z = tl.where(z > 0, 1.0 / z, 0.0)
+        tl.store(norm + logs_at + row, z, mask=there)
+        mine = z[:, None]
     for part in tl.static_range(3):
         low, high = a1, a2
         if part == 0:
@@ -132,13 +152,14 @@ def _attention_dq_kernel(
         if HAS_LEFT or part != 0:
             for start in range(low, high, BLOCK_N):
                 j = start + tl.arange(0, BLOCK_N)[None, :]
-                tile_k = tile_at(k, start, Sk, k_row, D, BLOCK_N, BLOCK_D, part != 1)
-                tile_v = tile_at(v, start, Sk, v_row, D, BLOCK_N, BLOCK_D, part != 1)
+                tile_k = keys_at(k, k_desc, b, start, h // G, Sk, k_row, D, BLOCK_N, BLOCK_D, part != 1)
+                tile_v = keys_at(v, v_desc, b, start, h // G, Sk, v_row, D, BLOCK_N, BLOCK_D, part != 1)
                 s = tl.dot(tile_q, tl.trans(tile_k), input_precision="ieee")
                 dp = tl.dot(tile_dout, tl.trans(tile_v), input_precision="ieee")
                 _, ds = _gradient(
-                    s, dp, i, j, logs, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope, mask, bias,
-                    mask_i, mask_j, bias_i, bias_j, element, seed_low, seed_high, stream_id, drop_below, keep_scale,
+                    s, dp, i, j, logs, mine, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope, mask,
+                    bias, mask_i, mask_j, bias_i, bias_j, element, seed_low, seed_high, stream_id, drop_below,
+                    keep_scale,
                     HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, USE_DROPOUT, IS_EXACT, part != 1,
                 )  # fmt: skip
                 acc = tl.dot(ds.to(tile_k.dtype), tile_k, acc, input_precision="ieee")
@@ -150,16 +171,17 @@ def _attention_dq_kernel(
 
 @triton.jit(do_not_specialize=[*SIZES, "N", *UNSPECIALISED])
 def _attention_dkdv_kernel(
-    dout, lse, delta, q, k, v, dk, dv, mask, bias, slopes, cu_q, cu_k, N, Sq, Sk, H, G, left, right, scale, softcap,
-    dout_batch, dout_row, dout_head, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
+    dout, lse, delta, norm, q, k, v, q_desc, dout_desc, dk, dv, mask, bias, slopes, cu_q, cu_k, N, Sq, Sk, H, G,
+    left, right, scale, softcap, dout_batch, dout_row, dout_head,
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     slopes_batch, lse_head, mask_b, mask_h, mask_i, mask_j, bias_b, bias_h, bias_i, bias_j,
     seed_low, seed_high, stream_id, drop_below, keep_scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_TERMS: tl.constexpr, USE_SOFTCAP: tl.constexpr,
     USE_DROPOUT: tl.constexpr, IS_EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (KV heads x batch, blocks of keys), or (KV heads, blocks of all sequences). Keys are the rows of all tiles of
-    scores. The first keys of a causal call have the most queries and begin first."""
+    """Grid: (KV heads x batch, blocks of keys), or (KV heads, blocks of all sequences). Keys are the rows of all tiles
+    of scores. The first keys of a causal call have the most queries and begin first."""
     block = tl.program_id(1)
     Hk = H // G
     hk = tl.program_id(0) % Hk
@@ -197,6 +219,9 @@ def _attention_dkdv_kernel(
         logs_h = lse + (batch * H + h) * lse_head + start_q
         delta_h = delta + (batch * H + h) * lse_head + start_q
         element = pairs * H + tl.cast(h, tl.int64) * Sq * Sk
+        norm_h = norm
+        if norm is not None:
+            norm_h = norm + (batch * H + h) * lse_head + start_q
         slope, mask_h_at, bias_h_at = None, None, None
         if slopes is not None:
             slope = tl.load(slopes + b * slopes_batch + h)
@@ -210,20 +235,29 @@ def _attention_dkdv_kernel(
                 low, high = a0, a1
             if part == 2:
                 low, high = a2, a3
-            if HAS_RIGHT or part != 0:
+            if part == 1 and not HAS_LEFT:
+                high = a3  # queries beyond the last have no probabilities: it is enough to load none
+            if (part == 0 and HAS_RIGHT) or part == 1 or (part == 2 and HAS_LEFT):
                 for start in range(low, high, BLOCK_M):
                     i = start + tl.arange(0, BLOCK_M)
-                    tile_q = tile_at(q_h, start, Sq, q_row, D, BLOCK_M, BLOCK_D, part != 1)
-                    tile_dout = tile_at(dout_h, start, Sq, dout_row, D, BLOCK_M, BLOCK_D, part != 1)
+                    tile_q = keys_at(
+                        q_h, q_desc, b, start, h, Sq, q_row, D, BLOCK_M, BLOCK_D, part != 1 or not HAS_LEFT
+                    )
+                    tile_dout = keys_at(
+                        dout_h, dout_desc, b, start, h, Sq, dout_row, D, BLOCK_M, BLOCK_D, part != 1 or not HAS_LEFT
+                    )
                     logs = tl.load(logs_h + i, mask=i < Sq, other=float("inf"))
                     logs = tl.where(logs == float("-inf"), float("inf"), logs)[None, :]
                     sums = tl.load(delta_h + i, mask=i < Sq, other=0.0)[None, :]
+                    mine = None
+                    if norm is not None:
+                        mine = tl.load(norm_h + i, mask=i < Sq, other=0.0)[None, :]
                     s = tl.dot(tile_k, tl.trans(tile_q), input_precision="ieee")
                     dp = tl.dot(tile_v, tl.trans(tile_dout), input_precision="ieee")
                     p, ds = _gradient(
-                        s, dp, i[None, :], j, logs, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope,
-                        mask_h_at, bias_h_at, mask_i, mask_j, bias_i, bias_j, element, seed_low, seed_high, stream_id,
-                        drop_below, keep_scale,
+                        s, dp, i[None, :], j, logs, mine, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2,
+                        slope, mask_h_at, bias_h_at, mask_i, mask_j, bias_i, bias_j, element, seed_low, seed_high,
+                        stream_id, drop_below, keep_scale,
                         HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, USE_DROPOUT, IS_EXACT, part != 1,
                     )  # fmt: skip
                     acc_v = tl.dot(p.to(tile_dout.dtype), tile_dout, acc_v, input_precision="ieee")
@@ -279,6 +313,7 @@ def attention_backward(
     (Sq, H, D), (Sk, Hk) = q.shape[-3:], k.shape[-3:-1]
     dq, dk, dv = (empty(t.shape, t.dtype, t) for t in (q, k, v))
     delta = empty(lse.shape, torch.float32, q)
+    norm = empty(lse.shape, torch.float32, q) if q.dtype == torch.float32 else None
     terms = shared(q, k, mask, bias, alibi_slopes, causal, scale, window, softcap, cu_seqlens_q)
     terms |= strides(q=q, k=k, v=v, dout=dout) | dropout_arguments(dropout_p, int(seed), stream)
     terms |= {"lse_head": Sq, "D": D, "USE_DROPOUT": dropout_p > 0}
@@ -286,17 +321,35 @@ def attention_backward(
     N = 0 if cu_seqlens_q is None else len(cu_seqlens_q) - 1
     rest = (mask, bias, floats(alibi_slopes), edges(cu_seqlens_q), edges(cu_seqlens_k), N, Sq, Sk, H, H // Hk)
     tile = tiles.attention_dq(D, q.dtype, arch(q))
+    block = [1, tile.blocks["BLOCK_N"], 1, tile.blocks["BLOCK_D"]]
     launch(
         *(_attention_dq_kernel, grid(q, tile.blocks["BLOCK_M"], cu_seqlens_q)),
-        *(dout, out, lse, dlse, delta, q, k, v, dq, *rest),
+        *(
+            dout,
+            out,
+            lse,
+            dlse,
+            delta,
+            norm,
+            q,
+            k,
+            v,
+            described(k, block),
+            described(v, block),
+            dq,
+            *rest[:3],
+            floats(sinks),
+            *rest[3:],
+        ),
         **terms,
         **strides(out=out),
         tile=tile,
     )
     tile = tiles.attention_dkdv(D, q.dtype, arch(q))
+    block = [1, tile.blocks["BLOCK_M"], 1, tile.blocks["BLOCK_D"]]
     launch(
         *(_attention_dkdv_kernel, grid(k, tile.blocks["BLOCK_N"], cu_seqlens_k)),
-        *(dout, lse, delta, q, k, v, dk, dv, *rest),
+        *(dout, lse, delta, norm, q, k, v, described(q, block), described(dout, block), dk, dv, *rest),
         **terms,
         tile=tile,
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from gptfast.kernels.triton import arch, cdiv, empty, launch, tiles
-from gptfast.kernels.triton.attention import edges, floats, refuses, strides, with_rows
+from gptfast.kernels.triton.attention_arguments import edges, floats, refuses, strides, with_rows
 from gptfast.kernels.triton.attention_scores import LOG2E, bounds, finish, seen, soften, with_terms
 
 SIZES = ["Sq", "H", "G", "left", "right", "scale", "softcap", "splits", "room"]
@@ -32,7 +32,8 @@ def _slot(slot, row, table, PAGE: tl.constexpr, there):
 def _append_kernel(
     q, turned, k, v, k_cache, v_cache, k_scale, v_scale, cos, sin, lengths, rows, table, Sq, H, Hk,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    kc_batch, kc_row, kc_head, vc_batch, vc_row, vc_head, ks_batch, ks_row, ks_head, vs_batch, vs_row, vs_head, table_stride,
+    kc_batch, kc_row, kc_head, vc_batch, vc_row, vc_head, ks_batch, ks_row, ks_head, vs_batch, vs_row, vs_head,
+    table_stride,
     D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, IS_INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tokens, heads of k, of v, of q): `turned` (B, Sq, H, D) is q rotated."""
@@ -116,8 +117,8 @@ def _keep(x, d, inside, cache, scale, at, scale_at):
 
 
 @triton.jit
-def _kept(cache, scale, row, slot, there, batch_stride, row_stride, s_batch, s_row, d, D: tl.constexpr, BLOCK_D: tl.constexpr,
-          dtype: tl.constexpr):  # fmt: skip
+def _kept(cache, scale, row, slot, there, batch_stride, row_stride, s_batch, s_row, d,
+          D: tl.constexpr, BLOCK_D: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
     """Keys or values (BLOCK_N, BLOCK_D) of a cache as dtype."""
     at = cache + (row * batch_stride + slot * tl.cast(row_stride, tl.int64))[:, None] + d[None, :]
     if D == BLOCK_D:
@@ -151,7 +152,7 @@ def _chunk_kernel(
     if pads is not None:
         pad = tl.load(pads + b)
     Sk = tl.load(lengths + b) + new - pad
-    if not IS_WHOLE:
+    if not IS_WHOLE:  # noqa: SIM102
         if split * CHUNK >= Sk:
             return
     shift = Sk - Sq

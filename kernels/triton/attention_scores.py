@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+SIZES = ["Sq", "Sk", "H", "G", "left", "right", "scale", "softcap"]
 
 
 @triton.jit
@@ -33,8 +34,8 @@ def seen(i, j, shift, Sq, Sk, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl
 
 @triton.jit
 def bounds(first, last, shift, Sk, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Of queries first to last (inclusive) the keys' blocks, as four multiples of BLOCK_N: from the first block that any
-    of them sees, from the first that all see whole, to the end of those, to the end of those that any sees."""
+    """Of queries first to last (inclusive) the keys' blocks, as four multiples of BLOCK_N: from the first block that
+    any of them sees, from the first that all see whole, to the end of those, to the end of those that any sees."""
     low, all_low, high, all_high = 0, 0, Sk, Sk
     if HAS_LEFT:
         low = tl.minimum(tl.maximum(first + shift - left, 0), Sk)
@@ -68,8 +69,8 @@ def with_terms(s, i, j, shift, inside, scale, softcap, slope, bias, bias_i, bias
 def soften(acc, m, l, s, to_log2, IS_EDGE: tl.constexpr, IS_EXACT: tl.constexpr):
     """One step of the softmax over blocks: (acc rescaled, m, l, p) with p = 2^((s - m) to_log2), m the maxima so far.
 
-    IS_EXACT subtracts before it scales, which holds for scores of any size; without it one fused multiply-add does both,
-    and scores beyond 2^27 may overflow. IS_EDGE: a row may have seen nothing yet.
+    IS_EXACT subtracts before it scales, which holds for scores of any size; without it one fused multiply-add does
+    both, and scores beyond 2^27 may overflow. IS_EDGE: a row may have seen nothing yet.
     """
     larger = tl.maximum(m, tl.max(s, 1))
     level = larger
@@ -97,3 +98,60 @@ def finish(acc, m, l, sink, to_natural):
     out = acc / some[:, None]
     # A NaN stays one.
     return out, tl.where(l == 0, float("-inf"), level + tl.log(some))
+
+
+@triton.jit
+def place(block, cu_q, cu_k, N, BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr):
+    """Of sequences that lie end to end: (sequence, which of its blocks, its first query and key, their numbers, pairs
+    of queries and keys before it), `block` counted through all of them. Beyond the last block the sequence is N."""
+    n = tl.arange(0, BLOCK_B)
+    q0 = tl.load(cu_q + n, mask=n < N, other=0)
+    q1 = tl.load(cu_q + n + 1, mask=n < N, other=0)
+    k0 = tl.load(cu_k + n, mask=n < N, other=0)
+    k1 = tl.load(cu_k + n + 1, mask=n < N, other=0)
+    blocks = tl.cdiv(q1 - q0, BLOCK_M)
+    ends = tl.cumsum(blocks, 0)
+    b = tl.sum(tl.where((ends <= block) & (n < N), 1, 0), 0)
+    mine = n == b
+    before = n < b
+    pairs = tl.sum(tl.where(before, (q1 - q0).to(tl.int64) * (k1 - k0), 0), 0)
+    block -= tl.sum(tl.where(before, blocks, 0), 0)
+    start_q = tl.sum(tl.where(mine, q0, 0), 0)
+    start_k = tl.sum(tl.where(mine, k0, 0), 0)
+    return (
+        b,
+        block,
+        start_q,
+        start_k,
+        tl.sum(tl.where(mine, q1 - q0, 0), 0),
+        tl.sum(tl.where(mine, k1 - k0, 0), 0),
+        pairs,
+    )
+
+
+@triton.jit
+def tile_at(x, row, S, stride, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, IS_EDGE: tl.constexpr):
+    """Rows row to row + BLOCK_S of x (S, D), zeros beyond it; without IS_EDGE all of the rows are there."""
+    r = tl.arange(0, BLOCK_S)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    at = x + tl.cast(row, tl.int64) * stride + (r * stride + d)
+    if IS_EDGE:
+        if D == BLOCK_D:
+            return tl.load(at, mask=row + r < S, other=0.0)
+        else:
+            return tl.load(at, mask=(row + r < S) & (d < D), other=0.0)
+    else:
+        if D == BLOCK_D:
+            return tl.load(at)
+        else:
+            return tl.load(at, mask=d < D, other=0.0)
+
+
+@triton.jit
+def keys_at(x, desc, b, row, h, S, stride, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+            IS_EDGE: tl.constexpr):  # fmt: skip
+    """tile_at(), through a descriptor of the whole tensor (B, S, H, D) where there is one."""
+    if desc is None:
+        return tile_at(x, row, S, stride, D, BLOCK_S, BLOCK_D, IS_EDGE)
+    else:
+        return desc.load([b, row, h, 0]).reshape(BLOCK_S, BLOCK_D)

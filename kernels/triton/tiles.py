@@ -210,9 +210,9 @@ def sequence_tile(T: int) -> Tile:
 
 
 def attention(D: int, dtype: torch.dtype, arch: str) -> Tile:
-    """D = 128: 128 rows by 8 warps hold 64 sums, 64 scores and 32 packed probabilities in each thread, of 255 registers;
-    2 stages of 128 keys and values are 128 KiB of shared memory beside 32 KiB of queries. The order of summation is
-    that of BLOCK_N, which no architecture changes."""
+    """D = 128: 128 rows by 8 warps hold 64 sums, 64 scores and 32 packed probabilities in each thread, of 255
+    registers; 2 stages of 128 keys and values are 128 KiB of shared memory beside 32 KiB of queries. The order of
+    summation is that of BLOCK_N, which no architecture changes."""
     BLOCK_D = bounded(next_power_of_2(D), 16, 256)
     if dtype.itemsize == 4:
         blocks = {"BLOCK_M": 64 if BLOCK_D <= 64 else 32, "BLOCK_N": 32 if BLOCK_D <= 128 else 16}
@@ -225,8 +225,8 @@ def attention_dq(D: int, dtype: torch.dtype, arch: str) -> Tile:
     """Three products: dq's sums, two tiles of scores."""
     BLOCK_D = bounded(next_power_of_2(D), 16, 256)
     if dtype.itemsize == 4:
-        blocks = {"BLOCK_M": 32, "BLOCK_N": 32 if BLOCK_D <= 128 else 16, "BLOCK_D": BLOCK_D}
-        return Tile(num_warps=8, num_stages=1, blocks=blocks)
+        blocks = {"BLOCK_M": 32, "BLOCK_N": 32 if BLOCK_D <= 64 else 16, "BLOCK_D": BLOCK_D}
+        return Tile(num_warps=8, num_stages=2, blocks=blocks)
     blocks = {"BLOCK_M": 128 if BLOCK_D <= 128 else 64, "BLOCK_N": 64 if BLOCK_D <= 128 else 32, "BLOCK_D": BLOCK_D}
     return Tile(num_warps=8, num_stages=2, blocks=blocks)
 
@@ -242,8 +242,8 @@ def attention_dkdv(D: int, dtype: torch.dtype, arch: str) -> Tile:
 
 
 def attention_kvcache(R: int, D: int, dtype: torch.dtype, arch: str) -> Tile:
-    """R: rows of a KV head, its query heads times the queries. Chunks of 256 keys: one sequence of 8,192 tokens with 8 KV
-    heads is 256 programs for an H100's 132 SMs, and what the chunks leave is 1/64 of the keys and values in bf16."""
+    """R: rows of a KV head, its query heads times the queries. Chunks of 256 keys: one sequence of 8,192 tokens with 8
+    KV heads is 256 programs for an H100's 132 SMs, and what the chunks leave is 1/64 of the keys and values in bf16."""
     BLOCK_D = bounded(next_power_of_2(D), 16, 256)
     BLOCK_M = bounded(next_power_of_2(R), 16, 64 if dtype.itemsize == 2 else 16)
     BLOCK_N = (64 if dtype.itemsize == 2 else 32) // (2 if BLOCK_D > 128 else 1)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,6 +35,22 @@ def patched_once(patch: Callable[[Any], Any], scope: type) -> Callable[[Any], An
     return patch_lang
 
 
+def looked_up_once(numpy_type: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The interpreter's _get_np_dtype, which makes a table of all types at each call."""
+    import triton.language as tl
+
+    known: dict[str, Any] = {}
+
+    def get_np_dtype(dtype: Any) -> Any:
+        if type(dtype) is not tl.dtype:  # a pointer's, a block's
+            return numpy_type(dtype)
+        if (found := known.get(dtype.name)) is None:
+            found = known[dtype.name] = numpy_type(dtype)
+        return found
+
+    return get_np_dtype
+
+
 @contextmanager
 def faithful() -> Iterator[None]:
     """Within it interpreted kernels round as a GPU does and are watched. For processes with TRITON_INTERPRET=1."""
@@ -51,7 +66,7 @@ def faithful() -> Iterator[None]:
         "ReduceOps": numerics.Reduce,
         "ScanOps": numerics.Scan,
         "GridExecutor": memory.Executor,
-        "_get_np_dtype": cache(module._get_np_dtype),  # which makes a table of all types at each call
+        "_get_np_dtype": looked_up_once(module._get_np_dtype),
         "_patch_lang": patched_once(module._patch_lang, module._LangPatchScope),
     }
     before = {name: getattr(module, name) for name in mended}
