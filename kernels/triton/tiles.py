@@ -221,9 +221,9 @@ def attention(D: int, dtype: torch.dtype, arch: str) -> Tile:
 
 
 def attention_dq(D: int, dtype: torch.dtype, arch: str) -> Tile:
-    """Three products: dq's sums and two tiles of scores, all in registers. Hopper reads both operands from shared memory
-    and later datacentre chips keep sums in a memory of their own; elsewhere operands need registers too, and half of the
-    rows fit. BLOCK_N is the order of summation."""
+    """Three products: dq's sums and two tiles of scores, all in registers. Hopper reads both operands from shared
+    memory and later datacentre chips keep sums in a memory of their own; elsewhere operands need registers too, and
+    half of the rows fit. BLOCK_N is the order of summation."""
     BLOCK_D = bounded(next_power_of_2(D), 16, 256)
     if dtype.itemsize == 4:
         blocks = {"BLOCK_M": 32, "BLOCK_N": 32 if BLOCK_D <= 64 else 16, "BLOCK_D": BLOCK_D}
