@@ -55,7 +55,14 @@ def described(t: Tensor, block: list[int]) -> TensorDescriptor | None:
     """What Hopper and later copy blocks of (B, S, H, D) by, without addresses in registers; None where it can't be: its
     addresses and strides are multiples of 16 bytes. Sequences end to end would be read beyond their own end."""
     aligned = all(n * t.element_size() % 16 == 0 for n in (t.data_ptr() // t.element_size(), *t.stride()[:-1]))
-    if t.dim() != 4 or not aligned or t.numel() == 0 or t.element_size() != 2 or int(arch(t)[3:] or 0) < 90:
+    if (
+        t.dim() != 4
+        or not aligned
+        or t.numel() == 0
+        or 0 in t.stride()
+        or t.element_size() != 2
+        or int(arch(t)[3:] or 0) < 90
+    ):
         return None
     return TensorDescriptor(t, list(t.shape), list(t.stride()), block)
 
