@@ -181,8 +181,8 @@ def product_tile(M: int, N: int, itemsize: int, adds: bool, arch: str) -> Tile:
     if itemsize == 4:  # no tensor cores: 32 sums in the registers of each of 256 threads
         return Tile(8, 2, blocks={"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP": 8})
     roomy = limits(arch).shared >= 163 << 10 and limits(arch).lanes == 32
-    # What is added to takes as many registers as the sums: 128 x 256 of both would spill.
-    wide = roomy and N > 2048 and not adds
+    # What is added to takes as many registers as the sums: 128 x 256 of both would spill; sm_100 spills without it.
+    wide = roomy and N > 2048 and not adds and arch not in ("sm_100", "sm_103")
     blocks = {"BLOCK_M": 128, "BLOCK_N": 256 if wide else 128, "BLOCK_K": 64, "GROUP": 8}
     stage = (blocks["BLOCK_M"] + blocks["BLOCK_N"]) * blocks["BLOCK_K"] * itemsize
     return Tile(8, bounded(limits(arch).shared // stage, 2, 4 if arch != "sm_80" else 3), blocks)
@@ -200,9 +200,10 @@ def logits_rows(V: int) -> int:
 
 
 def sequence_tile(T: int) -> Tile:
-    """A sequence's tokens at a time, 8 to a thread: sums in fp64 and a scan's two numbers take 4 registers each."""
-    block = bounded(next_power_of_2(T), 64, 1024)
-    return Tile(bounded(block // 256, 1, 4), blocks={"BLOCK": block})
+    """A sequence's tokens at a time, 4 to a thread: sums in fp64 and a scan's two numbers take 4 registers each, and
+    with 8 to a thread sm_80 and sm_100 spill two of them."""
+    block = bounded(next_power_of_2(T), 64, 512)
+    return Tile(bounded(block // 128, 1, 4), blocks={"BLOCK": block})
 
 
 # --- attention
