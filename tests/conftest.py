@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if (path := config.getoption("--record")) and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Record(Path(path)))
     if where.INTERPRETED:
-        mended = faithful()
-        mended.__enter__()
-        config.add_cleanup(lambda: mended.__exit__(None, None, None))
+        mended = ExitStack()
+        mended.enter_context(faithful())
+        config.add_cleanup(mended.close)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

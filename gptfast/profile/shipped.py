@@ -124,7 +124,7 @@ def record(name: str, arch: str) -> Iterator[Any]:
 
 def record_call(op: Op, arguments: dict[str, Any], arch: str) -> Iterator[Any]:
     """The same of any call; what it raises comes after the launches that it made."""
-    from gptfast.kernels import triton
+    import gptfast.kernels.triton as triton
 
     with triton.recording(arch) as launches:
         op.function(**arguments, backend="triton")

@@ -89,7 +89,7 @@ def launch(
     *arguments: Any,
     tile: Tile,
     fp_fusion: bool = True,
-    reaches: Sequence[Tensor] = (),
+    reaches: Any = (),  # a sequence of tensors
     **named: Any,
 ) -> None:
     """Starts a kernel on its first tensor's device and PyTorch's current stream; nothing, where the grid is empty.

@@ -150,7 +150,7 @@ def geglu(gate: Tensor, up: Tensor, approximate: str) -> Tensor:
     return _gated(gate, up, IS_SILU=False, IS_TANH=approximate == "tanh")
 
 
-def _gated(gate: Tensor, up: Tensor, **kind: bool) -> Tensor:
+def _gated(gate: Tensor, up: Tensor, **kind: Any) -> Tensor:
     y = empty(gate.shape, gate.dtype, gate)
     N, C, tile = _layout(gate, up)
     (gate, gate_stride), (up, up_stride) = rows(gate), rows(up)
@@ -166,7 +166,7 @@ def geglu_backward(dy: Tensor, gate: Tensor, up: Tensor, approximate: str) -> tu
     return _gated_backward(dy, gate, up, IS_SILU=False, IS_TANH=approximate == "tanh")
 
 
-def _gated_backward(dy: Tensor, gate: Tensor, up: Tensor, **kind: bool) -> tuple[Tensor, Tensor]:
+def _gated_backward(dy: Tensor, gate: Tensor, up: Tensor, **kind: Any) -> tuple[Tensor, Tensor]:
     dgate, dup = empty(gate.shape, gate.dtype, gate), empty(gate.shape, gate.dtype, gate)
     N, C, tile = _layout(gate, up, dy)
     (dy, dy_stride), (gate, gate_stride), (up, up_stride) = rows(dy), rows(gate), rows(up)

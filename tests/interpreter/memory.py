@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from gptfast.kernels import triton as triton_backend
+import gptfast.kernels.triton as triton_backend
 
 Array = np.ndarray[Any, Any]
 SEVERAL = -1  # in `reader`: more than one program
