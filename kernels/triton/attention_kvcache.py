@@ -187,7 +187,7 @@ def _chunk_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     m = l - float("inf")
-    low, _, _, high = bounds(
+    low, all_low, all_high, high = bounds(
         r0 // G, tl.minimum(r0 + BLOCK_M, R) // G, shift, Sk, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
     )
     low = tl.maximum(low, split * CHUNK)
@@ -310,7 +310,8 @@ def attention_kvcache(
     Hk, room = k_cache.shape[2], k_cache.shape[1]
     out = empty(q.shape, q.dtype, q)
     lse = empty((B, H, Sq), torch.float32, q) if return_lse else None
-    lengths, rows, pads, table = (edges(t) for t in (lengths, cache_batch_idx, cache_leftpad, block_table))
+    rows, pads, table = (edges(t) for t in (cache_batch_idx, cache_leftpad, block_table))
+    lengths = lengths.contiguous()
     page = 1
     if table is not None:
         page, room = room, room * table.shape[1]
@@ -318,7 +319,6 @@ def attention_kvcache(
     caches = strides(kc=k_cache, vc=v_cache)
     for name, t in (("ks", k_scale), ("vs", v_scale)):
         caches |= {f"{name}_{axis}": 0 if t is None else t.stride(n) for n, axis in enumerate(("batch", "row", "head"))}
-    layout = dict(D=D, BLOCK_D=tile.blocks["BLOCK_D"], PAGE=page)
     if k is not None or cos is not None:
         turned = None if cos is None else empty(q.shape, q.dtype, q)
         k, v = (None if t is None else with_rows(t) for t in (k, v))
@@ -328,7 +328,9 @@ def attention_kvcache(
             *(floats(cos), floats(sin), lengths, rows, table, Sq, H, Hk),
             **strides(q=q, k=q if k is None else k, v=q if v is None else v),
             **caches,
-            **layout,
+            D=D,
+            BLOCK_D=tile.blocks["BLOCK_D"],
+            PAGE=page,
             table_stride=0 if table is None else table.shape[1],
             HALF=0 if cos is None else cos.shape[1],
             IS_INTERLEAVED=interleaved,
