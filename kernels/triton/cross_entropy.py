@@ -54,7 +54,7 @@ class Loss:
         reals = (self.label_smoothing, self.z_loss, self.softcap, 1 / self.temperature)
         return self.ignore_index, *map(float, reals)
 
-    def flags(self) -> dict[str, bool]:
+    def flags(self) -> dict[str, Any]:
         return {
             "HAS_WEIGHT": self.class_weight is not None,
             "IS_SMOOTH": self.label_smoothing > 0,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -75,7 +77,7 @@ def policy_loss(
     mask, mask_stride, counts = counted(mask)
     by = empty((B, T), torch.float32, logprobs) if gradient else None
     results, sums = empty((6,), torch.float32, logprobs), empty((6, B), torch.float64, logprobs)
-    flags = {
+    flags: dict[str, Any] = {
         "HAS_MASK": mask is not None,
         "HAS_DENOMINATOR": denominator is not None,
         "IS_SEQUENCES": normalise == "sequences",
@@ -101,8 +103,8 @@ def policy_loss(
 supports_policy_loss_forward = supports_policy_loss
 
 
-def policy_loss_forward(**arguments: object) -> tuple[Tensor, ...]:
-    return policy_loss(**arguments, gradient=True)  # pyright: ignore[reportArgumentType]
+def policy_loss_forward(**arguments: Any) -> tuple[Tensor, ...]:
+    return policy_loss(**arguments, gradient=True)
 
 
 def supports_value_loss(
@@ -133,7 +135,7 @@ def value_loss(
     mask, mask_stride, counts = counted(mask)
     by = empty((B, T), torch.float32, values) if gradient else None
     results, sums = empty((2,), torch.float32, values), empty((2, B), torch.float64, values)
-    flags = {"HAS_MASK": mask is not None, "HAS_DENOMINATOR": denominator is not None}
+    flags: dict[str, Any] = {"HAS_MASK": mask is not None, "HAS_DENOMINATOR": denominator is not None}
     share = float(denominator or 0)
     launch(
         _value_rows_kernel,
@@ -151,5 +153,5 @@ def value_loss(
 supports_value_loss_forward = supports_value_loss
 
 
-def value_loss_forward(**arguments: object) -> tuple[Tensor, ...]:
-    return value_loss(**arguments, gradient=True)  # pyright: ignore[reportArgumentType]
+def value_loss_forward(**arguments: Any) -> tuple[Tensor, ...]:
+    return value_loss(**arguments, gradient=True)

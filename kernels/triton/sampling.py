@@ -186,5 +186,5 @@ def shared_rows(t: Tensor | None) -> tuple[Tensor | None, int]:
     """A tensor (V,) or (B, V) and its row stride, 0 where every row uses the same values."""
     if t is None:
         return None, 0
-    t = t.contiguous()
-    return t, t.shape[1] if t.dim() == 2 else 0
+    whole = t.contiguous()
+    return whole, whole.shape[1] if whole.dim() == 2 else 0

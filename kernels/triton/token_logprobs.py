@@ -131,7 +131,11 @@ def _token_kl(
     of_p, of_q = (Loss(index, softcap=softcap, temperature=temperature) for softcap in (softcap_p, softcap_q))
     kl, tile = torch.zeros(count, device=device), vocabulary_tile(p.cols)
     g = None if upstream is None else upstream.reshape(-1)[index].float()
-    flags = {"IS_CAPPED_P": softcap_p > 0, "IS_CAPPED_Q": softcap_q > 0, "IS_TEMPERED": temperature != 1}
+    flags: dict[str, Any] = {
+        "IS_CAPPED_P": softcap_p > 0,
+        "IS_CAPPED_Q": softcap_q > 0,
+        "IS_TEMPERED": temperature != 1,
+    }
     for part in p.chunks():
         rows_p, rows_q = p.logits(part), q.logits(part)
         got_p, got_q = of_p.of(rows_p, losses=False), of_q.of(rows_q, losses=False)

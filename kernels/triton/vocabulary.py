@@ -157,6 +157,7 @@ def _vocabulary_gradient_kernel(
         upon = tl.load(upstream + (0 if IS_SCALAR else row)).to(tl.float32)
     if IS_LOSS:
         hit = upon
+        even = 0.0
         if HAS_WEIGHT:
             hit = hit * tl.load(class_weight + t).to(tl.float32)
         scale = hit
