@@ -19,9 +19,12 @@ import torch
 from torch import Tensor
 
 from gptfast.kernels import interpreted
+from gptfast.kernels.triton.launching import start
 from gptfast.kernels.triton.tiles import Tile
+from triton.runtime import driver
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED = interpreted()  # since Triton was imported
 INTERPRETED_AS = "sm_90"  # the tiles that an interpreted kernel takes: those that ship
 
 
@@ -42,7 +45,7 @@ def unsupported(*tensors: Tensor | None, backward: bool = False) -> str | None:
 def elsewhere(*tensors: Tensor | None) -> str | None:
     """Why these kernels can't reach the tensors' memory; None where they can."""
     for t in tensors:
-        if t is None or t.is_cuda or _recorder is not None or (t.is_cpu and interpreted()):
+        if t is None or t.is_cuda or _recorder is not None or (t.is_cpu and INTERPRETED):
             continue
         if t.is_cpu:
             return "the tensors are on the CPU, where these kernels run only if TRITON_INTERPRET=1 (for tests)"
@@ -105,13 +108,16 @@ def launch(
     if _recorder is not None:
         _recorder.launches.append(Launch(kernel, grid, arguments, named))
         return
-    reached[:] = reaches if interpreted() else ()
-    device = next(a for a in arguments if isinstance(a, Tensor)).device
-    if device.index is None or device.index == torch.cuda.current_device():
+    if INTERPRETED:
+        reached[:] = reaches
         kernel[grid](*arguments, **named)
+        return
+    device = next(a for a in arguments if isinstance(a, Tensor)).device
+    if device.index is None or device.index == driver.active.get_current_device():
+        start(kernel, grid, arguments, named)
     else:
         with torch.cuda.device(device):
-            kernel[grid](*arguments, **named)
+            start(kernel, grid, arguments, named)
 
 
 def arch(t: Tensor) -> str:
