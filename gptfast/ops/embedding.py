@@ -134,7 +134,7 @@ def _check_ids(name: str, ids: Tensor, count: int) -> None:
     require(ids.dtype == torch.int64, lambda: f"embedding: expected {name} of int64, got {shape(ids)}")
     if ids.is_meta or torch.compiler.is_compiling() or ids.numel() == 0:  # no values here: the op itself looks
         return
-    low, high = (int(v) for v in ids.aminmax())
+    low, high = torch.stack(ids.aminmax()).tolist()  # one copy from the device, not two
     if low < 0 or high >= count:
         bad = ids[(ids < 0) | (ids >= count)][0].item()
         raise ValueError(f"embedding: expected {name} in [0, {count}), got {bad}")
