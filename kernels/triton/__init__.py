@@ -137,7 +137,7 @@ def _arch(device: torch.device) -> str:
 
 def rows(x: Tensor) -> tuple[Tensor, int]:
     """`x` (..., C) as rows with one stride: (x, row stride in elements), copied only if its strides don't allow it."""
-    if x.is_contiguous():
+    if x.is_contiguous() and x.numel() != x.shape[-1]:
         return x, x.shape[-1]
     stride = _row_stride(x)
     return (x.contiguous(), x.shape[-1]) if stride is None else (x, stride)
@@ -146,7 +146,7 @@ def rows(x: Tensor) -> tuple[Tensor, int]:
 def blocks(x: Tensor) -> tuple[Tensor, int, int, int]:
     """`x` (..., C) as blocks of rows: (x, rows of a block, stride from block to block, from row to row), copied only if
     its strides don't allow it: the heads of one projection's output lie so."""
-    stride = x.shape[-1] if x.is_contiguous() else _row_stride(x)
+    stride = x.shape[-1] if x.is_contiguous() and x.numel() != x.shape[-1] else _row_stride(x)
     if stride is None and x.dim() > 2 and (outer := _row_stride(x[..., 0, :])) is not None:
         return x, x.shape[-2], outer, x.stride(-2)
     x, stride = (x, stride) if stride is not None else (x.contiguous(), x.shape[-1])
@@ -154,11 +154,14 @@ def blocks(x: Tensor) -> tuple[Tensor, int, int, int]:
 
 
 def _row_stride(x: Tensor) -> int | None:
-    """The one stride that leads from each row of (..., C) to the next, None where there isn't one."""
+    """The one stride that leads from each row of (..., C) to the next, None where there isn't one. A row alone keeps
+    that of the rows it was taken from, so that it is read by the same accesses as among them."""
     outer = [(n, stride) for n, stride in zip(x.shape[:-1], x.stride()) if n > 1]
     if x.stride(-1) != 1 or any(s != t * n for (_, s), (n, t) in pairwise(outer)):
         return None
-    return outer[-1][1] if outer else x.shape[-1]
+    if outer:
+        return outer[-1][1]
+    return x.stride(-2) if x.dim() > 1 else x.shape[-1]
 
 
 def count_rows(x: Tensor) -> int:

@@ -35,8 +35,8 @@ class Plan:
         self.rest: list[str] = []
         self.options: list[str] = []
         self.sorts: dict[tuple[type, ...], Sort] = {}
-        # What isn't the JIT's own (interpreted, tuned) is Triton's to start; so is all on AMD's GPUs, where Triton looks
-        # at the sizes of tensors too.
+        # What isn't the JIT's own (interpreted, tuned) is Triton's to start; so is all on AMD's GPUs, where it looks at
+        # the sizes of tensors too.
         self.known = type(kernel) is triton.JITFunction and specialised is not None and torch.version.hip is None
         if self.known:
             names = [p.name for p in kernel.params]

@@ -189,7 +189,7 @@ def normalise_backward(
         )
         grid = (chunks, cdiv(C, tile.blocks["BLOCK_C"]))
         launch(_layer_norm_backward_wide_kernel, grid, *given, means, *outputs, *numbers, **more)
-    sums = torch.zeros(wanted, C, dtype=weight.dtype, device=s.device)
+    sums = (torch.empty if N else torch.zeros)(wanted, C, dtype=weight.dtype, device=s.device)
     if N and wanted:
         column_sums(partial, sums)
     nothing = s.new_empty(0)

@@ -195,7 +195,7 @@ def bias_gelu_backward(
         IS_TANH=approximate == "tanh",
         tile=tile,
     )
-    dbias = torch.zeros(C if wants_bias else 0, dtype=x.dtype, device=x.device)
+    dbias = (torch.empty if N else torch.zeros)(C if wants_bias else 0, dtype=x.dtype, device=x.device)
     if partial is not None and N:
         column_sums(partial, dbias[None])
     return dx, dbias
