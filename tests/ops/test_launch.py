@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from gptfast import kernels, ops
+from gptfast.ops import dispatch
+from gptfast.ops.spec import Inputs
 from tests import where
 
 pytest.importorskip("triton")
@@ -129,10 +132,60 @@ def test_what_watches_launches_sees_each(machine: Driver) -> None:
         hook.remove(seen.append)
 
 
-def test_a_row_is_computed_by_one_code_however_many_there_are(machine: Driver) -> None:
-    made = kernel()
-    functions = {
-        told(machine, lambda a, named: made[3, 2](*a, **named), CALLS[name])[4]
-        for name in ("as before", "more rows", "one row")
-    }
-    assert len(functions) == 1
+def cleared() -> None:
+    for found in (kernels.reason_missing, kernels.find, dispatch._find):
+        found.cache_clear()
+
+
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton's backend serves calls, to be recorded."""
+    monkeypatch.setattr(kernels, "_compiling", True)
+    cleared()
+    yield
+    monkeypatch.undo()
+    cleared()
+
+
+# Elementwise, and contiguous tensors are one row to it: no order of summation, but blocks of another shape.
+SHAPELESS = ("bias_gelu", "swiglu", "geglu")
+
+
+@pytest.mark.parametrize("name", [n for n, op in ops.pages().items() if op.take is not None and n not in SHAPELESS])
+def test_a_row_alone_is_computed_by_the_code_that_computes_it_among_others(name: str, compiling: None) -> None:
+    """Triton makes a constant of 1 and wider accesses of multiples of 16: of a number of rows it must do neither."""
+    op = ops.pages()[name]
+    refused = compared = 0
+    for case in op.cases():
+        if where.too_large(case):
+            continue
+        arguments = case.make(Inputs(torch.float32, case.name))
+        assert op.take is not None
+        try:
+            among, alone = specialised(op, arguments), specialised(op, op.take(arguments, 0))
+        except (ValueError, ops.BackendError):  # what one row can't be taken from, or no kernel serves
+            refused += 1
+            continue
+        if alone:  # no kernel runs where no row counts
+            compared += 1
+            assert alone == among, case.name
+    assert compared or refused
+
+
+def specialised(op: Any, arguments: dict[str, Any]) -> list[Any]:
+    """What Triton would compile for a call."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from gptfast.kernels.triton import recording
+
+    with recording("sm_90") as launches:
+        op.function(**arguments, backend="triton")
+    found = []
+    for launch in launches:
+        made: Any = launch.kernel
+        bind = create_function_from_signature(made.signature, made.params, make_backend(GPUTarget("cuda", 90, 32)))
+        _, specialization, options = bind(*launch.arguments, **launch.named)
+        found.append((made.__name__, specialization, options))
+    return found
