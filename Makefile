@@ -1,20 +1,23 @@
 PY := .venv/bin/python
 PIP := $(PY) -m pip install -q -c constraints/cpu.txt
 
-.PHONY: demo test test-all test-triton test-aot gpu-check build lint bench bench-peers format clean
+.PHONY: demo test test-all test-triton test-triton-all test-aot gpu-check build lint bench bench-peers format clean
 demo: build .venv/.model
 	$(PY) -m gptfast demo
 # Two test processes share the cores: idle OpenMP threads must not spin on them.
-test test-all test-triton: export OMP_WAIT_POLICY = PASSIVE
+test test-all test-triton test-triton-all: export OMP_WAIT_POLICY = PASSIVE
 test: build .venv/.model
 	$(PY) -m pytest -n 2 -m "not slow"
 	$(MAKE) test-triton
 test-all: build .venv/.model
 	$(PY) -m pytest -n 2
-	$(MAKE) test-triton
+	$(MAKE) test-triton-all
 # Triton's kernels, interpreted: a process of their own, for Triton reads the variable when it is imported.
+INTERPRETED = TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/interpreter tests/ops/test_conformance.py tests/ops/test_gradients.py tests/ops/test_triton.py
 test-triton: build
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/interpreter tests/ops/test_conformance.py tests/ops/test_gradients.py tests/ops/test_triton.py
+	$(INTERPRETED) -m "not slow"
+test-triton-all: build
+	$(INTERPRETED)
 # Triton's kernels as they ship, compiled for GPUs that aren't here: everything, where `make test` takes a sample.
 test-aot: build
 	$(PY) -m pytest -n 2 tests/test_aot.py

@@ -78,6 +78,16 @@ def here(op: Op, arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: x if name in op.host else map_tensors(move, {name: x})[name] for name, x in arguments.items()}
 
 
+# Ops whose interpreted cases take seconds each: in `make test` a case is run in one dtype, the dtypes in turn;
+# `make test-triton-all` runs all.
+PATIENT = frozenset(["sample", "attention", "attention_kvcache", "token_kl", "value_loss", "linear_cross_entropy"])
+
+
+def waits(op: Op, number: int, dtype: torch.dtype) -> bool:
+    """Whether the op's case of this number isn't run in this dtype unless everything is."""
+    return INTERPRETED and op.name in PATIENT and op.dtypes[number % len(op.dtypes)] != dtype
+
+
 def too_large(case: Case) -> bool:
     """Whether a case is too large for this session: a benchmark's, where kernels are interpreted."""
     return INTERPRETED and bool(case.tags & {"big", "bench"})

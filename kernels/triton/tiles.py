@@ -229,6 +229,8 @@ def attention_dq(D: int, dtype: torch.dtype, arch: str) -> Tile:
     if dtype.itemsize == 4:
         blocks = {"BLOCK_M": 32, "BLOCK_N": 32 if BLOCK_D <= 64 else 16, "BLOCK_D": BLOCK_D}
         return Tile(num_warps=8, num_stages=2, blocks=blocks)
+    if arch == "sm_120" and BLOCK_D <= 64:  # ptxas spills with more rows, at 255 registers
+        return Tile(num_warps=4, num_stages=2, blocks={"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_D": BLOCK_D})
     BLOCK_M = 128 if BLOCK_D <= 128 and arch in ("sm_90", "sm_100", "sm_103") else 64
     blocks = {"BLOCK_M": BLOCK_M, "BLOCK_N": 64 if BLOCK_D <= 128 else 32, "BLOCK_D": BLOCK_D}
     return Tile(num_warps=8, num_stages=2, blocks=blocks)
@@ -242,6 +244,8 @@ def attention_dkdv(D: int, dtype: torch.dtype, arch: str) -> Tile:
     if dtype.itemsize == 4:
         blocks = {"BLOCK_M": 32 if BLOCK_D <= 128 else 16, "BLOCK_N": 32, "BLOCK_D": BLOCK_D}
         return Tile(num_warps=8, num_stages=1, blocks=blocks)
+    if arch == "sm_120" and BLOCK_D <= 64:  # ptxas spills with more keys, at 255 registers
+        return Tile(num_warps=4, num_stages=2, blocks={"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_D": BLOCK_D})
     BLOCK_N = 32 if BLOCK_D > 128 else 128 if arch == "sm_90" else 64
     return Tile(num_warps=8, num_stages=2, blocks={"BLOCK_M": 32, "BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D})
 

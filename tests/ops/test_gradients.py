@@ -27,11 +27,11 @@ def differentiable() -> list[Any]:
         pytest.param(
             *(op, case, dtype),
             id=f"{op.name}-{case.name}-{str(dtype).removeprefix('torch.')}",
-            marks=[pytest.mark.slow] if case.tags & {"big", "bench"} else [],
+            marks=[pytest.mark.slow] if case.tags & {"big", "bench"} or where.waits(op, number, dtype) else [],
         )
         for op in ops.pages().values()
         if op.differentiable
-        for case in op.cases()
+        for number, case in enumerate(op.cases())
         if not where.too_large(case)
         for dtype in op.dtypes
     ]
