@@ -168,14 +168,20 @@ def needed(arguments: Mapping[str, Any]) -> bool:
 
 def recorded(arguments: Mapping[str, Any]) -> bool:
     """Whether gradients will be asked for."""
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments.values())
+    if torch.is_grad_enabled():
+        for x in arguments.values():  # any() of a generator takes twice as long, and this is asked of every call
+            if isinstance(x, Tensor) and x.requires_grad:
+                return True
+    return False
 
 
 def watched(arguments: Mapping[str, Any]) -> bool:
     """Whether PyTorch traces or transforms the call, or a tensor is no ordinary one."""
+    for x in arguments.values():
+        if isinstance(x, Tensor) and type(x) not in _ORDINARY:
+            return True
     return (
-        any(isinstance(x, Tensor) and type(x) not in _ORDINARY for x in arguments.values())
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or _functorch.peek_interpreter_stack() is not None
     )

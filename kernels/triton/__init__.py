@@ -19,9 +19,12 @@ import torch
 from torch import Tensor
 
 from gptfast.kernels import interpreted
+from gptfast.kernels.triton.launching import start
 from gptfast.kernels.triton.tiles import Tile
+from triton.runtime import driver
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED = interpreted()  # since Triton was imported
 INTERPRETED_AS = "sm_90"  # the tiles that an interpreted kernel takes: those that ship
 
 
@@ -42,7 +45,7 @@ def unsupported(*tensors: Tensor | None, backward: bool = False) -> str | None:
 def elsewhere(*tensors: Tensor | None) -> str | None:
     """Why these kernels can't reach the tensors' memory; None where they can."""
     for t in tensors:
-        if t is None or t.is_cuda or _recorder is not None or (t.is_cpu and interpreted()):
+        if t is None or t.is_cuda or _recorder is not None or (t.is_cpu and INTERPRETED):
             continue
         if t.is_cpu:
             return "the tensors are on the CPU, where these kernels run only if TRITON_INTERPRET=1 (for tests)"
@@ -105,13 +108,16 @@ def launch(
     if _recorder is not None:
         _recorder.launches.append(Launch(kernel, grid, arguments, named))
         return
-    reached[:] = reaches if interpreted() else ()
-    device = next(a for a in arguments if isinstance(a, Tensor)).device
-    if device.index is None or device.index == torch.cuda.current_device():
+    if INTERPRETED:
+        reached[:] = reaches
         kernel[grid](*arguments, **named)
+        return
+    device = next(a for a in arguments if isinstance(a, Tensor)).device
+    if device.index is None or device.index == driver.active.get_current_device():
+        start(kernel, grid, arguments, named)
     else:
         with torch.cuda.device(device):
-            kernel[grid](*arguments, **named)
+            start(kernel, grid, arguments, named)
 
 
 def arch(t: Tensor) -> str:
@@ -131,7 +137,7 @@ def _arch(device: torch.device) -> str:
 
 def rows(x: Tensor) -> tuple[Tensor, int]:
     """`x` (..., C) as rows with one stride: (x, row stride in elements), copied only if its strides don't allow it."""
-    if x.is_contiguous():
+    if x.is_contiguous() and x.numel() != x.shape[-1]:
         return x, x.shape[-1]
     stride = _row_stride(x)
     return (x.contiguous(), x.shape[-1]) if stride is None else (x, stride)
@@ -140,7 +146,7 @@ def rows(x: Tensor) -> tuple[Tensor, int]:
 def blocks(x: Tensor) -> tuple[Tensor, int, int, int]:
     """`x` (..., C) as blocks of rows: (x, rows of a block, stride from block to block, from row to row), copied only if
     its strides don't allow it: the heads of one projection's output lie so."""
-    stride = x.shape[-1] if x.is_contiguous() else _row_stride(x)
+    stride = x.shape[-1] if x.is_contiguous() and x.numel() != x.shape[-1] else _row_stride(x)
     if stride is None and x.dim() > 2 and (outer := _row_stride(x[..., 0, :])) is not None:
         return x, x.shape[-2], outer, x.stride(-2)
     x, stride = (x, stride) if stride is not None else (x.contiguous(), x.shape[-1])
@@ -148,11 +154,14 @@ def blocks(x: Tensor) -> tuple[Tensor, int, int, int]:
 
 
 def _row_stride(x: Tensor) -> int | None:
-    """The one stride that leads from each row of (..., C) to the next, None where there isn't one."""
+    """The one stride that leads from each row of (..., C) to the next, None where there isn't one. A row alone keeps
+    that of the rows it was taken from, so that it is read by the same accesses as among them."""
     outer = [(n, stride) for n, stride in zip(x.shape[:-1], x.stride()) if n > 1]
     if x.stride(-1) != 1 or any(s != t * n for (_, s), (n, t) in pairwise(outer)):
         return None
-    return outer[-1][1] if outer else x.shape[-1]
+    if outer:
+        return outer[-1][1]
+    return x.stride(-2) if x.dim() > 1 else x.shape[-1]
 
 
 def count_rows(x: Tensor) -> int:

@@ -44,7 +44,7 @@ def _follow(entry, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
     return pointer
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _gradient_norm_kernel(
     table, sums, count, GRAD: tl.constexpr, IS_ALIGNED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr
 ):
@@ -59,7 +59,7 @@ def _gradient_norm_kernel(
     tl.store(sums + tl.load(row + 3) + start // 8192, tl.sum(total, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _total_norm_kernel(sums, norm, chunks, BLOCK_N: tl.constexpr):
     total = tl.zeros((BLOCK_N,), tl.float64)
     for start in range(0, chunks, BLOCK_N):
@@ -68,7 +68,7 @@ def _total_norm_kernel(sums, norm, chunks, BLOCK_N: tl.constexpr):
     tl.store(norm, tl.sqrt(tl.sum(total, 0)).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _adamw_kernel(
     table, factors, count, decay, rest1, beta2, rest2, eps, grad_scale,
     PARAM: tl.constexpr, GRAD: tl.constexpr, HAS_MASTER: tl.constexpr, IS_ALIGNED: tl.constexpr,

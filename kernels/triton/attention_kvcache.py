@@ -16,7 +16,7 @@ from gptfast.kernels.triton import arch, cdiv, empty, launch, tiles
 from gptfast.kernels.triton.attention_arguments import edges, floats, refuses, strides, with_rows
 from gptfast.kernels.triton.attention_scores import LOG2E, bounds, finish, seen, soften, with_terms
 
-SIZES = ["Sq", "H", "G", "left", "right", "scale", "softcap", "splits", "room"]
+SIZES = ["Sq", "H", "G", "left", "right", "scale", "softcap", "splits", "table_stride"]
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def _slot(slot, row, table, PAGE: tl.constexpr, there):
         return tl.load(table + slot // PAGE, mask=there, other=0).to(tl.int64), slot % PAGE
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["Sq", "table_stride"])
 def _append_kernel(
     q, turned, k, v, k_cache, v_cache, k_scale, v_scale, cos, sin, lengths, rows, table, Sq, H, Hk,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,

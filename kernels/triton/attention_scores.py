@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-SIZES = ["Sq", "Sk", "H", "G", "left", "right", "scale", "softcap"]
+SIZES = ["Sq", "Sk", "H", "G", "lse_head", "mask_b", "bias_b", "left", "right", "scale", "softcap"]
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton.language as tl
 from gptfast.kernels.triton import arch, cdiv, elsewhere, empty, launch, rows, tiles, unsupported
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _embedding_kernel(
     ids, weight, positions, position_weight, out, N, C, weight_stride, position_stride,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,

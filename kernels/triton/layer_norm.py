@@ -15,7 +15,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from gptfast.kernels.triton import arch, blocks, cdiv, count_rows, empty, launch, rows, tiles, unsupported
-from gptfast.kernels.triton.layer_norm_backward import normalise_backward
+from gptfast.kernels.triton.layer_norm_backward import COUNTS, normalise_backward
 from gptfast.kernels.triton.philox import UNSPECIALISED, dropout_arguments, kept
 
 
@@ -43,7 +43,7 @@ def _scaled(normal, weight, bias, col, C):
     return y
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=[*UNSPECIALISED, *COUNTS])
 def _layer_norm_kernel(
     x, residual, weight, bias, y, total, mean, rstd,
     N, C, block, block_stride, x_stride, residual_stride, eps,
@@ -73,7 +73,7 @@ def _layer_norm_kernel(
     tl.store(y + start + col, _scaled(s * r, weight, bias, col, C).to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=[*UNSPECIALISED, *COUNTS])
 def _layer_norm_wide_kernel(
     x, residual, weight, bias, y, total, mean, rstd,
     N, C, block, block_stride, x_stride, residual_stride, eps,

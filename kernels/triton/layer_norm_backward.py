@@ -16,6 +16,8 @@ from gptfast.kernels.triton import arch, blocks, cdiv, count_rows, empty, launch
 from gptfast.kernels.triton.philox import UNSPECIALISED, dropout_arguments, kept
 from gptfast.kernels.triton.sums import column_sums
 
+COUNTS = ["N", "chunk", "block"]  # of rows: a row's result is that of one code, however many there are
+
 
 @triton.jit
 def _normal(s, mean, rstd, row, inside_row, IS_CENTRED: tl.constexpr):
@@ -41,7 +43,7 @@ def _store_gradients(
     tl.store(dx + start + col, ds.to(dx.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=[*UNSPECIALISED, *COUNTS])
 def _layer_norm_backward_kernel(
     dy, dsum, s, weight, mean, rstd, dx, dresidual, dweight, dbias,
     N, C, chunk, block, block_stride, s_stride, dy_stride, dsum_stride,
@@ -84,7 +86,7 @@ def _layer_norm_backward_kernel(
         tl.store(dbias + out, tl.sum(biases, 0), mask=within)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _layer_norm_means_kernel(
     dy, s, weight, mean, rstd, means, N, C, block, block_stride, s_stride, dy_stride,
     IS_CENTRED: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -108,7 +110,7 @@ def _layer_norm_means_kernel(
     tl.store(means + N + row, tl.sum(sums, 0) / C)
 
 
-@triton.jit(do_not_specialize=UNSPECIALISED)
+@triton.jit(do_not_specialize=[*UNSPECIALISED, *COUNTS])
 def _layer_norm_backward_wide_kernel(
     dy, dsum, s, weight, mean, rstd, means, dx, dresidual, dweight, dbias,
     N, C, chunk, block, block_stride, s_stride, dy_stride, dsum_stride,
@@ -187,7 +189,7 @@ def normalise_backward(
         )
         grid = (chunks, cdiv(C, tile.blocks["BLOCK_C"]))
         launch(_layer_norm_backward_wide_kernel, grid, *given, means, *outputs, *numbers, **more)
-    sums = torch.zeros(wanted, C, dtype=weight.dtype, device=s.device)
+    sums = (torch.empty if N else torch.zeros)(wanted, C, dtype=weight.dtype, device=s.device)
     if N and wanted:
         column_sums(partial, sums)
     nothing = s.new_empty(0)

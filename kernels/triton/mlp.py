@@ -52,7 +52,7 @@ def _place(N, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     return row, col, (row < N) & (col < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _bias_gelu_kernel(x, bias, y, N, C, x_stride, IS_TANH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     row, col, inside = _place(N, C, BLOCK_R, BLOCK_C)
     s = tl.load(x + row * x_stride + col, mask=inside).to(tl.float32)
@@ -62,7 +62,7 @@ def _bias_gelu_kernel(x, bias, y, N, C, x_stride, IS_TANH: tl.constexpr, BLOCK_R
     tl.store(y + row * C + col, (s * p).to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _gated_kernel(
     gate, up, y, N, C, gate_stride, up_stride,
     IS_SILU: tl.constexpr, IS_TANH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -77,7 +77,7 @@ def _gated_kernel(
     tl.store(y + row * C + col, (g * p * u).to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _gated_backward_kernel(
     dy, gate, up, dgate, dup, N, C, dy_stride, gate_stride, up_stride,
     IS_SILU: tl.constexpr, IS_TANH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -94,7 +94,7 @@ def _gated_backward_kernel(
     tl.store(dup + row * C + col, (d * g * p).to(dup.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "chunk"])
 def _bias_gelu_backward_kernel(
     dy, x, bias, dx, dbias, N, C, chunk, dy_stride, x_stride,
     IS_TANH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -195,7 +195,7 @@ def bias_gelu_backward(
         IS_TANH=approximate == "tanh",
         tile=tile,
     )
-    dbias = torch.zeros(C if wants_bias else 0, dtype=x.dtype, device=x.device)
+    dbias = (torch.empty if N else torch.zeros)(C if wants_bias else 0, dtype=x.dtype, device=x.device)
     if partial is not None and N:
         column_sums(partial, dbias[None])
     return dx, dbias

@@ -68,7 +68,7 @@ def _count_tokens_kernel(mask, counts, T, stride, BLOCK: tl.constexpr):
     tl.store(counts + row, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _policy_rows_kernel(
     logprobs, old, reference, advantages, mask, counts, sums, gradient,
     B, T, logprobs_stride, old_stride, reference_stride, advantages_stride, mask_stride,
@@ -145,7 +145,7 @@ def sum_rows(sums, B, BLOCK: tl.constexpr):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _policy_results_kernel(
     sums, counts, results, B, T, denominator,
     HAS_MASK: tl.constexpr, HAS_DENOMINATOR: tl.constexpr, IS_SEQUENCES: tl.constexpr, BLOCK: tl.constexpr,
@@ -175,7 +175,7 @@ def _policy_results_kernel(
     tl.store(results + 5, (sum_rows(sums + 5 * B, B, BLOCK) / n).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _value_rows_kernel(
     values, old, returns, mask, counts, sums, gradient,
     B, T, values_stride, old_stride, returns_stride, mask_stride, denominator, clip,
@@ -210,7 +210,7 @@ def _value_rows_kernel(
     tl.store(sums + B + row, of_clipped)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _value_results_kernel(
     sums, counts, results, B, T, denominator, HAS_MASK: tl.constexpr, HAS_DENOMINATOR: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

@@ -11,7 +11,7 @@ from gptfast.kernels.triton import arch, cdiv, launch
 from gptfast.kernels.triton.tiles import product_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _product_kernel(
     a, b, c, bias, factor, M, N, K,
     a_row, a_col, b_row, b_col, c_row,

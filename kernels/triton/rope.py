@@ -52,7 +52,7 @@ def _rope_heads(
         tl.store(target + i, tl.load(source + i, mask=rest), mask=rest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def _rope_kernel(
     q, k, cos, sin, q_out, k_out, S, H, Hk, D, R,
     q_b, q_s, q_h, k_b, k_s, k_h, table_b, table_s,

@@ -9,7 +9,7 @@ import triton.language as tl
 from gptfast.kernels.triton import cdiv, launch, tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def _column_sums_kernel(partial, out, chunks, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """out[n, c] = sum over r of partial[n, r, c]."""
     n = tl.program_id(1)

@@ -185,7 +185,7 @@ def _vocabulary_gradient_kernel(
     tl.store(to, back(g, l, softcap, inverse_temperature, IS_CAPPED, IS_TEMPERED), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _loss_scales_kernel(target, class_weight, scales, N, ignore_index, HAS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr):
     """What a mean multiplies each row by: 1 / sum of w[t], and 1 / the number of rows that count."""
     weights = tl.full((), 0.0, tl.float64)
@@ -201,7 +201,7 @@ def _loss_scales_kernel(target, class_weight, scales, N, ignore_index, HAS_WEIGH
     tl.store(scales + 1, (1.0 / count).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _sum_losses_kernel(losses, total, N, BLOCK: tl.constexpr):
     """The sum in fp64, BLOCK by BLOCK, rounded once."""
     found = tl.full((), 0.0, tl.float64)
