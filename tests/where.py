@@ -88,6 +88,11 @@ def waits(op: Op, number: int, dtype: torch.dtype) -> bool:
     return INTERPRETED and op.name in PATIENT and op.dtypes[number % len(op.dtypes)] != dtype
 
 
+def some_rows(rows: int) -> set[int]:
+    """Of a batch, those that are computed alone too: the first, one in the middle, the last; interpreted one of them."""
+    return {rows - 1} if INTERPRETED else {0, rows // 2, rows - 1}
+
+
 def too_large(case: Case) -> bool:
     """Whether a case is too large for this session: a benchmark's, where kernels are interpreted."""
     return INTERPRETED and bool(case.tags & {"big", "bench"})

@@ -86,7 +86,7 @@ def check_rows(op: Op, arguments: dict[str, Any], whole: list[Tensor], backend: 
     rows = op.batch(arguments)
     if rows == 0:
         return
-    for b in {0, rows // 2, rows - 1}:
+    for b in where.some_rows(rows):
         alone = call(op, op.take(arguments, b), backend)
         assert all(_same(w[b : b + 1], row) for w, row in zip(whole, alone)), f"{name}: row {b} differs alone"
 
