@@ -44,14 +44,14 @@ class Contender:
     parameters: int
 
 
-def make(name: str, layers: int = 12, **sizes: int) -> Contender:
+def make(name: str, layers: int = 12, **sizes: Any) -> Contender:
     """The contender by name, from the same seed. sizes: of a GPT2Config, where they aren't GPT-2's own."""
     from transformers import GPT2Config, GPT2LMHeadModel
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     torch.manual_seed(0)
-    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    dropout: dict[str, Any] = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     config = GPT2Config(n_layer=layers, use_cache=False, bos_token_id=0, eos_token_id=0, **dropout, **sizes)
     theirs: Any = GPT2LMHeadModel._from_config(config, attn_implementation="sdpa").train()
     if name == OURS:

@@ -89,7 +89,7 @@ def waits(op: Op, number: int, dtype: torch.dtype) -> bool:
 
 
 def some_rows(rows: int) -> set[int]:
-    """Of a batch, those that are computed alone too: the first, one in the middle, the last; interpreted one of them."""
+    """Of a batch, those that are computed alone too: the first, one in the middle, the last; interpreted the last."""
     return {rows - 1} if INTERPRETED else {0, rows // 2, rows - 1}
 
 

@@ -187,7 +187,7 @@ def _chunk_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     m = l - float("inf")
-    low, all_low, all_high, high = bounds(
+    low, _all_low, _all_high, high = bounds(
         r0 // G, tl.minimum(r0 + BLOCK_M, R) // G, shift, Sk, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
     )
     low = tl.maximum(low, split * CHUNK)
