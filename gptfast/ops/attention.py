@@ -15,8 +15,8 @@ is 1 / sqrt(D) unless given. A row that may attend to nothing gives 0 and LSE -i
 With cu_seqlens_q and cu_seqlens_k (int32, (N + 1), from 0) q is (Tq, H, D), k and v (Tk, Hk, D): N sequences end to
 end, each attending to itself; lse is then (H, Tq). mask and bias don't apply to those.
 
-q, k, v, bias and sinks get gradients, those through lse among them: attention_gradients.py. The CPU kernel makes those
-of q, k and v; where bias or sinks want one, the reference serves the call.
+q, k, v, bias and sinks get gradients, those through lse among them: attention_gradients.py. Kernels make those of
+q, k and v; where bias or sinks want one, the reference serves the call.
 
 dropout_p drops probabilities after the normalisation, scaled by 1 / (1 - p); lse doesn't see it. Elements are counted
 row-major in (B, H, Sq, Sk), sequence after sequence where they lie end to end.
@@ -38,11 +38,15 @@ of a head at a position are kept as scale = max |x| / 127 and round(x * (127 / m
 one times the other, rounded to fp32. max |x| < 2^-120 counts as 0; values that aren't finite make the scale NaN. Unlike
 the rest, this costs something that can be measured: benchmarks/quality.py.
 
-Everything is computed in fp32 (fp64 for fp64) and rounded once; lse is fp32. Keys are taken in chunks of 128 counted
-from the first key, and the chunks' (maximum, sum, output) are merged in order, so a row's result depends on that row
-alone: not on the batch, the number of threads, or whether it came in a prefill or one token at a time. Values at masked
-places must be finite. Dao: FlashAttention-2 (arXiv:2307.08691); Press et al.: ALiBi (arXiv:2108.12409); Xiao et al.:
-attention sinks (arXiv:2309.17453); the softcap is Gemma 2's (arXiv:2408.00118).
+Everything is computed in fp32 (fp64 for fp64) and rounded once; lse is fp32. A row's result depends on that row alone,
+not on the batch. On the CPU keys are taken in chunks of 128 counted from the first key, and the chunks' (maximum, sum,
+output) are merged in order, so it doesn't depend on the number of threads either, or on whether the row came in a
+prefill or one token at a time. Triton's kernels differ in two things: a prefill carries one running maximum through
+blocks of keys where decode merges chunks of 256, so the two agree within the tolerance only, each bitwise in itself;
+and with 16-bit inputs P and dS are rounded to that dtype for their products. Scores beyond 2^27 may overflow there.
+
+Values at masked places must be finite. Dao: FlashAttention-2 (arXiv:2307.08691); Press et al.: ALiBi
+(arXiv:2108.12409); Xiao et al.: attention sinks (arXiv:2309.17453); the softcap is Gemma 2's (arXiv:2408.00118).
 """
 
 from __future__ import annotations
