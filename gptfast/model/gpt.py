@@ -177,7 +177,8 @@ class GPT(nn.Module):
         if ids.shape[0] != 1 or cache is not None:
             raise ValueError(f"GPT: expected one row of packed sequences without a cache, got {ids.shape[0]} rows")
         if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
-            raise ValueError(f"GPT: expected cu_seqlens (n + 1,) int32, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
+            got = f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+            raise ValueError(f"GPT: expected cu_seqlens (n + 1,) int32, got {got}")
         lengths = cu_seqlens.diff()
         T, context = ids.shape[1], self.config.context
         if not torch.compiler.is_compiling():
