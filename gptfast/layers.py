@@ -291,7 +291,7 @@ class Attention(Layer):
         else:
             if tables is not None:
                 q, k = ops.rope(q, k, tables[0][:T], tables[1][:T], backend=self.backend)
-            packed = {}
+            packed: dict[str, Any] = {}
             if cu_seqlens is not None:
                 q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
                 packed = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}

@@ -103,14 +103,32 @@ class GPT(nn.Module):
 
         Raises ValueError where shapes don't fit, or the model's weights are quantised.
         """
+        weight, bias = self._head_for("loss", ids, targets)
+        x = self.hidden(ids, cu_seqlens=cu_seqlens).flatten(0, 1)
+        return ops.linear_cross_entropy(x, weight, targets.flatten(), bias=bias, backend=self._backend, **options)
+
+    def logprobs(
+        self, ids: Tensor, targets: Tensor, *, cu_seqlens: Tensor | None = None, **options: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The log-probability of each target, (B, T) fp32, without ever storing all logits; 0 where it is ignored.
+
+        ids, targets, cu_seqlens  as in `loss`
+        options                   those of gptfast.ops.token_logprobs: temperature, return_entropy, ignore_index
+
+        Raises ValueError where shapes don't fit, or the model's weights are quantised.
+        """
+        weight, bias = self._head_for("logprobs", ids, targets)
+        x = self.hidden(ids, cu_seqlens=cu_seqlens)
+        return ops.token_logprobs(x, weight, targets, bias=bias, backend=self._backend, **options)
+
+    def _head_for(self, name: str, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The head's weight and bias, for what needs them without the logits."""
         if targets.shape != ids.shape:
-            raise ValueError(f"GPT.loss: expected targets like ids {tuple(ids.shape)}, got {tuple(targets.shape)}")
+            raise ValueError(f"GPT.{name}: expected targets like ids {tuple(ids.shape)}, got {tuple(targets.shape)}")
         head = self.embedding if self.head is None else self.head
         if not isinstance(head.weight, Tensor):
-            raise ValueError("GPT.loss: expected a model of float weights; quantised ones can't be trained")
-        bias = None if self.head is None else self.head.bias
-        x = self.hidden(ids, cu_seqlens=cu_seqlens).flatten(0, 1)
-        return ops.linear_cross_entropy(x, head.weight, targets.flatten(), bias=bias, backend=self._backend, **options)
+            raise ValueError(f"GPT.{name}: expected a model of float weights; quantised ones can't be trained")
+        return head.weight, None if self.head is None else self.head.bias
 
     def hidden(
         self,
@@ -177,7 +195,8 @@ class GPT(nn.Module):
         if ids.shape[0] != 1 or cache is not None:
             raise ValueError(f"GPT: expected one row of packed sequences without a cache, got {ids.shape[0]} rows")
         if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
-            raise ValueError(f"GPT: expected cu_seqlens (n + 1,) int32, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
+            got = f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+            raise ValueError(f"GPT: expected cu_seqlens (n + 1,) int32, got {got}")
         lengths = cu_seqlens.diff()
         T, context = ids.shape[1], self.config.context
         if not torch.compiler.is_compiling():
