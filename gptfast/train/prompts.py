@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from gptfast.formats.tokenizer import Tokenizer
-from gptfast.train.sequences import Prompt
 
 Message = dict[str, str]
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 RewardFunction = Callable[[list[list[Message]], list[str]], Sequence[float]]
+
+
+class Pair(Protocol):
+    """An answer that was preferred to another (gptfast.train.data.Preference is one)."""
+
+    @property
+    def prompt(self) -> Any: ...
+    @property
+    def chosen(self) -> str: ...
+    @property
+    def rejected(self) -> str: ...
+    @property
+    def margin(self) -> float | None: ...
 
 
 def messages_of(prompt: Prompt, tokenizer: Tokenizer | None = None) -> list[Message]:
@@ -91,3 +104,22 @@ def call_reward(reward: RewardFunction, prompts: list[list[Message]], responses:
     if wrong := [r for r in found if not abs(r) < float("inf")]:
         raise ValueError(f"expected finite rewards, got {wrong[0]}")
     return found
+
+
+def pair_ids(
+    pairs: Sequence[Pair], tokenizer: Tokenizer, longest: int
+) -> tuple[list[list[int]], list[list[int]], list[list[int]], list[float]]:
+    """Prompts, chosen and rejected completions as token ids, and the margins (0 where there is none). Pairs of which one
+    is longer than `longest` tokens, prompt included, are left out. Raises ValueError where none is left."""
+    prompts, chosen, rejected, margins = list[list[int]](), list[list[int]](), list[list[int]](), list[float]()
+    for pair in pairs:
+        prompt = prompt_ids(pair.prompt, tokenizer)
+        both = [completion_ids(pair.prompt, text, tokenizer) for text in (pair.chosen, pair.rejected)]
+        if len(prompt) + max(map(len, both)) <= longest and prompt and all(both):
+            prompts.append(prompt)
+            chosen.append(both[0])
+            rejected.append(both[1])
+            margins.append(pair.margin or 0.0)
+    if not prompts:
+        raise ValueError(f"expected pairs of answers within {longest} tokens, got none among {len(pairs)}")
+    return prompts, chosen, rejected, margins

@@ -20,7 +20,7 @@ from gptfast.kernels import reason_missing
 from gptfast.layers import Linear, set_weight
 from gptfast.model import GPT
 from gptfast.quantize import PackedWeight
-from gptfast.train.seeds import seed_of
+from gptfast.train.packing import seed_of
 
 ROWS_AT_ONCE = 128  # answers written side by side
 
@@ -67,13 +67,15 @@ class Rollout:
         n: int = 1,
         seed: int = 0,
         step: int = 0,
+        first: int = 0,
         max_new_tokens: int = 128,
         temperature: float = 1.0,
     ) -> Samples:
         """n answers to each prompt (token ids), sampled from the whole distribution at this temperature: top-k and top-p
         would leave survivors that the training forward would have to know.
 
-        Answer number i is drawn with a seed made of (seed, step, i): it is the same whatever runs beside it.
+        Answer number i, counted from `first`, is drawn with a seed made of (seed, step, i): it is the same whatever
+        runs beside it.
         Raises ValueError for prompts that don't fit the model.
         """
         if n < 1 or not prompts:
@@ -88,7 +90,7 @@ class Rollout:
         with self._ready() as lm:
             for start in range(0, len(order), ROWS_AT_ONCE):
                 part = order[start : start + ROWS_AT_ONCE]
-                seeds = [seed_of(seed, step, i) for i in part]
+                seeds = [seed_of("rollout", seed, step, first + i) for i in part]
                 written = lm.generate([rows[i] for i in part], seed=seeds, **settings)
                 found.update(zip(part, written))
         made = [found[i] for i in range(len(rows))]
