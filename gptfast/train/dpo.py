@@ -1,7 +1,9 @@
 """DPO: a policy learns from pairs of answers directly, without samples and without a reward model.
 
     d    = (log p(chosen) - log p_ref(chosen)) - (log p(rejected) - log p_ref(rejected)),  sums over an answer's tokens
-    loss = -log sigmoid(beta d), with label smoothing, or the "robust", "ipo" and "hinge" forms: gptfast/ops/preference.py
+    loss = -log sigmoid(beta d), with label smoothing, or the "robust", "ipo" and "hinge" forms
+
+The losses' formulas: gptfast/ops/preference.py.
 
 Rafailov et al. (arXiv:2305.18290), eq. 7. The rewards reported are beta (log p - log p_ref). Dropout is off.
 """

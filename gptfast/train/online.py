@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -183,22 +184,23 @@ class Online(Stage):
         made.sampled = [torch.tensor(row) for row in samples.logprobs]
         for rows in self._pieces(made):
             packed, lengths = made.pack(rows), [len(made.responses[i]) for i in rows]
-            logprobs, entropy = completion_logprobs_and_entropy(self.model, packed, self.config.temperature)
+            with torch.enable_grad():  # the kernels that training uses: a ratio begins at 1 to the last bit
+                logprobs, entropy = completion_logprobs_and_entropy(self.model, packed, self.config.temperature)
             reference = completion_logprobs(self.reference, packed, self.config.temperature)
-            made.logprobs += logprobs.split(lengths)
-            made.entropy += entropy.split(lengths)
+            made.logprobs += logprobs.detach().split(lengths)
+            made.entropy += entropy.detach().split(lengths)
             made.reference += reference.split(lengths)
             made.values += self.judge_tokens(packed, lengths)
         return made
 
     def _pieces(self, made: Experience) -> list[list[int]]:
-        """Rows of what is computed at once, without gradients."""
+        """Rows of what is computed at once."""
         pieces: list[list[int]] = []
         room = 0
         for i in range(len(made)):
             if not pieces or made.tokens(i) > room:
                 pieces.append([])
-                room = 2 * self.config.micro_tokens
+                room = self.config.micro_tokens
             pieces[-1].append(i)
             room -= made.tokens(i)
         return pieces
@@ -226,7 +228,7 @@ class Online(Stage):
         order = shuffled(n // group, self.name, self.config.seed, step, epoch)
         k = min(self.config.minibatches, len(order))
         cuts = [len(order) * i // k for i in range(k + 1)]
-        return [[g * group + j for g in order[a:b] for j in range(group)] for a, b in zip(cuts, cuts[1:])]
+        return [[g * group + j for g in order[a:b] for j in range(group)] for a, b in pairwise(cuts)]
 
     def parts(self, experience: Experience, rows: Sequence[int]) -> list[list[int]]:
         """This process's rows of a minibatch, in pieces for one forward and backward pass each."""

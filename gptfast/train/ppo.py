@@ -100,7 +100,8 @@ class PPO(Online):
         self.controller = KLController(config.beta, config.target_kl, config.kl_horizon)
 
     def judge_tokens(self, packed: Packed, lengths: Sequence[int]) -> Sequence[Tensor]:
-        return self._values(packed).split(list(lengths))
+        with torch.enable_grad():
+            return self._values(packed).detach().split(list(lengths))
 
     def _values(self, packed: Packed) -> Tensor:
         return self.value.scores(packed.ids[None], packed.cu_seqlens)[0][learnt(packed)]
@@ -132,7 +133,7 @@ class PPO(Online):
     def loss(
         self, packed: Packed, old: Tensor, advantages: Tensor, old_values: Tensor, returns: Tensor, count: int
     ) -> tuple[Tensor, Tensor]:
-        """These tokens' part of the loss, all (M,), of `count` in the minibatch; and their statistics, see STATISTICS."""
+        """These tokens' part of the loss, all (M,), of `count` in the minibatch; and STATISTICS of them."""
         config = self.config
         if config.entropy_coefficient:
             logprobs, entropy = completion_logprobs_and_entropy(self.model, packed, config.temperature)

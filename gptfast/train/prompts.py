@@ -109,8 +109,11 @@ def call_reward(reward: RewardFunction, prompts: list[list[Message]], responses:
 def pair_ids(
     pairs: Sequence[Pair], tokenizer: Tokenizer, longest: int
 ) -> tuple[list[list[int]], list[list[int]], list[list[int]], list[float]]:
-    """Prompts, chosen and rejected completions as token ids, and the margins (0 where there is none). Pairs of which one
-    is longer than `longest` tokens, prompt included, are left out. Raises ValueError where none is left."""
+    """Prompts, chosen and rejected completions as token ids, and the margins (0 where there is none).
+
+    Pairs of which one is longer than `longest` tokens, prompt included, are left out. Raises ValueError where none is
+    left.
+    """
     prompts, chosen, rejected, margins = list[list[int]](), list[list[int]](), list[list[int]](), list[float]()
     for pair in pairs:
         prompt = prompt_ids(pair.prompt, tokenizer)

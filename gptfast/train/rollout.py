@@ -71,8 +71,9 @@ class Rollout:
         max_new_tokens: int = 128,
         temperature: float = 1.0,
     ) -> Samples:
-        """n answers to each prompt (token ids), sampled from the whole distribution at this temperature: top-k and top-p
-        would leave survivors that the training forward would have to know.
+        """n answers to each prompt (token ids), sampled from the whole distribution at this temperature.
+
+        There is no top-k and no top-p: the training forward would have to know which tokens they left.
 
         Answer number i, counted from `first`, is drawn with a seed made of (seed, step, i): it is the same whatever
         runs beside it.
