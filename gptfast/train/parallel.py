@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 KINDS = ("ddp", "fsdp")
+M = TypeVar("M", bound=nn.Module)
 FORWARDS = ("loss", "hidden", "logprobs", "scores")  # methods that compute with a module's parameters, as forward does
 
 
@@ -70,6 +71,23 @@ class World:
         """The function, which calls these modules, such that its backward pass leaves the mean of all processes'
         gradients."""
         return Runner(self, modules, function)
+
+    def whole(self, module: M, blank: Callable[[], M]) -> M | None:
+        """The module with all of its parameters in this process. Cut by FSDP2, they are gathered into what `blank`
+        makes (on the meta device), in the first process alone: None in the others, all of which call this."""
+        if self.size == 1 or self.kind != "fsdp":
+            return module
+        gathered = {}
+        for name, tensor in module.state_dict().items():
+            value: Any = tensor
+            full = value.full_tensor() if hasattr(value, "full_tensor") else value
+            if self.first:
+                gathered[name] = full.detach().cpu()
+        if not self.first:
+            return None
+        made = blank()
+        made.load_state_dict(gathered, assign=True)
+        return made.train(module.training)
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
         """These numbers added up over all processes (fp64), the same everywhere."""

@@ -75,11 +75,12 @@ class Pretrain(Supervised):
         return found
 
     def samples(self, step: int) -> list[dict[str, Any]]:
-        if not self.config.sample_tokens or not self.prompts:
+        model = self.whole(self.model) if self.config.sample_tokens and self.prompts else None
+        if model is None or not self.world.first:
             return []
         from gptfast.train.sampling import continuations
 
-        return continuations(self.model, self.tokenizer, self.prompts, self.config.sample_tokens, self.config.seed)
+        return continuations(model, self.tokenizer, self.prompts, self.config.sample_tokens, self.config.seed)
 
     def flops_per_token(self) -> float:
         return training_flops(self.model, (min(self.model.config.context, self.config.batch_tokens) + 1) // 2)
@@ -87,7 +88,9 @@ class Pretrain(Supervised):
     def export(self, folder: Path) -> None:
         from gptfast.train.sampling import save_model
 
-        save_model(self.model, self.tokenizer, folder / "model")
+        model = self.whole(self.model)
+        if model is not None and self.world.first:
+            save_model(model, self.tokenizer, folder / "model")
 
 
 def next_token_loss(model: GPT, packed: Packed, count: int) -> Tensor:

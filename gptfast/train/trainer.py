@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from gptfast import hardware
 from gptfast.formats.files import FormatError, read_json, replacing
+from gptfast.model import GPT
 from gptfast.train import checkpoint
 from gptfast.train.config import StageConfig, same_but
 from gptfast.train.logs import Bar, Logs
@@ -58,7 +59,7 @@ class Stage(ABC):
         return {}
 
     def samples(self, step: int) -> list[dict[str, Any]]:
-        """Texts that show where it stands after `step` steps."""
+        """Texts that show where it stands after `step` steps. All processes call it; the first one's are kept."""
         return []
 
     def flops_per_token(self) -> float:
@@ -74,8 +75,12 @@ class Stage(ABC):
         return
 
     def export(self, folder: Path) -> None:
-        """Writes what the stage made where others will look for it."""
+        """Writes what the stage made where others will look for it. All processes call it, and `whole` in it."""
         return
+
+    def whole(self, model: GPT) -> GPT | None:
+        """The model with all of its parameters; None in processes other than the first where FSDP2 has cut them."""
+        return self.world.whole(model, lambda: GPT(model.config, device="meta"))
 
 
 class Supervised(Stage):
@@ -179,7 +184,7 @@ class Trainer:
         self.world.prepare(self.stage.modules)
         optimizer = make_optimizer(self.stage.modules, config)
         start = self._resume(optimizer)
-        logs = Logs(self.run_folder, start, self.tensorboard) if self.world.first else None
+        logs = Logs(self.run_folder, start or -1, self.tensorboard) if self.world.first else None
         bar = Bar(self.stage.name, start, config.steps, self.world.first and not self.quiet)
         began = time.perf_counter()
         found: dict[str, float] = {}
@@ -199,8 +204,7 @@ class Trainer:
                     if stopped and done < config.steps:
                         bar.close()
                         raise KeyboardInterrupt(f"stopped and saved after {done} of {config.steps} steps")
-            if self.world.first:
-                self.stage.export(self.run_folder)
+            self.stage.export(self.run_folder)
             self.world.wait()
         finally:
             bar.close()
@@ -281,7 +285,7 @@ class Trainer:
             return
         config = self.stage.config
         state = {"name": self.stage.name, "stage": self.stage.state(), "dials": config.to_json()}
-        checkpoint.save(self.run_folder, done, self.stage.modules, optimizer, state, config.keep)
+        checkpoint.save(self.run_folder, done, self.stage.modules, optimizer, state, config.keep, self.world)
         self._saved = done
 
     @contextlib.contextmanager
