@@ -105,7 +105,9 @@ def rated(sources: Sequence[str], split: str) -> list[Rated]:
     return _apart(found, sources, split, rated, lambda item: item.text)
 
 
-def _gather(sources: Sequence[str], split: str, kind: str, read_own: Callable[[Path, str], list[Document]]) -> list[Any]:
+def _gather(
+    sources: Sequence[str], split: str, kind: str, read_own: Callable[[Path, str], list[Document]]
+) -> list[Any]:
     """The items of one split of each source, as the kind asked for."""
     if isinstance(sources, str):
         raise ValueError(f"expected a list of sources, got the text {sources!r}")
@@ -141,7 +143,9 @@ def _as(kind: str, item: Any, its: Source) -> Any:
     return item
 
 
-def _apart(found: list[Any], sources: Sequence[str], split: str, again: Any, content: Callable[[Any], str]) -> list[Any]:
+def _apart(
+    found: list[Any], sources: Sequence[str], split: str, again: Any, content: Callable[[Any], str]
+) -> list[Any]:
     """Without validation items that stand in another source's training split."""
     if split == "train" or len(sources) < 2:
         return found
