@@ -62,7 +62,7 @@ def _bytes(data: bytes) -> Tensor:
 def _interpolate(p: Tensor, known: Tensor, unknown: Tensor, order: int) -> Tensor:
     """p_order of each held-out byte from p_{order - 1}."""
     grams, counts = torch.unique(_keys(known, order), return_counts=True)
-    contexts, distinct = torch.unique_consecutive(grams >> 8, return_counts=True)  # sorted: a context's grams are beside
+    contexts, distinct = torch.unique_consecutive(grams >> 8, return_counts=True)  # grams are sorted
     starts = distinct.cumsum(0)
     totals = torch.cat([torch.zeros(1).long(), counts.cumsum(0)])
     n_context = totals[starts] - totals[starts - distinct]

@@ -105,13 +105,69 @@ def _features(text: str) -> set[str]:
 
 
 NEGATIONS = frozenset(
-    "no not never none nobody nothing nor neither nowhere without hardly rarely seldom cannot despite".split()
+    [
+        "no",
+        "not",
+        "never",
+        "none",
+        "nobody",
+        "nothing",
+        "nor",
+        "neither",
+        "nowhere",
+        "without",
+        "hardly",
+        "rarely",
+        "seldom",
+        "cannot",
+        "despite",
+    ]
 )
 STRONGER = frozenset(
-    "absolutely amazingly completely deeply enormously especially exceptionally extremely greatly highly hugely incredibly"
-    " intensely particularly quite really remarkably so thoroughly totally truly unbelievably utterly very most more".split()
+    [
+        "absolutely",
+        "amazingly",
+        "completely",
+        "deeply",
+        "enormously",
+        "especially",
+        "exceptionally",
+        "extremely",
+        "greatly",
+        "highly",
+        "hugely",
+        "incredibly",
+        "intensely",
+        "particularly",
+        "quite",
+        "really",
+        "remarkably",
+        "so",
+        "thoroughly",
+        "totally",
+        "truly",
+        "unbelievably",
+        "utterly",
+        "very",
+        "most",
+        "more",
+    ]
 )
-WEAKER = frozenset("almost barely kinda less little marginally occasionally partly scarcely slightly somewhat".split())
+WEAKER = frozenset(
+    [
+        "almost",
+        "barely",
+        "kinda",
+        "less",
+        "little",
+        "marginally",
+        "occasionally",
+        "partly",
+        "scarcely",
+        "slightly",
+        "somewhat",
+    ]
+)
 
 
 class Vader:

@@ -12,6 +12,7 @@ from gptfast.train.data.readers import Reader
 from gptfast.train.data.types import Document
 
 Kind = Literal["text", "chat", "preference"]
+KINDS: tuple[Kind, ...] = ("text", "chat", "preference")
 
 
 @dataclass(frozen=True)
