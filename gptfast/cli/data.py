@@ -33,15 +33,14 @@ def list_sources(as_json: Json = False) -> None:
     for title in ("name", "kind", "language"):
         table.add_column(title, no_wrap=True)
     table.add_column("MB", justify="right", no_wrap=True)
-    for title in ("what", "licence"):
-        table.add_column(title)
-    for title in ("package", "here"):
-        table.add_column(title, no_wrap=True)
+    table.add_column("here", no_wrap=True)
+    table.add_column("what; licence; package")
     for s in SOURCES.values():
         name = f"[bold]{s.name}[/]" if s.default else s.name
         here = "[green]yes[/]" if s.here else "[dim]no[/]"
         package = f"{s.package.registry} {s.package.name} {s.package.version}"
-        table.add_row(name, s.kind, s.language, f"{s.size / 1e6:.2f}", s.about, s.licence, package, here)
+        about = f"{s.about}; [dim]{s.licence}; {package}[/]"
+        table.add_row(name, s.kind, s.language, f"{s.size / 1e6:.2f}", here, about)
     out.print(table)
     out.print(f"[bold]Bold[/]: used where no source is named. Kept in {cache_dir()}", soft_wrap=True)
 

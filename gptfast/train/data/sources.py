@@ -86,13 +86,14 @@ RATINGS = "MIT package; sentences quoted for research"
 SOURCES: dict[str, Source] = {
     s.name: s
     for s in (
-        Source("speeches", "text", "en", "State of the Union addresses, 1790 on", "public domain (PDDL)", SOTU, 10_761_158,
-               readers.speeches, default=True, every=10),
+        Source("speeches", "text", "en", "State of the Union addresses, 1790 on", "public domain (PDDL)", SOTU,
+               10_761_158, readers.speeches, default=True, every=10),
         Source("poetry", "text", "zh", "Song ci and classics", "MIT", POEMS, 7_024_141, readers.poetry, default=True),
-        Source("wikipedia", "text", "en", "30 articles of Wikipedia", "Apache-2.0 package; texts CC BY-SA", FACTORY, 1_028_296,
-               readers.lines("data/wiki_demo.txt"), pip_default=True, every=10),
+        Source("wikipedia", "text", "en", "30 articles of Wikipedia", "Apache-2.0 package; texts CC BY-SA", FACTORY,
+               1_028_296, readers.lines("data/wiki_demo.txt"), pip_default=True, every=10),
         Source("news", "text", "zh", "People's Daily, January 1998", UNCLEAR, SNOW, 5_542_449, readers.news),
-        Source("reviews", "text", "zh", "reviews of books, hotels, computers", UNCLEAR, SNOW, 3_670_402, readers.labelled),
+        Source("reviews", "text", "zh", "reviews of books, hotels, computers", UNCLEAR, SNOW, 3_670_402,
+               readers.labelled),
         Source("chatterbot-en", "chat", "en", "short questions and answers", "BSD-3-Clause", BOT, 94_690,
                readers.chatterbot("english"), default=True, pip_default=True),
         Source("chatterbot-zh", "chat", "zh", "short questions and answers", "BSD-3-Clause", BOT, 31_375,
@@ -119,8 +120,8 @@ SOURCES: dict[str, Source] = {
                readers.dpo("data/dpo_zh_demo.json"), default=True, pip_default=True),
     )
 }  # fmt: skip
-# Chinese text that pip alone gives: the prompts and better answers of dpo-zh. News and reviews are ten times larger, but
-# their rights are unclear, so they are asked for by name.
+# Chinese text that pip alone gives: the prompts and better answers of dpo-zh. News and reviews are ten times larger,
+# but their rights are unclear, so they are asked for by name.
 PIP_TEXTS = ("wikipedia", "dpo-zh")
 
 
