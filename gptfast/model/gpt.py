@@ -101,16 +101,23 @@ class GPT(nn.Module):
         cu_seqlens    (n + 1,) int32, or None: see `hidden`
         options       those of gptfast.ops.linear_cross_entropy: label_smoothing, z_loss, reduction, ...
 
-        Raises ValueError where shapes don't fit, or the model's weights are quantised.
+        Raises ValueError where shapes don't fit. Quantised weights get no gradients: what is trained then is what was
+        added to them (gptfast.train.lora).
         """
         if targets.shape != ids.shape:
             raise ValueError(f"GPT.loss: expected targets like ids {tuple(ids.shape)}, got {tuple(targets.shape)}")
-        head = self.embedding if self.head is None else self.head
-        if not isinstance(head.weight, Tensor):
-            raise ValueError("GPT.loss: expected a model of float weights; quantised ones can't be trained")
         bias = None if self.head is None else self.head.bias
         x = self.hidden(ids, cu_seqlens=cu_seqlens).flatten(0, 1)
-        return ops.linear_cross_entropy(x, head.weight, targets.flatten(), bias=bias, backend=self._backend, **options)
+        weight = self.head_weight()
+        return ops.linear_cross_entropy(x, weight, targets.flatten(), bias=bias, backend=self._backend, **options)
+
+    def head_weight(self) -> Tensor:
+        """The matrix (V, C) that makes logits of hidden states, as ops.linear_cross_entropy and ops.token_logprobs take
+        it: the parameter itself, or the values of a quantised or packed one, fp32, made anew by each call."""
+        weight = (self.embedding if self.head is None else self.head).weight
+        if isinstance(weight, Tensor):
+            return weight
+        return weight.unpack() if isinstance(weight, PackedWeight) else weight.dequantize()
 
     def hidden(
         self,
