@@ -252,7 +252,7 @@ def test_peft_files_of_some_projections(tmp_path: Path) -> None:
         (dict(rank_pattern={"q_proj": 8}), "expected rank_pattern {}"),
         (dict(r=0), "expected rank a positive whole number, got 0"),
         (dict(r="8"), "expected r, lora_alpha and lora_dropout as numbers"),
-        (dict(r=5), "of (5, 64) floats"),
+        (dict(r=5), "of (5, 96) floats"),
     ],
 )
 def test_files_that_ask_for_something_else(tmp_path: Path, change: dict[str, Any], message: str) -> None:
