@@ -1,12 +1,14 @@
 """`generate()` of Hugging Face's GPT-2 124M (fp32, random weights, SDPA), as it is and patched, in turns.
 
-Both write greedily, and must write the same tokens before anything is timed.
+Both write greedily, and must write the same tokens before anything is timed. PyTorch's idle threads spin for a while on
+the cores that the patched layers' threads want next, unless OMP_WAIT_POLICY=PASSIVE: a column says how it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -68,6 +70,7 @@ def measure(plain: Any, quick: Any, batch: int, prompt: int, new: int, rounds: i
         "new_tokens": new,
         "threads": torch.get_num_threads(),
         "rounds": rounds,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
         "equal_tokens": int((wanted == got).sum()),
         "tokens_per_s": round(before, 2),
         "patched_tokens_per_s": round(after, 2),
