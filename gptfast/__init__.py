@@ -9,16 +9,33 @@ from gptfast import ops
 from gptfast.ops.dispatch import BackendError, Choice, backends, explain
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "Choice", "Generation", "LanguageModel", "backends", "explain", "load", "ops"]
+__all__ = [
+    "BackendError",
+    "Choice",
+    "Generation",
+    "LanguageModel",
+    "backends",
+    "explain",
+    "load",
+    "ops",
+    "patch",
+    "patched",
+    "unpatch",
+]
 
 if TYPE_CHECKING:
     from gptfast.generate import Generation, LanguageModel, load
+    from gptfast.patch import patch, patched, unpatch
 
-_LATER = {"Generation": "gptfast.generate", "LanguageModel": "gptfast.generate", "load": "gptfast.generate"}
+_LATER = {
+    **dict.fromkeys(("Generation", "LanguageModel", "load"), "gptfast.generate"),
+    **dict.fromkeys(("patch", "patched", "unpatch"), "gptfast.patch"),
+}
 
 
 def __getattr__(name: str) -> Any:
     """What needs more than torch is imported when it is first asked for."""
     if name in _LATER:
-        return getattr(importlib.import_module(_LATER[name]), name)
+        value = globals()[name] = getattr(importlib.import_module(_LATER[name]), name)
+        return value
     raise AttributeError(f"module 'gptfast' has no attribute {name!r}")

@@ -34,7 +34,7 @@ class Dropout(NamedTuple):
     """Dropout of one op in one training step; every op has a stream of its own, every step a seed."""
 
     p: float
-    seed: int
+    seed: Tensor | int
     stream: int
 
     def on(self, stream: int) -> Dropout:
@@ -229,7 +229,7 @@ class MLP(Layer):
             h = self.up(x, skip_bias=True)
             return self.down(ops.bias_gelu(h, self.up.bias, approximate=approximate, backend=self.backend))
         h = self.up(x)
-        gate, up = h[..., : self.hidden], h[..., self.hidden :]
+        gate, up = h.split(self.hidden, -1)  # one gradient for both, where slices would have two of h's size
         if self.activation == "swiglu":
             return self.down(ops.swiglu(gate, up, backend=self.backend))
         return self.down(ops.geglu(gate, up, approximate="none", backend=self.backend))
@@ -281,7 +281,7 @@ class Attention(Layer):
         B, T, _ = x.shape
         H, Hk = self.n_head, self.n_kv_head
         heads = self.qkv(x).view(B, T, H + 2 * Hk, self.head_dim)
-        q, k, v = heads[:, :, :H], heads[:, :, H : H + Hk], heads[:, :, H + Hk :]
+        q, k, v = heads.split((H, Hk, Hk), 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if cache is not None:

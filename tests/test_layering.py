@@ -33,7 +33,8 @@ LAYERS = (
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 # A kernel's storage may be a quantised weight, whose class knows its own kernels for packing. The demo is a benchmark.
-BESIDE = {("kernels", "quantize"), ("demo", "bench")}
+# What a patched Hugging Face model calls is compat's.
+BESIDE = {("kernels", "quantize"), ("demo", "bench"), ("patch", "compat")}
 # Parts on the ground know nothing above them, and less than their row would allow.
 NEVER = {
     "hardware": set(RANK) - {"hardware"},

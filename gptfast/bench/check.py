@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.ops.spec import Op, double, map_tensors, outputs, tolerance
+from gptfast.ops.spec import Op, double, gradients, map_tensors, outputs, tolerance, upstream, written
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,20 @@ def check(op: Op, arguments: Mapping[str, Any], backend: str | None = None) -> C
     return max(checks, key=lambda c: (not c.passed, c.error - c.limit), default=Check(0.0, 0.0))
 
 
+def check_gradients(op: Op, arguments: Mapping[str, Any]) -> Check:
+    """The same of the gradients, against fp64 autograd through the reference."""
+    given = upstream(op, arguments)
+    got = gradients(op.function, op, arguments, given)
+    exact = gradients(op.reference, op, double(arguments), [u.double() for u in given])
+    plain = gradients(op.plain or op.baseline or op.reference, op, arguments, given)
+    checks = [_compare(got[name], exact[name], plain[name]) for name in got]
+    return max(checks, key=lambda c: (not c.passed, c.error - c.limit), default=Check(0.0, 0.0))
+
+
 def _call(op: Op, function: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
     """The outputs and the arguments written in place, on copies."""
     mine = map_tensors(torch.Tensor.clone, arguments)
-    return outputs(function(**mine)) + [mine[name] for name in op.mutates if mine.get(name) is not None]
+    return outputs(function(**mine)) + written(op, mine)
 
 
 def _compare(got: Tensor, exact: Tensor, plain: Tensor) -> Check:

@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true", help="5 rounds: a first look")
     p.add_argument("--compile", action="store_true", help="time torch.compile of the PyTorch code too (compiles first)")
     p.add_argument("--reference", action="store_true", help="time the op pages' reference too")
+    p.add_argument("--backward", action="store_true", help="time a forward and a backward together")
     p.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     p.add_argument(
         "--csv",
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     if args.list:
-        for op, case in selected(args.patterns):
+        for op, case in selected(args.patterns, args.backward):
             print(f"{op.name}/{case.name}")
         return 0
     names = args.dtype.split(",")
@@ -70,6 +71,7 @@ def _run(args: argparse.Namespace) -> int:
         contenders=["gptfast", "eager", *["compile"] * args.compile, *["reference"] * args.reference],
         threads=args.threads,
         rounds=5 if args.quick else args.rounds,
+        backward=args.backward,
         on_row=progress if sys.stderr.isatty() else None,
     )
     if sys.stderr.isatty():

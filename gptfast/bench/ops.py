@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from gptfast import hardware, ops
-from gptfast.bench.check import Check, check
+from gptfast.bench.check import Check, check, check_gradients
 from gptfast.bench.timing import Spread, interleave, ratio
-from gptfast.ops.spec import Case, Cost, Op
+from gptfast.ops.spec import Case, Cost, Op, leaves, outputs, upstream
 
 # gptfast: the public function as a user calls it. eager: the page's baseline, what one writes with PyTorch. compile:
 # torch.compile of that. reference: the page's meaning.
@@ -51,9 +51,14 @@ class Row:
         return None if self.roofline is None else 100 * self.roofline / self.times["gptfast"].median
 
 
-def selected(patterns: Sequence[str] = ()) -> Iterator[tuple[Op, Case]]:
-    """The cases tagged "bench" whose op or op/case matches one of the patterns (shell wildcards); none = all."""
+def selected(patterns: Sequence[str] = (), backward: bool = False) -> Iterator[tuple[Op, Case]]:
+    """The cases tagged "bench" whose op or op/case matches one of the patterns (shell wildcards); none = all.
+
+    backward: only those of ops with gradients.
+    """
     for op in ops.pages().values():
+        if backward and op.train_cost is None:
+            continue
         for case in op.cases():
             names = (op.name, f"{op.name}/{case.name}")
             wanted = not patterns or any(fnmatch.fnmatchcase(name, p) for name in names for p in patterns)
@@ -68,24 +73,28 @@ def run_ops(
     contenders: Sequence[str] = ("gptfast", "eager"),
     threads: int | None = None,
     rounds: int = 20,
+    backward: bool = False,
     on_row: Callable[[Row], None] | None = None,
 ) -> list[Row]:
-    """Checks and times every bench case that `patterns` (op, or op/case, with wildcards) select.
+    """Checks and times every bench case that `patterns` (op, or op/case, with wildcards) select; with `backward`, a
+    forward and a backward together.
 
     `threads` is given to PyTorch and to gptfast alike (None = as PyTorch is set). `on_row` sees each row at once.
     Raises ValueError where nothing is selected or a contender is unknown.
     """
     if unknown := set(contenders) - set(CONTENDERS):
         raise ValueError(f"contenders: expected some of {', '.join(CONTENDERS)}, got {', '.join(sorted(unknown))}")
-    chosen = [(op, case, dtype) for op, case in selected(patterns) for dtype in dtypes if dtype in op.dtypes]
+    chosen = [(op, case, dtype) for op, case in selected(patterns, backward) for dtype in dtypes if dtype in op.dtypes]
     if not chosen:
-        known = ", ".join(sorted({op.name for op, _ in selected()}))
+        known = ", ".join(sorted({op.name for op, _ in selected((), backward)}))
         asked = " ".join(patterns) or "these dtypes"
         raise ValueError(f"no bench case matches {asked}: expected cases of {known}")
     rows = []
     with threads_set(threads):
         for op, case, dtype in chosen:
-            row = measure(op, case.name, case.arguments(dtype), contenders, rounds=rounds, dtype=dtype)
+            row = measure(
+                *(op, case.name, case.arguments(dtype), contenders), rounds=rounds, dtype=dtype, backward=backward
+            )
             rows.append(row)
             if on_row is not None:
                 on_row(row)
@@ -100,16 +109,21 @@ def measure(
     *,
     rounds: int = 20,
     dtype: torch.dtype = torch.float32,
+    backward: bool = False,
 ) -> Row:
     """One row: checks gptfast's result, then, if it is right, times the contenders on the same arguments."""
-    cost = op.cost(**arguments)
     here = hardware.machine()
-    with torch.inference_mode():
-        verdict = check(op, arguments)
-        calls, skipped = _calls(op, arguments, contenders) if verdict.passed else ({}, {})
+    if backward:
+        assert op.train_cost is not None
+        cost, verdict = op.train_cost(**arguments), check_gradients(op, arguments)
+        arguments = leaves(op, arguments)
+    else:
+        cost, verdict = op.cost(**arguments), check(op, arguments)
+    with torch.inference_mode(not backward):
+        calls, skipped = _calls(op, arguments, contenders, backward) if verdict.passed else ({}, {})
         samples = interleave(calls, rounds)
     return Row(
-        op=op.name,
+        op=op.name + "+backward" * backward,
         case=case,
         dtype=str(dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
@@ -136,21 +150,30 @@ def threads_set(threads: int | None) -> Iterator[None]:
 
 
 def _calls(
-    op: Op, arguments: Mapping[str, Any], contenders: Sequence[str]
+    op: Op, arguments: Mapping[str, Any], contenders: Sequence[str], backward: bool = False
 ) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
     """What to time, gptfast always among it; and the contenders that can't run, with the reason."""
     baseline = op.baseline or op.reference
-    calls: dict[str, Callable[[], object]] = {"gptfast": lambda: op.function(**arguments)}
+    if backward:
+        given = upstream(op, arguments)
+        wanted = [arguments[name] for name in op.differentiable if arguments.get(name) is not None]
+
+    def call(function: Callable[..., Any]) -> Callable[[], object]:
+        if not backward:
+            return lambda: function(**arguments)
+        return lambda: torch.autograd.grad(outputs(function(**arguments)), wanted, given, allow_unused=True)
+
+    calls = {"gptfast": call(op.function)}
     skipped: dict[str, str] = {}
     if "eager" in contenders:
-        calls["eager"] = lambda: baseline(**arguments)
+        calls["eager"] = call(baseline)
     if "reference" in contenders:
-        calls["reference"] = lambda: op.reference(**arguments)
+        calls["reference"] = call(op.reference)
     if "compile" in contenders:
-        compiled = torch.compile(baseline, dynamic=False)
+        compiled = call(torch.compile(baseline, dynamic=False))
         try:
-            compiled(**arguments)
-            calls["compile"] = lambda: compiled(**arguments)
+            compiled()
+            calls["compile"] = compiled
         except Exception as error:  # whatever inductor, its compiler or the baseline's Python may raise: say it, go on
             skipped["compile"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
     return calls, skipped

@@ -129,7 +129,7 @@ class GPT(nn.Module):
     def _dropout(self) -> Dropout | None:
         if not self.training or not self.config.dropout:
             return None
-        return Dropout(self.config.dropout, int(torch.randint(1 << 62, ())), 0)
+        return Dropout(self.config.dropout, torch.randint(1 << 62, ()), 0)  # a tensor: a compiled step takes any seed
 
     def rope_tables(self, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin (S, R/2) fp32 of the positions 0 .. S-1, S >= end; made once and kept."""

@@ -6,36 +6,59 @@ import importlib
 import pkgutil
 from functools import cache
 
+from gptfast.ops.adamw import adamw, gradient_norm
+from gptfast.ops.advantages import gae, group_advantages, whiten
 from gptfast.ops.attention import attention, attention_kvcache
+from gptfast.ops.cross_entropy import cross_entropy, linear_cross_entropy
 from gptfast.ops.dispatch import BackendError, Choice, backends, explain
 from gptfast.ops.embedding import embedding
 from gptfast.ops.layer_norm import layer_norm
 from gptfast.ops.linear import linear
 from gptfast.ops.mlp import bias_gelu, geglu, swiglu
+from gptfast.ops.policy import kl_estimate, policy_loss, value_loss
+from gptfast.ops.preference import dpo_loss, kto_loss, orpo_loss, reward_loss, simpo_loss
 from gptfast.ops.rms_norm import rms_norm
 from gptfast.ops.rope import rope, rope_frequencies, rope_tables
 from gptfast.ops.sampling import sample
 from gptfast.ops.spec import Op
+from gptfast.ops.token_logprobs import token_kl, token_logprobs
 
 __all__ = [
     "BackendError",
     "Choice",
+    "adamw",
     "attention",
     "attention_kvcache",
     "backends",
     "bias_gelu",
+    "cross_entropy",
+    "dpo_loss",
     "embedding",
     "explain",
+    "gae",
     "geglu",
+    "gradient_norm",
+    "group_advantages",
+    "kl_estimate",
+    "kto_loss",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
+    "orpo_loss",
     "pages",
+    "policy_loss",
+    "reward_loss",
     "rms_norm",
     "rope",
     "rope_frequencies",
     "rope_tables",
     "sample",
+    "simpo_loss",
     "swiglu",
+    "token_kl",
+    "token_logprobs",
+    "value_loss",
+    "whiten",
 ]
 
 

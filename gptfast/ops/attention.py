@@ -15,6 +15,8 @@ is 1 / sqrt(D) unless given. A row that may attend to nothing gives 0 and LSE -i
 With cu_seqlens_q and cu_seqlens_k (int32, (N + 1), from 0) q is (Tq, H, D), k and v (Tk, Hk, D): N sequences end to
 end, each attending to itself; lse is then (H, Tq). mask and bias don't apply to those.
 
+q, k, v, bias and sinks get gradients, those through lse among them: attention_gradients.py.
+
 dropout_p drops probabilities after the normalisation, scaled by 1 / (1 - p); lse doesn't see it. Elements are counted
 row-major in (B, H, Sq, Sk), sequence after sequence where they lie end to end.
 
@@ -50,7 +52,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.ops import attention_cases, dispatch
+from gptfast.ops import attention_cases, attention_gradients, dispatch, library
 from gptfast.ops.attention_checks import check_heads, check_kvcache, check_lengths, check_terms, check_varlen
 from gptfast.ops.dispatch import require, shape
 from gptfast.ops.philox import dropout_keep
@@ -74,7 +76,7 @@ def reference(
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
-    seed: int = 0,
+    seed: Tensor | int = 0,
     stream: int = 0,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
@@ -174,7 +176,7 @@ def attention(
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
-    seed: int = 0,
+    seed: Tensor | int = 0,
     stream: int = 0,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
@@ -202,7 +204,7 @@ def attention(
     check_heads("attention", q, k)
     B = q.shape[0]
     if cu_seqlens_q is not None:
-        B = check_varlen(q, k, cu_seqlens_q, cu_seqlens_k)
+        B = check_varlen(q, k, cu_seqlens_q, cu_seqlens_k, contents=not library.traced(cu_seqlens_q))
         require(mask is None and bias is None, "attention: expected no mask and no bias with cu_seqlens_q, got one")
     require(varlen or cu_seqlens_k is None, "attention: expected cu_seqlens_q with cu_seqlens_k, got None")
     check_terms("attention", q, B, window, softcap, alibi_slopes, sinks)
@@ -214,12 +216,24 @@ def attention(
                 t is None or (t.dtype in kinds and _broadcasts(t, full)),
                 lambda: f"attention: expected {name} {kinds[-1]} broadcasting to {full}, got {shape(t)}",  # noqa: B023
             )
-    return dispatch.run(
-        *("attention.attention", backend, reference, q),
-        **dict(q=q, k=k, v=v, causal=causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes),
-        **dict(sinks=sinks, mask=mask, bias=bias, dropout_p=dropout_p, seed=seed, stream=stream),
-        **dict(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, return_lse=return_lse),
-    )
+    arguments: dict[str, Any] = {
+        "q": q, "k": k, "v": v, "causal": causal, "scale": scale, "window": tuple(window), "softcap": softcap,
+        "alibi_slopes": alibi_slopes, "sinks": sinks, "mask": mask, "bias": bias, "dropout_p": dropout_p,
+        "seed": seed if dropout_p else 0, "stream": stream if dropout_p else 0,
+        "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k,
+    }  # fmt: skip
+    page = "attention.attention"
+    backend, as_op = library.route(page, backend, arguments)
+    if as_op:
+        out, lse = _registered(
+            **arguments | {"seed": library.seed_tensor(seed, q) if dropout_p else None}, backend=backend
+        )
+        return (out, lse) if return_lse else out
+    arguments["seed"] = int(arguments["seed"])
+    return dispatch.run(page, backend, reference, q, **arguments, return_lse=return_lse)
+
+
+_registered = attention_gradients.register(reference)
 
 
 def _broadcasts(t: Tensor, full: tuple[int, ...]) -> bool:
@@ -387,7 +401,7 @@ def cost_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *
 
 OPS = [
     Op("attention", attention, reference, cost, attention_cases.cases, attention_cases.baseline,
-       take=attention_cases.take, batch=attention_cases.batch),
+       take=attention_cases.take, batch=attention_cases.batch, differentiable=("q", "k", "v", "bias", "sinks")),
     Op("attention_kvcache", attention_kvcache, reference_kvcache, cost_kvcache, attention_cases.cases_kvcache,
        attention_cases.baseline_kvcache, mutates=("k_cache", "v_cache", "k_scale", "v_scale"),
        take=attention_cases.take_kvcache, batch=attention_cases.batch_kvcache),

@@ -26,8 +26,10 @@ def cases() -> list[Case]:
                 "mask": lambda: i.rand(B, 1, Sq, Sk) > 0.4,
                 "bias": lambda: i.randn(1, H, Sq, Sk, dtype=torch.float32),
                 "key_bias": lambda: i.randn(B, 1, 1, Sk),
+                "query_bias": lambda: i.randn(H, Sq, 1),
             }
-            return {"q": q, "k": k, "v": v, **{t.removeprefix("key_"): makers[t]() for t in terms}, **fixed}
+            names = {"key_bias": "bias", "query_bias": "bias"}
+            return {"q": q, "k": k, "v": v, **{names.get(t, t): makers[t]() for t in terms}, **fixed}
 
         name = f"{B}x{Sq}x{Sk}-h{H}.{Hk}-d{D}" + "".join(f"-{t}" for t in terms)
         name += "".join(f"-{k}" + ("" if v is True else str(v).replace(" ", "")) for k, v in fixed.items())
@@ -70,6 +72,9 @@ def cases() -> list[Case]:
         case(0, 3, 7, 2, 1, 16),
         varlen([3, 0, 130, 60], [5, 4, 130, 200], 4, 2, 32, causal=True, return_lse=True),
         case(1, 24, 40, 2, 1, 16, causal=True, dropout_p=0.3, seed=11, stream=2),
+        case(2, 3, 150, 2, 1, 24, "sinks", dropout_p=0.2, seed=2**40 + 7, return_lse=True),
+        case(2, 150, 140, 3, 1, 72, "query_bias", window=(60, 20), dropout_p=0.1, seed=-3, stream=1),
+        varlen([3, 0, 130, 60], [5, 4, 130, 200], 4, 2, 32, window=(80, -1), dropout_p=0.25, seed=3),
         case(1, 1024, 1024, 12, 12, 64, causal=True, tags="bench"),
         case(1, 2048, 2048, 12, 12, 64, causal=True, tags="bench big"),
         case(1, 2048, 2048, 9, 3, 64, causal=True, tags="bench big"),

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptfast.ops import dispatch
+from gptfast.ops import dispatch, library
 from gptfast.ops.dispatch import require, shape
 from gptfast.ops.spec import Case, Cost, Inputs, Op, nbytes
 
@@ -108,6 +108,8 @@ def embedding(
             f"{shape(position_weight)}"
         ),
     )
+    arguments = {"ids": ids, "weight": weight, "positions": positions, "position_weight": position_weight}
+    backend, as_op = library.route("embedding", backend, arguments)
     _check_ids("ids", ids, weight.shape[0])
     if positions is not None and position_weight is not None:
         C = weight.shape[1]
@@ -123,15 +125,14 @@ def embedding(
             positions.dim() <= ids.dim() and all(p in (1, i) for p, i in zip(positions.shape[::-1], ids.shape[::-1])),
             lambda: f"embedding: expected positions that broadcast to ids {shape(ids)}, got {shape(positions)}",
         )
-    return dispatch.run(
-        *("embedding", backend, reference, weight),
-        **dict(ids=ids, weight=weight, positions=positions, position_weight=position_weight),
-    )
+    if as_op:
+        return _registered(**arguments, backend=backend)
+    return dispatch.run("embedding", backend, reference, weight, **arguments)
 
 
 def _check_ids(name: str, ids: Tensor, count: int) -> None:
     require(ids.dtype == torch.int64, lambda: f"embedding: expected {name} of int64, got {shape(ids)}")
-    if ids.numel() == 0:
+    if ids.is_meta or torch.compiler.is_compiling() or ids.numel() == 0:  # no values here: the op itself looks
         return
     low, high = (int(v) for v in ids.aminmax())
     if low < 0 or high >= count:
@@ -147,4 +148,61 @@ def _take(arguments: Any, b: int) -> dict[str, Any]:
     return {**arguments, **row}
 
 
-OP = Op("embedding", embedding, reference, cost, cases, baseline, take=_take)
+def _run(backend: str | None, **arguments: Any) -> Tensor:
+    _check_ids("ids", arguments["ids"], arguments["weight"].shape[0])
+    if arguments["positions"] is not None:
+        _check_ids("positions", arguments["positions"], arguments["position_weight"].shape[0])
+    return dispatch.run("embedding", backend, reference, arguments["weight"], **arguments)
+
+
+def _backward_reference(dout: Tensor, ids: Tensor, count: int) -> Tensor:
+    wide = torch.float64 if dout.dtype == torch.float64 else torch.float32
+    rows = dout.reshape(-1, dout.shape[-1]).to(wide)
+    return rows.new_zeros(count, dout.shape[-1]).index_add(0, ids.reshape(-1), rows).to(dout.dtype)
+
+
+def _run_backward(dout: Tensor, ids: Tensor, count: int, backend: str | None) -> Tensor:
+    """dweight (count, C): each row the sum, in fp32 and in order, of the gradients of the places that took it."""
+    return dispatch.run("embedding.embedding_backward", backend, _backward_reference, dout, dout=dout, ids=ids,
+                        count=count)  # fmt: skip
+
+
+def _save(ctx: Any, arguments: dict[str, Any], output: Tensor) -> None:
+    ids, positions = arguments["ids"], arguments["positions"]
+    ctx.save_for_backward(ids, positions)
+    tables = [(name, arguments[name]) for name in ("weight", "position_weight")]
+    ctx.counts = {name: table.shape[0] for name, table in tables if table is not None}
+    ctx.backend = arguments["backend"]
+
+
+def _gradients(ctx: Any, needs: dict[str, bool], dout: Tensor) -> dict[str, Tensor | None]:
+    ids, positions = ctx.saved_tensors
+    places = {"weight": ids, "position_weight": None if positions is None else positions.expand(ids.shape)}
+    return {
+        name: _registered_backward(dout, places[name], count, ctx.backend)
+        for name, count in ctx.counts.items()
+        if needs[name]
+    }
+
+
+_registered = library.define(
+    "embedding(Tensor ids, Tensor weight, Tensor? positions, Tensor? position_weight, str? backend) -> Tensor",
+    _run,
+    lambda ids, weight, **_: weight.new_empty((*ids.shape, weight.shape[1])),
+)
+_registered_backward = library.define(
+    "embedding_backward(Tensor dout, Tensor ids, SymInt count, str? backend) -> Tensor",
+    _run_backward,
+    lambda dout, count, **_: dout.new_empty((count, dout.shape[-1])),
+)
+library.differentiate(_registered, _save, _gradients)
+library.differentiate_through(
+    _registered_backward, lambda dout, ids, count, backend: _backward_reference(dout, ids, count)
+)
+
+OP = Op(
+    *("embedding", embedding, reference, cost, cases, baseline),
+    take=_take,
+    differentiable=("weight", "position_weight"),
+    double_backward=True,
+)

@@ -151,6 +151,17 @@ def needed(arguments: Mapping[str, Any]) -> bool:
     )
 
 
+def under_autocast(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether dtypes differ because autocast made some of them: then an op takes them as PyTorch's own would."""
+    differ = any(t is not None and t.dtype != x.dtype for t in others)
+    return differ and torch.is_autocast_enabled(x.device.type)
+
+
+def traced(t: Tensor) -> bool:
+    """Whether a tensor's values can't be read here."""
+    return torch.compiler.is_compiling() or type(t) not in _ORDINARY or t.device.type == "meta"
+
+
 def seed_tensor(seed: Tensor | int, like: Tensor) -> Tensor:
     """A seed, int or int64 tensor, as the tensor that an op's schema takes, so that no graph depends on its value."""
     return seed if isinstance(seed, Tensor) else torch.tensor(seed, dtype=torch.int64, device=like.device)

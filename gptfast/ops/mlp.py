@@ -22,13 +22,14 @@ nor is the activation before its product with up. Each element's result depends 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptfast.ops import dispatch
+from gptfast.ops import dispatch, library, mlp_gradients
 from gptfast.ops.dispatch import require, shape
 from gptfast.ops.spec import Case, Cost, Inputs, Op, nbytes
 
@@ -85,6 +86,20 @@ def swiglu_cost(gate: Tensor, up: Tensor) -> Cost:
 
 def geglu_cost(gate: Tensor, up: Tensor, *, approximate: str = "tanh") -> Cost:
     return Cost(flops=17 * gate.numel(), bytes=nbytes(gate, gate, up))
+
+
+def bias_gelu_train_cost(x: Tensor, bias: Tensor | None = None, *, approximate: str = "tanh") -> Cost:
+    """The backward reads the gradient of y and x and writes that of x."""
+    return Cost(flops=45 * x.numel(), bytes=nbytes(x, x, bias) + nbytes(x, x, x, bias))
+
+
+def swiglu_train_cost(gate: Tensor, up: Tensor) -> Cost:
+    """The backward reads the gradient of y, gate and up, and writes two gradients."""
+    return Cost(flops=35 * gate.numel(), bytes=8 * nbytes(gate))
+
+
+def geglu_train_cost(gate: Tensor, up: Tensor, *, approximate: str = "tanh") -> Cost:
+    return Cost(flops=45 * gate.numel(), bytes=8 * nbytes(gate))
 
 
 def bias_gelu_cases() -> list[Case]:
@@ -159,7 +174,13 @@ def bias_gelu(
 
     Raises ValueError for arguments that don't fit; BackendError where `backend` can't serve the call.
     """
+    if bias is not None and library.under_autocast(x, bias):
+        bias = bias.to(x.dtype)
     arguments = {"x": x, "bias": bias, "approximate": approximate}
+    backend, as_op = library.route("mlp.bias_gelu", backend, arguments)
+    if as_op:
+        _check_bias_gelu(**arguments)
+        return _bias_gelu(**arguments, backend=backend)
     return dispatch.prepared("mlp.bias_gelu", backend, bias_gelu_reference, x, arguments, _check_bias_gelu)(**arguments)
 
 
@@ -169,6 +190,10 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     Raises ValueError for arguments that don't fit; BackendError where `backend` can't serve the call.
     """
     arguments = {"gate": gate, "up": up}
+    backend, as_op = library.route("mlp.swiglu", backend, arguments)
+    if as_op:
+        _check_swiglu(**arguments)
+        return _swiglu(**arguments, backend=backend)
     return dispatch.prepared("mlp.swiglu", backend, swiglu_reference, gate, arguments, _check_swiglu)(**arguments)
 
 
@@ -178,6 +203,10 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh", backend: str |
     Raises ValueError for arguments that don't fit; BackendError where `backend` can't serve the call.
     """
     arguments = {"gate": gate, "up": up, "approximate": approximate}
+    backend, as_op = library.route("mlp.geglu", backend, arguments)
+    if as_op:
+        _check_geglu(**arguments)
+        return _geglu(**arguments, backend=backend)
     return dispatch.prepared("mlp.geglu", backend, geglu_reference, gate, arguments, _check_geglu)(**arguments)
 
 
@@ -221,8 +250,20 @@ def _take(arguments: Any, b: int) -> dict[str, Any]:
     return {k: v[b : b + 1] if k in ("x", "gate", "up") else v for k, v in arguments.items()}
 
 
+_bias_gelu = mlp_gradients.register_bias_gelu(bias_gelu_reference)
+_swiglu = mlp_gradients.register_gated("swiglu", swiglu_reference, approximate=False)
+_geglu = mlp_gradients.register_gated("geglu", geglu_reference, approximate=True)
+
+
+def _op(name: str, *parts: Any, train_cost: Callable[..., Cost], differentiable: tuple[str, ...]) -> Op:
+    return Op(*(name, *parts), take=_take, train_cost=train_cost, differentiable=differentiable, double_backward=True)
+
+
 OPS = [
-    Op("bias_gelu", bias_gelu, bias_gelu_reference, bias_gelu_cost, bias_gelu_cases, bias_gelu_baseline, take=_take),
-    Op("swiglu", swiglu, swiglu_reference, swiglu_cost, swiglu_cases, swiglu_baseline, take=_take),
-    Op("geglu", geglu, geglu_reference, geglu_cost, geglu_cases, geglu_baseline, take=_take),
-]
+    _op(*("bias_gelu", bias_gelu, bias_gelu_reference, bias_gelu_cost, bias_gelu_cases, bias_gelu_baseline),
+        train_cost=bias_gelu_train_cost, differentiable=("x", "bias")),
+    _op(*("swiglu", swiglu, swiglu_reference, swiglu_cost, swiglu_cases, swiglu_baseline),
+        train_cost=swiglu_train_cost, differentiable=("gate", "up")),
+    _op(*("geglu", geglu, geglu_reference, geglu_cost, geglu_cases, geglu_baseline),
+        train_cost=geglu_train_cost, differentiable=("gate", "up")),
+]  # fmt: skip

@@ -85,6 +85,12 @@ def cost(x: Tensor, weight: Tensor, eps: float = 1e-6, *, residual: Tensor | Non
     return Cost(flops=(4 + (residual is not None)) * x.numel(), bytes=moved)
 
 
+def train_cost(x: Tensor, weight: Tensor, *, residual: Tensor | None = None, **others: Any) -> Cost:
+    """The backward reads the gradients of y and of the sum, and the sum, and writes the gradient of x."""
+    forward = cost(x, weight, residual=residual, **others)
+    return Cost(flops=3 * forward.flops, bytes=forward.bytes + nbytes(x, x, x, residual))
+
+
 def cases() -> list[Case]:
     def case(
         *shape: int,
@@ -140,6 +146,9 @@ def rms_norm(
 
     Raises ValueError for shapes and dtypes that don't fit; BackendError where `backend` can't serve the call.
     """
+    if residual is not None and library.under_autocast(x, residual):
+        wide = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(wide), residual.to(wide)
     arguments = {
         "x": x, "weight": weight, "eps": eps, "residual": residual, "dropout_p": dropout_p,
         "seed": seed if dropout_p else 0, "stream": stream if dropout_p else 0,
@@ -192,6 +201,7 @@ OP = Op(
     *("rms_norm", rms_norm, reference, cost, cases, baseline),
     plain=plain,
     take=_take,
+    train_cost=train_cost,
     differentiable=("x", "weight", "residual"),
     double_backward=True,
 )

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.ops import dispatch
+from gptfast.ops import dispatch, library
 from gptfast.ops.dispatch import require, shape
 from gptfast.ops.spec import Case, Cost, Inputs, Op, nbytes
 
@@ -130,7 +130,11 @@ def rope(
         sin.shape == cos.shape and sin.dtype == cos.dtype,
         lambda: f"rope: expected sin like cos {shape(cos)}, got {shape(sin)}",
     )
-    return dispatch.run("rope", backend, reference, q, q=q, k=k, cos=cos, sin=sin, interleaved=interleaved)
+    arguments = {"q": q, "k": k, "cos": cos, "sin": sin, "interleaved": interleaved}
+    backend, as_op = library.route("rope", backend, arguments)
+    if as_op:
+        return _registered(**arguments, backend=backend)
+    return dispatch.run("rope", backend, reference, q, **arguments)
 
 
 def rope_tables(
@@ -270,4 +274,40 @@ def _take(arguments: Any, b: int) -> dict[str, Any]:
     }
 
 
-OP = Op("rope", rope, reference, cost, cases, baseline, take=_take)
+def _run(backend: str | None, **arguments: Any) -> tuple[Tensor, Tensor]:
+    return dispatch.run("rope", backend, reference, arguments["q"], **arguments)
+
+
+def _backward_reference(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """A rotation's gradient is the rotation back."""
+    return reference(dq, dk, cos, -sin, interleaved=interleaved)
+
+
+def _run_backward(backend: str | None, **arguments: Any) -> tuple[Tensor, Tensor]:
+    return dispatch.run("rope.rope_backward", backend, _backward_reference, arguments["dq"], **arguments)
+
+
+def _save(ctx: Any, arguments: dict[str, Any], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(arguments["cos"], arguments["sin"])
+    ctx.rest = arguments["interleaved"], arguments["backend"]
+
+
+def _gradients(ctx: Any, needs: dict[str, bool], dq: Tensor, dk: Tensor) -> dict[str, Tensor]:
+    dq, dk = _registered_backward(dq, dk, *ctx.saved_tensors, *ctx.rest)
+    return {"q": dq, "k": dk}
+
+
+_registered = library.define(
+    "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved, str? backend) -> (Tensor, Tensor)",
+    _run,
+    lambda q, k, **_: (q.new_empty(q.shape), k.new_empty(k.shape)),
+)
+_registered_backward = library.define(
+    "rope_backward(Tensor dq, Tensor dk, Tensor cos, Tensor sin, bool interleaved, str? backend) -> (Tensor, Tensor)",
+    _run_backward,
+    lambda dq, dk, **_: (dq.new_empty(dq.shape), dk.new_empty(dk.shape)),
+)
+library.differentiate(_registered, _save, _gradients)
+library.differentiate_through(_registered_backward, lambda backend, **arguments: _backward_reference(**arguments))
+
+OP = Op(*("rope", rope, reference, cost, cases, baseline), take=_take, differentiable=("q", "k"), double_backward=True)

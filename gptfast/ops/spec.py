@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,9 +69,11 @@ class Op:
     plain: Callable[..., Any] | None = None
     dtypes: tuple[torch.dtype, ...] = STORAGE
     mutates: tuple[str, ...] = ()  # arguments written in place, where given; they count as outputs
+    train_cost: Callable[..., Cost] | None = None  # of a forward and a backward together
     differentiable: tuple[str, ...] = ()  # arguments that get gradients, from a backward kernel where there is one
     double_backward: bool = False  # whether its gradients can be differentiated in turn
     exact: bool = False  # outputs equal the reference's bit for bit
+    kernels: bool = True  # False where none would pay: what it works on is as small as a number for each sequence
     # The arguments of row `b` of the batch alone, and how many rows a call has; None = no batch.
     take: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
     batch: Callable[[Mapping[str, Any]], int] = field(default=lambda arguments: next(iter(arguments.values())).shape[0])
@@ -83,8 +85,12 @@ def nbytes(*tensors: Tensor | None) -> int:
 
 
 def map_tensors(f: Callable[[Tensor], Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The same arguments with f applied to each tensor."""
-    return {name: f(value) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    """The same arguments with f applied to each tensor, those in lists too."""
+
+    def of(value: Any) -> Any:
+        return f(value) if isinstance(value, Tensor) else [of(v) for v in value] if isinstance(value, list) else value
+
+    return {name: of(value) for name, value in arguments.items()}
 
 
 def double(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,7 +100,42 @@ def double(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def outputs(result: Any) -> list[Tensor]:
     """A call's outputs as a list of tensors."""
-    return [result] if isinstance(result, Tensor) else [r for r in result if r is not None]
+    return [result] if isinstance(result, Tensor) else [r for r in result or () if r is not None]
+
+
+def written(op: Op, arguments: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors among the arguments that the op writes in place."""
+    return [t for name in op.mutates for t in outputs(arguments.get(name))]
+
+
+def leaves(op: Op, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The same arguments, those that get gradients asking for them; strides stay."""
+    return {
+        name: x.detach().requires_grad_() if name in op.differentiable and isinstance(x, Tensor) else x
+        for name, x in arguments.items()
+    }
+
+
+def upstream(op: Op, arguments: Mapping[str, Any], key: str = "") -> list[Tensor]:
+    """Random gradients of the outputs that have some, rounded to their dtype."""
+    with torch.enable_grad():
+        results = [r for r in outputs(op.reference(**leaves(op, arguments))) if r.requires_grad]
+    inputs = Inputs(results[0].dtype, key + "/upstream", str(results[0].device))
+    return [inputs.randn(*r.shape, dtype=r.dtype) for r in results]
+
+
+def gradients(
+    function: Callable[..., Any], op: Op, arguments: Mapping[str, Any], given: Sequence[Tensor], **more: Any
+) -> dict[str, Tensor]:
+    """The gradient of each differentiable argument, those of the outputs being given."""
+    mine = leaves(op, arguments)
+    with torch.enable_grad():
+        results = [r for r in outputs(function(**mine, **more)) if r.requires_grad]
+    asked = [name for name in op.differentiable if isinstance(mine.get(name), Tensor)]
+    found = torch.autograd.grad(
+        results, [mine[name] for name in asked], [u.to(r.dtype) for u, r in zip(given, results)], allow_unused=True
+    )
+    return {name: torch.zeros_like(mine[name]) if g is None else g for name, g in zip(asked, found)}
 
 
 def ulp(scale: float, dtype: torch.dtype) -> float:

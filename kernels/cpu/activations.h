@@ -20,7 +20,7 @@ INLINE f32v gelu_tanh(f32v x) {
 // x * Phi(x), Phi(x) = (1 + erf(x / sqrt(2))) / 2. The lower tail is q = Phi(-|x|) = exp(-x^2/2) t p(t), so that
 // nothing cancels, with t = 1 / (1 + c |x|) (the form of Abramowitz and Stegun 26.2.17) and p of degree 8 the minimax
 // of the relative error, 2.6e-8, for |x| <= 15; beyond, exp(-x^2/2) is 0 in fp32.
-INLINE f32v gelu_erf(f32v x) {
+INLINE f32v tail_over_bell(f32v x) {  // q / exp(-x^2/2)
   const f32v t = 1.0f / fma(abs(x), splat(0.345f), splat(1.0f));
   f32v p = splat(-0.0279335119f);
   p = fma(p, t, splat(0.143238276f));
@@ -31,8 +31,28 @@ INLINE f32v gelu_erf(f32v x) {
   p = fma(p, t, splat(0.117478006f));
   p = fma(p, t, splat(0.137990683f));
   p = fma(p, t, splat(0.137620866f));
-  const f32v q = exp(x * x * -0.5f) * (t * p);
+  return t * p;
+}
+INLINE f32v gelu_erf(f32v x) {
+  const f32v q = exp(x * x * -0.5f) * tail_over_bell(x);
   return x * select(x < 0.0f, q, 1.0f - q);
+}
+
+// Derivatives. s (1 + x (1 - s)) with s = sigmoid(x)
+INLINE f32v silu_derivative(f32v x, f32v s) { return s * fma(x, 1.0f - s, splat(1.0f)); }
+
+// s + x s (1 - s) 2u' with s = sigmoid(2u), 1 - s = s e without a difference, 2u' = -ln(2) (a + 3 b x^2). Where e is
+// 2^126 s is next to nothing.
+INLINE f32v gelu_tanh_derivative(f32v x) {
+  const f32v square = x * x, w = x * fma(square, splat(-0.10294324f), splat(-2.3022082f));
+  const f32v e = exp2(select(w > 126.0f, splat(126.0f), w)), s = 1.0f / (1.0f + e);
+  return fma(x * s * (s * e), fma(square, splat(0.21406435f), splat(1.5957691f)), s);
+}
+
+// Phi(x) + x phi(x)
+INLINE f32v gelu_erf_derivative(f32v x) {
+  const f32v bell = exp(x * x * -0.5f), q = bell * tail_over_bell(x);
+  return fma(x * 0.39894228f, bell, select(x < 0.0f, q, 1.0f - q));
 }
 
 }  // namespace gptfast::ISA

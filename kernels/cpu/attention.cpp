@@ -21,6 +21,7 @@ struct Sequence {
   int q_len, k_len, position;  // position: of the first query, absolute
   int leftpad;
   const int32_t* pages;
+  uint64_t elements;  // of dropout before it
 };
 
 Sequence sequence(const Attention& a, int64_t b) {
@@ -39,6 +40,12 @@ Sequence sequence(const Attention& a, int64_t b) {
   s.pages = a.block_table ? a.block_table + b * a.table_stride : nullptr;
   s.k = a.cu_k ? k_first * a.k_strides[1] : s.pages ? 0 : slot * a.k_strides[0];
   s.v = a.cu_k ? k_first * a.v_strides[1] : s.pages ? 0 : slot * a.v_strides[0];
+  s.elements = b * a.H * a.Sq * a.Sk;
+  if (a.cu_q && a.drop_below) {
+    s.elements = 0;
+    for (int64_t n = 0; n < b; n++)
+      s.elements += a.H * (a.cu_q[n + 1] - a.cu_q[n]) * (int64_t)(a.cu_k[n + 1] - a.cu_k[n]);
+  }
   s.k_scale = s.pages ? 0 : slot * a.k_scale_strides[0];  // of caches alone, as are pages
   s.v_scale = s.pages ? 0 : slot * a.v_scale_strides[0];
   return s;
@@ -154,6 +161,7 @@ struct Head {
     t.low = (int32_t*)(t.sink + W);
     t.high = t.low + W;
     t.position = t.high + W;
+    t.element = (uint64_t*)(t.position + W);
     clear(t);
     for (int r = 0; r < W; r++) {
       const int row = first + min(r, t.rows - 1), i = row / G;
@@ -161,6 +169,7 @@ struct Head {
       t.position[r] = i + s.k_len - s.q_len;
       t.slope[r] = a.slopes ? a.slopes[s.b * a.slopes_batch + head(row)] : 0.0f;
       t.sink[r] = a.sinks ? a.sinks[head(row)] : NONE;
+      t.element[r] = s.elements + (head(row) * s.q_len + i) * (uint64_t)s.k_len;
     }
     if (few) {
       for (int r = 0; r < t.rows; r++) load_query(first + r, t.q + r * DIM);
@@ -227,6 +236,7 @@ struct Head {
     c.terms.edge = from < t.low[t.rows - 1] || to > t.high[0];
     c.terms.bias = a.bias || a.mask;
     c.bias = bias;
+    c.dropout = {a.seed, a.stream, a.drop_below};
     if (c.terms.bias) {
       memset(bias, 0, t.width * CHUNK * sizeof(float));
       for (int r = 0; r < t.rows; r++) load_bias(t.first + r, c, bias + r * CHUNK);
@@ -273,7 +283,7 @@ struct Head {
       const f32v total = fma(load(t.l + r), turn, decay(sink - top));
       store(t.m + r, top);
       store(t.l + r, total);
-      store(t.slope + r, select(total > 0.0f, turn / total, f32v{}));
+      store(t.slope + r, select(total > 0.0f, turn / total * a.keep_scale, f32v{}));
     }
     if (a.lse)
       for (int r = 0; r < t.rows; r++) {

@@ -7,6 +7,7 @@
 // K is packed as kt[key / LANES][d][LANES] and V as vt[d / LANES][key][LANES], in fp32.
 #pragma once
 #include "attention_keys.h"
+#include "philox.h"
 
 namespace gptfast::ISA::attn {
 
@@ -83,6 +84,13 @@ struct Tile {
   float *q, *o, *m, *l;            // q comes scaled
   float *slope, *sink;             // per row
   int32_t *low, *high, *position;  // keys [low, high) are seen by a row; both grow with the row
+  uint64_t* element;               // dropout's number of the row's first key
+};
+
+// Which probabilities are dropped: ops/philox.py.
+struct Dropout {
+  uint64_t seed;
+  uint32_t stream, below;  // 0 = none
 };
 
 // One chunk as seen by a tile: keys start + [begin, end) are needed.
@@ -90,6 +98,7 @@ struct Keys {
   int start, begin, end;
   Terms terms;
   const float* bias;  // [width][CHUNK]
+  Dropout dropout;
   int first_group() const { return begin / LANES; }
   int last_group() const { return (int)ceil_div(end, LANES); }
 };
@@ -219,6 +228,33 @@ NOINLINE void exp_rows(const Keys& keys, float* s, const float* m, float* l) {
   for (int v = 0; v < NV; v++) store(l + v * LANES, part[0][v]);
 }
 
+// Which keys of the chunk's groups row r keeps: room for CHUNK + 4 LANES, from the first group on.
+INLINE const int32_t* kept(const Tile& t, const Keys& keys, int r, int32_t* room) {
+  const int first = keys.first_group() * LANES, n = keys.last_group() * LANES - first;
+  const Dropout& d = keys.dropout;
+  return dropout_keep(room, t.element[r] + keys.start + first, n, d.below, d.stream, d.seed);
+}
+
+// p = 0 where it is dropped.
+template <int NV>
+NOINLINE void drop_rows(const Tile& t, const Keys& keys, float* p) {
+  const int first = keys.first_group(), last = keys.last_group();
+  for (int v = 0; v < NV * LANES; v += LANES) {
+    int32_t room[LANES][CHUNK + 4 * LANES];
+    const int32_t* row[LANES];
+    for (int i = 0; i < LANES; i++) row[i] = kept(t, keys, v + i, room[i]);
+    for (int g = first; g < last; g++) {
+      f32v keep[LANES];
+      UNROLL for (int i = 0; i < LANES; i++) keep[i] = bitcast<f32v>(load(row[i] + (g - first) * LANES));
+      transpose(keep);
+      for (int i = 0; i < LANES; i++) {
+        float* at = p + (g * LANES + i) * NV * LANES + v;
+        store(at, select(bitcast<i32v>(keep[i]), load(at), f32v{}));
+      }
+    }
+  }
+}
+
 // o = o a + (P V) b
 template <int NV>
 NOINLINE void pv_rows(const float* p, const float* vt, float* o, const float* a, const float* b, int dim, int begin,
@@ -252,6 +288,7 @@ void chunk_rows(const Tile& t, const Keys& keys, const float* kt, const float* v
   qk_rows<NV>(t.q, kt, s, t.dim, skip, keys.last_group() * LANES, plain, mc);
   score_rows<NV>(t, keys, plain, s, mc);
   exp_rows<NV>(keys, s, mc, lc);
+  if (keys.dropout.below) drop_rows<NV>(t, keys, s);
   for (int v = 0; v < NV * LANES; v += LANES) merge(t.m + v, t.l + v, load(mc + v), load(lc + v), a + v, b + v);
   pv_rows<NV>(s, vt, t.o, a, b, t.dim, keys.begin, keys.end);
 }
@@ -312,6 +349,11 @@ INLINE void softmax_few(const Tile& t, const Keys& keys, int r, float* s, float*
     total += e;
   }
   *l = sum(total);
+  if (!keys.dropout.below) return;
+  int32_t room[CHUNK + 4 * LANES];
+  const int32_t* keep = kept(t, keys, r, room);
+  for (int g = keys.first_group(); g < keys.last_group(); g++, keep += LANES)
+    store(s + g * LANES, select(load(keep), load(s + g * LANES), f32v{}));
 }
 
 // Vectors of dims side by side for R rows: AVX2 needs 8 sums or more to hide an fma's 4 cycles, and has 16 registers

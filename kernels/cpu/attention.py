@@ -12,13 +12,26 @@ from gptfast import _cpu
 from gptfast.kernels.cpu import DTYPES, empty, prepare, unsupported
 
 CHUNK = 128  # keys
+EXACT = 48  # queries of a sequence, for which the kernel makes up for lse's rounding
 CACHE_DTYPES = {**DTYPES, torch.int8: 3}
 
 
-def supports_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, **terms: Any) -> str | None:
-    if dropout_p:
-        return "it has no dropout yet"
-    return _unsupported(q, k, v, terms)
+def supports_attention(q: Tensor, k: Tensor, v: Tensor, alibi_slopes: Tensor | None = None, **terms: Any) -> str | None:
+    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
+        return "alibi_slopes require a gradient, and this kernel makes none for them"
+    for name in ("bias", "sinks"):
+        if (t := terms.get(name)) is not None and t.requires_grad and torch.is_grad_enabled():
+            return f"{name} requires a gradient, and this kernel's is not as exact as the reference's yet"
+    return _unsupported(q, k, v, terms, backward=True)
+
+
+def supports_attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, dlse: Tensor | None, **terms: Any
+) -> str | None:
+    for name, t in (("lse", lse), ("dlse", dlse)):
+        if t is not None and t.dtype != torch.float32:
+            return f"{name} must be float32, not {str(t.dtype).removeprefix('torch.')}"
+    return unsupported(dout, out, backward=True) or _unsupported(q, k, v, terms, backward=True)
 
 
 def supports_attention_kvcache(
@@ -34,10 +47,11 @@ def supports_attention_kvcache(
     return _unsupported(q, *held, terms)
 
 
-def _unsupported(q: Tensor, k: Tensor, v: Tensor, terms: dict[str, Any]) -> str | None:
+def _unsupported(q: Tensor, k: Tensor, v: Tensor, terms: dict[str, Any], backward: bool = False) -> str | None:
     if q.shape[-1] > 256:
         return f"it takes heads of up to 256 dimensions, not {q.shape[-1]}"
-    return unsupported(q, k, v) or unsupported(*(terms.get(n) for n in ("k", "v", "cos", "sin", "bias", "sinks")))
+    others = (terms.get(n) for n in ("k", "v", "cos", "sin", "bias", "sinks"))
+    return unsupported(q, k, v, *others, backward=backward)
 
 
 def attention(
@@ -56,22 +70,12 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     q, k, v = _rows(q), _rows(k), _rows(v)
     B, longest, Sk, H = q.shape[0], q.shape[-3], k.shape[-3], q.shape[-2]
-    tensors: dict[str, Tensor | None] = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias}
-    extra: dict[str, Any] = {}
-    for name, t in (("mask", mask), ("bias", bias)):
-        if t is not None:
-            extra[f"{name}_strides"] = t.expand(B, H, longest, Sk).stride()
-    if bias is not None:
-        extra["bias_dtype"] = DTYPES[bias.dtype]
+    tensors, extra = _terms(q, k, mask, bias, alibi_slopes, sinks)
+    tensors |= {"q": q, "k": k, "v": v}
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        edges = cu_seqlens_q.tolist()
-        B, longest = len(edges) - 1, max((b - a for a, b in pairwise(edges)), default=0)
+        B, longest = len(cu_seqlens_q) - 1, _longest(cu_seqlens_q)
         tensors |= {"cu_q": cu_seqlens_q.contiguous(), "cu_k": cu_seqlens_k.contiguous()}
-    if alibi_slopes is not None:
-        tensors["slopes"] = _floats(alibi_slopes)
-        extra["slopes_batch"] = H if alibi_slopes.dim() == 2 else 0
-    if sinks is not None:
-        tensors["sinks"] = _floats(sinks)
+    extra |= _dropout(**terms)
     threads, room, numbers = _numbers(q, k, v, B, longest, Sk, **terms)
     tensors["out"] = out = empty(tuple(q.shape), q.dtype)
     tensors["workspace"] = torch.empty(room) if room else None
@@ -80,6 +84,115 @@ def attention(
     pointers = {name: t.data_ptr() for name, t in tensors.items() if t is not None}
     _cpu.attention(threads, **numbers | extra | pointers)
     return out if lse is None else (out, lse)
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    dlse: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    window: tuple[int, int],
+    softcap: float,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    wants_bias: bool,
+    wants_sinks: bool,
+    **dropout: Any,
+) -> tuple[Tensor, ...]:
+    """The gradients: gptfast/ops/attention_gradients.py."""
+    dout, q, k, v, out = (_rows(t) for t in (dout, q, k, v, out))
+    Sq, H, D = q.shape[-3:]
+    Sk, Hk = k.shape[-3:-1]
+    B, longest, longest_k = q.shape[0], Sq, Sk
+    tensors, numbers = _terms(q, k, mask, bias, alibi_slopes, sinks)
+    pairs = B * Sq * Sk
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        B, longest, longest_k = len(cu_seqlens_q) - 1, _longest(cu_seqlens_q), _longest(cu_seqlens_k)
+        tensors |= {"cu_q": cu_seqlens_q.contiguous(), "cu_k": cu_seqlens_k.contiguous()}
+        pairs = int((cu_seqlens_q.diff() * cu_seqlens_k.diff()).sum())
+    threads = 1 if H * pairs * D < 1 << 15 else torch.get_num_threads()
+    room = 3 * H // Hk * _up(longest, 48) * (_up(D) + 16)  # dQ, q and dout of the heads of a KV head
+    # By heads the longest task may be all that there is to wait for; by blocks there are 7 products instead of 5.
+    rounds = max(-(-B * Hk // threads), 1) * longest * longest_k * B / max(pairs, 1)
+    split = threads > 1 and 5 * rounds * threads > 7 * B * Hk
+    made = {name: empty(tuple(t.shape), t.dtype) for name, t in (("dq", q), ("dk", k), ("dv", v))}
+    tensors |= {"q": q, "k": k, "v": v, "dout": dout, "out": out, "lse": lse.contiguous()}
+    tensors["dlse"] = None if dlse is None else dlse.contiguous()
+    tensors["delta"] = torch.empty(lse.shape)
+    wide = q.dtype != torch.float32 and (wants_sinks or (wants_bias and bias is not None))
+    if wide or longest <= EXACT or cu_seqlens_q is not None:
+        tensors["norm"] = torch.empty(lse.shape)
+    tensors["workspace"] = None if split else empty((threads * room,), torch.float32)
+    shape = (0, 0, 0, 0)
+    if bias is not None and wants_bias:
+        shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+        made["dbias"] = torch.empty(bias.shape, dtype=bias.dtype)
+    if sinks is not None and wants_sinks:
+        made["dsinks"] = torch.empty(sinks.shape)
+    pointers = {name: t.data_ptr() for name, t in (tensors | made).items() if t is not None}
+    strides = {
+        f"{name}_strides": _strides(t) for name, t in (("q", q), ("k", k), ("v", v), ("dout", dout), ("out", out))
+    }
+    sizes = dict(B=B, Sq=Sq, Sk=Sk, H=H, Hk=Hk, D=D, q_longest=longest, k_longest=longest_k, room=room)
+    _cpu.attention_backward(
+        threads,
+        **pointers,
+        **strides,
+        **sizes,
+        **{"bias_dtype": 0, "slopes_batch": 0, "bias_shape": shape} | numbers,
+        **_dropout(**dropout),
+        scale=1 / math.sqrt(D) if scale is None else scale,
+        softcap=softcap,
+        dtype=DTYPES[q.dtype],
+        causal=causal,
+        left=window[0],
+        right=window[1],
+        split=split,
+    )
+    if sinks is not None and wants_sinks:
+        made["dsinks"] = made["dsinks"].to(sinks.dtype)
+    return tuple(made.get(name, dout.new_empty(0)) for name in ("dq", "dk", "dv", "dbias", "dsinks"))
+
+
+def _terms(
+    q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None
+) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
+    """What is added to scores or hides them, as fields: tensors, and numbers."""
+    tensors: dict[str, Tensor | None] = {"mask": mask, "bias": bias}
+    numbers: dict[str, Any] = {}
+    H = q.shape[-2]
+    for name, t in (("mask", mask), ("bias", bias)):
+        if t is not None:
+            numbers[f"{name}_strides"] = t.expand(q.shape[0], H, q.shape[1], k.shape[1]).stride()
+    if bias is not None:
+        numbers["bias_dtype"] = DTYPES[bias.dtype]
+    if alibi_slopes is not None:
+        tensors["slopes"] = _floats(alibi_slopes)
+        numbers["slopes_batch"] = H if alibi_slopes.dim() == 2 else 0
+    if sinks is not None:
+        tensors["sinks"] = _floats(sinks)
+    return tensors, numbers
+
+
+def _dropout(dropout_p: float = 0.0, seed: int = 0, stream: int = 0, **_: Any) -> dict[str, Any]:
+    return {
+        **{"seed": int(seed) & 0xFFFFFFFFFFFFFFFF, "stream": stream & 0xFFFFFFFF},
+        **{"keep_scale": 1 / (1 - dropout_p), "drop_below": int(dropout_p * 2**32)},
+    }
+
+
+def _longest(edges: Tensor) -> int:
+    return max((b - a for a, b in pairwise(edges.tolist())), default=0)
 
 
 def attention_kvcache(**arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
@@ -147,7 +260,7 @@ def prepare_attention_kvcache(
         *("attention", threads, outputs, inputs, given),
         results=len(outputs),
         workspace=4 * floats,
-        **numbers | extra,
+        **numbers | extra | _dropout(),
     )
 
 
@@ -192,8 +305,8 @@ def _numbers(
     return threads, B * Hk * chunks * partial, numbers
 
 
-def _up(n: int) -> int:
-    return -(-n // 16) * 16
+def _up(n: int, to: int = 16) -> int:
+    return -(-n // to) * to
 
 
 def _contiguous(t: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ struct Scratch {
   int slots;
   int64_t block;  // of K or V
 
-  static int64_t tile_floats(int64_t D) { return ROWS * (2 * round_up((int)D, LANES) + 7) + FEW * DIM; }
+  static int64_t tile_floats(int64_t D) { return ROWS * (2 * round_up((int)D, LANES) + 9) + FEW * DIM; }
   Scratch(const Attention& a, Worker& worker, int tiles_of_strip, int chunks) {
     const int64_t D = round_up((int)a.D, LANES), copied = D + 16;
     block = D * CHUNK;

@@ -263,8 +263,12 @@ PYBIND11_MODULE(_cpu, m) {
   BIND(attention, Attention, out, lse, workspace, q, k, v, k_cache, v_cache, k_new, v_new, k_scale, v_scale, cos, sin,
        mask, bias, slopes, sinks, cu_q, cu_k, lengths, leftpad, batch_index, block_table, B, Sq, Sk, H, Hk, D,
        q_longest, q_strides, k_strides, v_strides, k_new_strides, v_new_strides, k_scale_strides, v_scale_strides,
-       mask_strides, bias_strides, slopes_batch, page, table_stride, rotary, chunks, partial, scale, softcap, dtype,
-       cache_dtype, bias_dtype, causal, left, right, interleaved);
+       mask_strides, bias_strides, slopes_batch, page, table_stride, rotary, chunks, partial, seed, scale, softcap,
+       keep_scale, stream, drop_below, dtype, cache_dtype, bias_dtype, causal, left, right, interleaved);
+  BIND(attention_backward, AttentionBackward, dq, dk, dv, dbias, dsinks, delta, norm, workspace, dout, out, lse, dlse,
+       q, k, v, mask, bias, slopes, sinks, cu_q, cu_k, B, Sq, Sk, H, Hk, D, q_longest, k_longest, q_strides, k_strides,
+       v_strides, dout_strides, out_strides, mask_strides, bias_strides, bias_shape, slopes_batch, room, seed, scale,
+       softcap, keep_scale, stream, drop_below, dtype, bias_dtype, causal, left, right, split);
   BIND(layer_norm, Norm, y, sum, mean, rstd, x, residual, weight, bias, rows, cols, block, block_stride, x_stride,
        residual_stride, seed, eps, keep_scale, stream, drop_below, dtype, weight_dtype);
   BIND(rms_norm, Norm, y, sum, rstd, x, residual, weight, rows, cols, block, block_stride, x_stride, residual_stride,
@@ -294,8 +298,36 @@ PYBIND11_MODULE(_cpu, m) {
   BIND(bias_gelu, Mlp, y, x, other, rows, cols, x_stride, other_stride, tanh, dtype);
   BIND(swiglu, Mlp, y, x, other, rows, cols, x_stride, other_stride, dtype);
   BIND(geglu, Mlp, y, x, other, rows, cols, x_stride, other_stride, tanh, dtype);
+  BIND(vocabulary_logits, Vocabulary, logits, tiles, stats, at_target, lse, rest, nll, smooth, entropy, x, weight, bias,
+       index, target, class_weight, block_weight, rows, padded, depth, cols, x_stride, weight_stride, softcap,
+       inverse_temperature, dtype);
+  BIND(vocabulary_gradients, Vocabulary, logits, lse, rest, scale, slope, even, hit, dx, dweight, dbias, panels,
+       dx_parts, x, weight, index, target, class_weight, rows, padded, depth, cols, x_stride, weight_stride, parts,
+       softcap, inverse_temperature, made, add, dtype);
+  BIND(token_kl, TokenKl, kl, p, q, partial, p_lse, p_rest, q_lse, q_rest, upstream, rows, padded, cols, p_softcap,
+       q_softcap, inverse_temperature);
+  BIND(cross_entropy, CrossEntropy, lse, rest, nll, smooth, logits, target, class_weight, block_weight, rows, cols,
+       logits_stride, softcap, dtype);
+  BIND(cross_entropy_backward, CrossEntropy, lse, rest, dlogits, scale, even, hit, logits, target, class_weight, rows,
+       cols, logits_stride, softcap, dtype);
+  BIND(bias_gelu_backward, MlpBackward, dx, dother, workspace, dy, x, other, rows, cols, chunk, dy_stride, x_stride,
+       other_stride, tanh, dtype);
+  BIND(swiglu_backward, MlpBackward, dx, dother, dy, x, other, rows, cols, dy_stride, x_stride, other_stride, dtype);
+  BIND(geglu_backward, MlpBackward, dx, dother, dy, x, other, rows, cols, dy_stride, x_stride, other_stride, tanh,
+       dtype);
+  BIND(embedding_backward, EmbeddingBackward, dweight, dout, ids, first, order, segments, cols, dout_stride, dtype);
   BIND(embedding, Embedding, out, ids, positions, weight, position_weight, rows, cols, weight_stride, position_stride,
        dtype);
+  BIND(gradient_norm, GradientNorm, norm, sums, grads, starts, sizes, grad_dtypes, tensors);
+  BIND(adamw, AdamW, params, exp_avgs, exp_avg_sqs, masters, grads, steps, starts, sizes, dtypes, grad_dtypes, tensors,
+       lr, beta1, beta2, eps, weight_decay, grad_scale);
+  BIND(policy_loss, PolicyLoss, gradient, results, sums, counts, logprobs, old_logprobs, reference_logprobs, advantages,
+       mask, rows, cols, logprobs_stride, old_stride, reference_stride, advantages_stride, mask_stride, advantages_step,
+       denominator, low, high, beta, kind, sequences, dtype);
+  BIND(value_loss, ValueLoss, gradient, results, sums, counts, values, old_values, returns, mask, rows, cols,
+       values_stride, old_stride, returns_stride, mask_stride, denominator, clip, dtype);
+  BIND(gae, Gae, advantages, returns, rewards, values, mask, rows, cols, rewards_stride, values_stride, mask_stride,
+       gamma, lam, dtype);
 }
 
 }  // namespace gptfast

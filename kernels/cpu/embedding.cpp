@@ -27,4 +27,24 @@ void embedding(const Embedding& a, Worker& worker) {
   });
 }
 
+// dweight[ids[i]] = the sum of dout over its places in order, in fp32. Long rows are shared out in blocks of columns,
+// for one id may have most of the places.
+void embedding_backward(const EmbeddingBackward& a, Worker& worker) {
+  constexpr int64_t BLOCK = 256;
+  const int64_t C = a.cols, blocks = ceil_div(C, BLOCK);
+  with_storage(a.dtype, [&](auto t) {
+    using T = decltype(t);
+    worker.each(a.segments * blocks, [&](int64_t task) {
+      const int64_t i = task / blocks, from = task % blocks * BLOCK;
+      T* out = (T*)a.dweight + a.ids[i] * C + from;
+      each_vector(min(BLOCK, C - from), [&](int64_t c, auto n, int) {
+        f32v total = {};
+        for (int64_t j = a.first[i]; j < a.first[i + 1]; j++)
+          total += load((const T*)a.dout + a.order[j] * a.dout_stride + from + c, n);
+        store(out + c, total, n);
+      });
+    });
+  });
+}
+
 }  // namespace gptfast::ISA

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from gptfast import _cpu
@@ -9,7 +12,11 @@ PANELS = -1  # the stride that says so
 
 
 def supports(ids: Tensor, weight: Tensor, positions: Tensor | None, position_weight: Tensor | None) -> str | None:
-    return unsupported(weight, position_weight)
+    return unsupported(weight, position_weight, backward=True)
+
+
+def supports_embedding_backward(dout: Tensor, **_: Any) -> str | None:
+    return unsupported(dout)
 
 
 def embedding(ids: Tensor, weight: Tensor, positions: Tensor | None, position_weight: Tensor | None) -> Tensor:
@@ -45,3 +52,29 @@ def _gather(
         dtype=DTYPES[weight.dtype],
     )
     return out
+
+
+def embedding_backward(dout: Tensor, ids: Tensor, count: int) -> Tensor:
+    """dweight (count, C) of a table whose rows `ids`, of dout's leading shape, were taken."""
+    C = dout.shape[-1]
+    dweight = torch.zeros(count, C, dtype=dout.dtype)
+    if dout.numel() == 0:
+        return dweight
+    dout, dout_stride = rows(dout)
+    in_order, order = ids.reshape(-1).sort(stable=True)
+    taken, counts = in_order.unique_consecutive(return_counts=True)
+    first = torch.zeros(len(taken) + 1, dtype=torch.int64)
+    torch.cumsum(counts, 0, out=first[1:])
+    _cpu.embedding_backward(
+        threads(dout.numel()),
+        dweight=dweight.data_ptr(),
+        dout=dout.data_ptr(),
+        ids=taken.data_ptr(),
+        first=first.data_ptr(),
+        order=order.data_ptr(),
+        segments=len(taken),
+        cols=C,
+        dout_stride=dout_stride,
+        dtype=DTYPES[dout.dtype],
+    )
+    return dweight

@@ -11,26 +11,41 @@ namespace gptfast {
 enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3 };  // INT8: of KV caches alone
 
 // One row per op: its name in C++ and Python, and its arguments in kernels.h.
-#define GPTFAST_KERNELS(KERNEL)             \
-  KERNEL(attention, Attention)              \
-  KERNEL(layer_norm, Norm)                  \
-  KERNEL(rms_norm, Norm)                    \
-  KERNEL(layer_norm_backward, NormBackward) \
-  KERNEL(rms_norm_backward, NormBackward)   \
-  KERNEL(rope, Rope)                        \
-  KERNEL(linear, Linear)                    \
-  KERNEL(linear_exact, Linear)              \
-  KERNEL(linear_int8, Linear)               \
-  KERNEL(linear_packed, Linear)             \
-  KERNEL(dequantize, Dequantize)            \
-  KERNEL(pack, Pack)                        \
-  KERNEL(bias_gelu, Mlp)                    \
-  KERNEL(swiglu, Mlp)                       \
-  KERNEL(geglu, Mlp)                        \
-  KERNEL(embedding, Embedding)              \
-  KERNEL(sample, Sample)                    \
-  KERNEL(advance, Advance)                  \
-  KERNEL(ceilings, Ceilings)
+#define GPTFAST_KERNELS(KERNEL)                 \
+  KERNEL(attention, Attention)                  \
+  KERNEL(attention_backward, AttentionBackward) \
+  KERNEL(layer_norm, Norm)                      \
+  KERNEL(rms_norm, Norm)                        \
+  KERNEL(layer_norm_backward, NormBackward)     \
+  KERNEL(rms_norm_backward, NormBackward)       \
+  KERNEL(rope, Rope)                            \
+  KERNEL(linear, Linear)                        \
+  KERNEL(linear_exact, Linear)                  \
+  KERNEL(linear_int8, Linear)                   \
+  KERNEL(linear_packed, Linear)                 \
+  KERNEL(dequantize, Dequantize)                \
+  KERNEL(pack, Pack)                            \
+  KERNEL(bias_gelu, Mlp)                        \
+  KERNEL(swiglu, Mlp)                           \
+  KERNEL(geglu, Mlp)                            \
+  KERNEL(bias_gelu_backward, MlpBackward)       \
+  KERNEL(swiglu_backward, MlpBackward)          \
+  KERNEL(geglu_backward, MlpBackward)           \
+  KERNEL(embedding, Embedding)                  \
+  KERNEL(embedding_backward, EmbeddingBackward) \
+  KERNEL(sample, Sample)                        \
+  KERNEL(advance, Advance)                      \
+  KERNEL(ceilings, Ceilings)                    \
+  KERNEL(adamw, AdamW)                          \
+  KERNEL(gradient_norm, GradientNorm)           \
+  KERNEL(policy_loss, PolicyLoss)               \
+  KERNEL(value_loss, ValueLoss)                 \
+  KERNEL(gae, Gae)                              \
+  KERNEL(vocabulary_logits, Vocabulary)         \
+  KERNEL(vocabulary_gradients, Vocabulary)      \
+  KERNEL(token_kl, TokenKl)                     \
+  KERNEL(cross_entropy, CrossEntropy)           \
+  KERNEL(cross_entropy_backward, CrossEntropy)
 
 // Strides are in elements; the last dimension is contiguous. Pointers that don't apply are null.
 struct Attention {
@@ -57,9 +72,37 @@ struct Attention {
   int64_t mask_strides[4], bias_strides[4];        // batch, head, query, key
   int64_t slopes_batch, page, table_stride, rotary;
   int64_t chunks, partial;  // of workspace: chunks a sequence may have, floats a chunk
-  float scale, softcap;
-  int32_t dtype, cache_dtype;  // cache_dtype: of k, v and the caches; dtype, or any where that is FLOAT32
+  uint64_t seed;
+  float scale, softcap, keep_scale;  // keep_scale = 1 / (1 - p)
+  uint32_t stream, drop_below;       // drop_below = floor(p * 2^32); 0 = no dropout
+  int32_t dtype, cache_dtype;        // cache_dtype: of k, v and the caches; dtype, or any where that is FLOAT32
   int32_t bias_dtype, causal, left, right, interleaved;
+};
+
+struct AttentionBackward {  // of an Attention without a cache, whose names it keeps
+  void *dq, *dk, *dv;       // like q, k and v, contiguous
+  void* dbias;              // of bias's dtype and own shape, or null, as dsinks
+  float* dsinks;            // (H)
+  float* delta;             // workspace like lse: rowsum(dout out) - dlse
+  float* norm;              // workspace like lse, or null: delta and the sum of p from the probabilities themselves
+  float* workspace;         // for each worker `room` floats; not with `split`
+  const void *dout, *out;   // like q
+  const float *lse, *dlse;  // (B, H, Sq) or (H, T), contiguous; dlse may be null
+  const void *q, *k, *v;    // (B, Sq, H, D), (B, Sk, Hk, D), or (T, H, D) with cu_q
+  const uint8_t* mask;      // broadcast to (B, H, Sq, Sk) by its strides, as is bias
+  const void* bias;
+  const float *slopes, *sinks;
+  const int32_t *cu_q, *cu_k;  // (B + 1)
+  int64_t B, Sq, Sk, H, Hk, D, q_longest, k_longest;
+  int64_t q_strides[3], k_strides[3], v_strides[3], dout_strides[3], out_strides[3];  // batch, position, head
+  int64_t mask_strides[4], bias_strides[4];
+  int64_t bias_shape[4];  // 1 where it is broadcast
+  int64_t slopes_batch, room;
+  uint64_t seed;
+  float scale, softcap, keep_scale;
+  uint32_t stream, drop_below;
+  int32_t dtype, bias_dtype, causal, left, right;
+  int32_t split;  // dQ apart from dK and dV, each shared out by blocks: for few heads
 };
 
 struct Norm {                 // layer_norm and rms_norm
@@ -170,11 +213,121 @@ struct Mlp {              // bias_gelu, swiglu and geglu
   int32_t tanh, dtype;  // tanh: GELU's approximation instead of erf
 };
 
+struct MlpBackward {           // bias_gelu_backward, swiglu_backward and geglu_backward
+  void *dx, *dother;           // (rows, cols), of x or gate and of up; dother for bias_gelu: (cols), or null
+  float* workspace;            // bias_gelu's with dother: (ceil(rows / chunk), cols)
+  const void *dy, *x, *other;  // as Mlp's
+  int64_t rows, cols, chunk, dy_stride, x_stride, other_stride;
+  int32_t tanh, dtype;
+};
+
 struct Embedding {
   void* out;                             // (rows, cols)
   const int64_t *ids, *positions;        // (rows), within the tables; positions may be null
   const void *weight, *position_weight;  // rows of cols elements; weight_stride -1: panels
   int64_t rows, cols, weight_stride, position_stride;
+  int32_t dtype;
+};
+
+// A chunk of rows of x against a whole vocabulary: vocabulary.h has the layout of its logits.
+struct Vocabulary {
+  float* logits;                               // (columns in whole blocks / 16, padded, 16); null = statistics alone
+  float *tiles, *stats, *at_target;            // workspace: (padded, depth), (4, rows, blocks), (rows)
+  float *lse, *rest, *nll, *smooth, *entropy;  // (rows); all but lse may be null; rest: what lse was rounded by
+  const float *scale, *slope, *even, *hit;     // (rows): see Gradient
+  float *dx, *dweight, *dbias;                 // (all rows, depth), (cols, depth), (cols)
+  float *panels, *dx_parts;       // workspace: (depth in whole groups, rows), (parts, depth in groups, padded)
+  const void *x, *weight, *bias;  // (all rows, depth), (cols, depth), (cols) of one dtype
+  const int64_t* index;           // (rows) which rows of x and dx
+  const int32_t* target;          // (rows), or null
+  const float *class_weight, *block_weight;                           // (cols), (blocks): their sums
+  int64_t rows, padded, depth, cols, x_stride, weight_stride, parts;  // padded: a multiple of 24
+  float softcap, inverse_temperature;
+  int32_t made, add, dtype;  // made: logits hold their gradient already; add: dweight and dbias hold sums already
+};
+
+struct CrossEntropy {
+  float *lse, *rest, *nll, *smooth;  // (rows); smooth may be null
+  void* dlogits;                     // (rows, cols)
+  const float *scale, *even, *hit;   // (rows): see Gradient
+  const void* logits;                // rows of cols
+  const int32_t* target;             // (rows), -1 = none
+  const float *class_weight, *block_weight;
+  int64_t rows, cols, logits_stride;
+  float softcap;
+  int32_t dtype;
+};
+
+// Of two chunks of logits as vocabulary_logits leaves them.
+struct TokenKl {
+  float *kl, *p, *q;                                        // kl (rows)
+  float* partial;                                           // workspace: (rows, blocks)
+  const float *p_lse, *p_rest, *q_lse, *q_rest, *upstream;  // (rows); upstream null = no gradients
+  int64_t rows, padded, cols;
+  float p_softcap, q_softcap, inverse_temperature;
+};
+
+struct EmbeddingBackward {             // of one table: a row is the sum of the gradients of its places, in order
+  void* dweight;                       // (V, cols), zeros where no place has that row
+  const void* dout;                    // (places, cols)
+  const int64_t *ids, *first, *order;  // (segments), (segments + 1), (places): row ids[i] has places order[first[i] ..]
+  int64_t segments, cols, dout_stride;
+  int32_t dtype;
+};
+
+struct GradientNorm {             // of a list of tensors
+  double *norm, *sums;            // sums: one for each chunk
+  const void* const* grads;       // (tensors)
+  const int64_t *starts, *sizes;  // (tensors + 1): each one's first chunk; (tensors): elements
+  const int32_t* grad_dtypes;     // (tensors)
+  int64_t tensors;
+};
+
+struct AdamW {  // lists have one entry for each tensor
+  void* const* params;
+  float *const *exp_avgs, *const *exp_avg_sqs, *const *masters;  // masters, or any of them, may be null
+  const void* const* grads;
+  const float* const* steps;            // this one included
+  const int64_t *starts, *sizes;        // as in GradientNorm
+  const int32_t *dtypes, *grad_dtypes;  // a gradient's is its parameter's, or FLOAT32
+  int64_t tensors;
+  double lr, beta1, beta2, eps, weight_decay, grad_scale;
+};
+
+// Tensors of all three are (rows, cols) with row strides; mask may be null.
+struct PolicyLoss {
+  float* gradient;  // (rows, cols) of the loss by logprobs, contiguous; or null
+  float* results;   // loss, clip_fraction, approx_kl, ratio_mean, ratio_var, kl
+  double* sums;     // (rows, 8)
+  int64_t* counts;  // (rows): tokens of the mask
+  const void *logprobs, *old_logprobs, *reference_logprobs, *advantages;  // reference_logprobs may be null
+  const uint8_t* mask;
+  int64_t rows, cols, logprobs_stride, old_stride, reference_stride, advantages_stride, mask_stride;
+  int64_t advantages_step;         // 1, or 0 where each row has one
+  double denominator;              // 0: the tokens, or with `sequences` the rows
+  float low, high, beta;           // 1 - clip, 1 + clip_high
+  int32_t kind, sequences, dtype;  // kind: 1, 2, 3 for k1, k2, k3
+};
+
+struct ValueLoss {
+  float* gradient;  // as in PolicyLoss
+  float* results;   // loss, clip_fraction
+  double* sums;     // (rows, 2)
+  int64_t* counts;
+  const void *values, *old_values, *returns;
+  const uint8_t* mask;
+  int64_t rows, cols, values_stride, old_stride, returns_stride, mask_stride;
+  double denominator;
+  float clip;
+  int32_t dtype;
+};
+
+struct Gae {
+  float *advantages, *returns;  // contiguous
+  const void *rewards, *values;
+  const uint8_t* mask;
+  int64_t rows, cols, rewards_stride, values_stride, mask_stride;
+  float gamma, lam;
   int32_t dtype;
 };
 

@@ -14,6 +14,7 @@ from gptfast.kernels.cpu import (
     as_blocks,
     as_rows,
     blocks,
+    chunk_of,
     empty,
     prepare,
     rows,
@@ -123,10 +124,6 @@ def normalise_forward(
     return made["y"], total, mean, made["rstd"]
 
 
-CHUNKS = 128  # of rows, at most, that weight gradients are summed in
-SMALLEST = 8  # rows of a chunk, and what its size is a multiple of
-
-
 def normalise_backward(
     kernel: str,
     dy: Tensor,
@@ -160,8 +157,7 @@ def normalise_backward(
     if wants_bias:
         made["dbias"] = torch.empty_like(given["weight"])
     sizes = _sizes(s, weight, dropout_p, seed, stream)
-    chunk = -(-sizes["rows"] // CHUNKS)
-    chunk = max(-(-chunk // SMALLEST) * SMALLEST, SMALLEST)
+    chunk = chunk_of(sizes["rows"])
     workspace = shared(8 * -(-sizes["rows"] // chunk) * sizes["cols"])
     if sizes["rows"] == 0:
         for name in made.keys() & {"dweight", "dbias"}:

@@ -209,9 +209,13 @@ void blocked(const Linear& a, const float* x, int64_t padded, Worker& worker, fl
 
 }  // namespace
 
-// y = x W^T + bias. x is first laid out in fp32 tiles: together in the workspace, rows * (K rounded up to 16) floats,
-// or, without one, by every worker for itself.
+void linear_columns(const Linear& a, Worker& worker);  // linear_columns.cpp
+
+// y = x W^T + bias; a negative weight_stride is that of W^T, where this is what lies in memory. x is first laid out in
+// fp32 tiles: together in the workspace, rows * (K rounded up to 16) floats, or, without one, by every worker for
+// itself.
 void linear(const Linear& a, Worker& worker) {
+  if (a.weight_stride < 0) return linear_columns(a, worker);
   constexpr int64_t SUMS = BLOCK_TILES * (BLOCK_COLS / WIDTH) * SLOT, MEMORY = SUMS + BLOCK_COLS * CHUNK;
   const int64_t padded = ceil_div(a.depth, LANES) * LANES;
   const Tiles tiles(a.rows, a.rows <= FEW ? FEW : TILE);

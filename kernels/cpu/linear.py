@@ -10,6 +10,8 @@ from torch import Tensor
 from gptfast.kernels.cpu import DTYPES, as_rows, prepare, rows, threads, unsupported
 from gptfast.quantize import PackedWeight, QuantizedWeight
 
+COLUMNS = 16  # up to so many rows a weight stored as (depth, cols) is used from where it lies
+CHUNK, BAND = 96, 4096  # of depth and, at most, of cols, then
 OWN = 8192  # so few elements of x, in up to 8 rows, every worker lays out for itself: sharing them would cost more
 
 
@@ -42,6 +44,10 @@ def prepare_linear(
     else:
         kernel, code = "linear_int8" if activations == "int8" else "linear_exact", weight.code
     shared = count > 8 or x.numel() > OWN
+    workspace = count * ((depth + 63) & -64) * 4 if shared else 0
+    if isinstance(weight, Tensor) and count <= COLUMNS and weight.stride(0) == 1 and weight.stride(1) >= cols > 1:
+        weight_fit, weight_stride = None, -weight.stride(1)
+        workspace = -(-depth // CHUNK) * count * -(-cols // BAND) * BAND * 4
     inputs = {"x": ("x", as_rows), "weight": ("weight", weight_fit)}
     bias_dtype = 0
     if bias is not None:
@@ -54,7 +60,7 @@ def prepare_linear(
         {"y": ((*x.shape[:-1], cols), dtype)},
         inputs,
         dict(x=x, weight=weight, bias=bias),
-        workspace=count * ((depth + 63) & -64) * 4 if shared else 0,
+        workspace=workspace,
         rows=count,
         cols=cols,
         depth=depth,

@@ -3,13 +3,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from gptfast.kernels.cpu import DTYPES, as_rows, prepare, rows, threads, unsupported
+from gptfast import _cpu
+from gptfast.kernels.cpu import DTYPES, as_rows, chunk_of, empty, prepare, rows, shared, threads, unsupported
 
 
 def supports_bias_gelu(x: Tensor, bias: Tensor | None, approximate: str) -> str | None:
-    return unsupported(x, bias)
+    return unsupported(x, bias, backward=True)
 
 
 def bias_gelu(**arguments: Any) -> Tensor:
@@ -21,7 +23,7 @@ def prepare_bias_gelu(x: Tensor, bias: Tensor | None, approximate: str) -> Calla
 
 
 def supports_swiglu(gate: Tensor, up: Tensor) -> str | None:
-    return unsupported(gate, up)
+    return unsupported(gate, up, backward=True)
 
 
 def swiglu(**arguments: Any) -> Tensor:
@@ -33,7 +35,7 @@ def prepare_swiglu(gate: Tensor, up: Tensor) -> Callable[..., Tensor]:
 
 
 def supports_geglu(gate: Tensor, up: Tensor, approximate: str) -> str | None:
-    return unsupported(gate, up)
+    return unsupported(gate, up, backward=True)
 
 
 def geglu(**arguments: Any) -> Tensor:
@@ -64,3 +66,66 @@ def _elementwise(
         dtype=DTYPES[x.dtype],
         **more,
     )
+
+
+def supports_bias_gelu_backward(x: Tensor, bias: Tensor | None, **_: Any) -> str | None:
+    return unsupported(x, bias, backward=True)
+
+
+def bias_gelu_backward(
+    dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str, wants_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """dx, and dbias (empty where nobody wants it)."""
+    given, made, sizes = _backward(dy, x)
+    dbias = torch.zeros(x.shape[-1:] if wants_bias else 0, dtype=x.dtype)
+    chunk = chunk_of(sizes["rows"])
+    if sizes["rows"]:
+        if bias is not None:
+            given["other"] = bias.contiguous()
+        if wants_bias:
+            made |= {"dother": dbias, "workspace": shared(4 * -(-sizes["rows"] // chunk) * sizes["cols"])}
+        _launch("bias_gelu_backward", given | made, sizes, tanh=approximate == "tanh", chunk=chunk, other_stride=0)
+    return made["dx"], dbias
+
+
+def supports_swiglu_backward(gate: Tensor, up: Tensor, **_: Any) -> str | None:
+    return unsupported(gate, up, backward=True)
+
+
+def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return _gated_backward("swiglu_backward", dy, gate, up)
+
+
+def supports_geglu_backward(gate: Tensor, up: Tensor, **_: Any) -> str | None:
+    return unsupported(gate, up, backward=True)
+
+
+def geglu_backward(dy: Tensor, gate: Tensor, up: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
+    return _gated_backward("geglu_backward", dy, gate, up, tanh=approximate == "tanh")
+
+
+def _gated_backward(kernel: str, dy: Tensor, gate: Tensor, up: Tensor, **more: int) -> tuple[Tensor, Tensor]:
+    given, made, sizes = _backward(dy, gate)
+    given["other"], sizes["other_stride"] = rows(up)
+    made["dother"] = empty(gate.shape, gate.dtype)
+    if sizes["rows"]:
+        _launch(kernel, given | made, sizes, **more)
+    return made["dx"], made["dother"]
+
+
+def _backward(dy: Tensor, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, int]]:
+    """What all backwards share: inputs, outputs and numbers."""
+    (dy, dy_stride), (x, x_stride) = rows(dy), rows(x)
+    sizes = dict(
+        rows=x.numel() // x.shape[-1] if x.numel() else 0,
+        cols=x.shape[-1],
+        dy_stride=dy_stride,
+        x_stride=x_stride,
+        dtype=DTYPES[x.dtype],
+    )
+    return {"dy": dy, "x": x}, {"dx": empty(x.shape, x.dtype)}, sizes
+
+
+def _launch(kernel: str, tensors: dict[str, Tensor], sizes: dict[str, int], **more: int) -> None:
+    count = threads(sizes["rows"] * sizes["cols"])
+    getattr(_cpu, kernel)(count, **{name: t.data_ptr() for name, t in tensors.items()}, **sizes, **more)

@@ -2,6 +2,7 @@
 #pragma once
 #include "kernels.h"
 #include "philox.h"
+#include "row_sums.h"
 #include "vec.h"
 
 namespace gptfast::ISA {
@@ -39,24 +40,6 @@ INLINE Pair load_as(const float* p, Two) {
   return {__builtin_shuffle(a, b, 2 * iota()), __builtin_shuffle(a, b, 2 * iota() + 1)};
 }
 
-// v, in the order in which T's are loaded, to where it belongs.
-template <class T, class W, class N>
-INLINE void store_as(W* p, f32v v, N n) {
-  store(p, v, n);
-}
-template <class T, class W>
-INLINE void store_as(W* p, Pair v, Two) {
-  if constexpr (!__is_same(T, bf16)) {
-    store(p, v.a), store(p + LANES, v.b);
-  } else if constexpr (__is_same(W, bf16)) {
-    store_pair<float>(p, v);
-  } else {
-    float even[LANES], odd[LANES];
-    store(even, v.a), store(odd, v.b);
-    for (int i = 0; i < LANES; i++) p[2 * i] = even[i], p[2 * i + 1] = odd[i];
-  }
-}
-
 // From: see store_pair.
 template <class From, class T>
 INLINE void put(bool past_caches, T* p, Pair v, Two) {
@@ -67,17 +50,6 @@ INLINE void put(bool past_caches, T* p, f32v v, N n) {
   past_caches ? stream(p, v, n) : store(p, v, n);
 }
 
-// A row of s between the passes, in the order in which T's are loaded.
-INLINE void keep_row(float* row, Pair v, Two) {
-  store(row, v.a);
-  store(row + LANES, v.b);
-}
-template <class N>
-INLINE void keep_row(float* row, f32v v, N n) {
-  store(row, v, n);
-}
-
-INLINE Pair operator-(Pair x, Pair y) { return {x.a - y.a, x.b - y.b}; }
 INLINE f32v where(f32v mask, f32v v) { return bitcast<f32v>(bitcast<i32v>(mask) & bitcast<i32v>(v)); }
 INLINE Pair where(Pair mask, Pair v) { return {where(mask.a, v.a), where(mask.b, v.b)}; }
 INLINE void add(f32v* total, f32v v) { *total += v; }

@@ -71,22 +71,6 @@ INLINE void norm_backward_weight(const NormBackward& a, int64_t r, float* dweigh
   });
 }
 
-// Sums over the chunks, groups of eight first, of columns from .. from + count of one of their two rows.
-template <class T, class W>
-INLINE void norm_reduce(const NormBackward& a, int64_t chunks, int which, int64_t from, int64_t count, W* out) {
-  each_pair(count, [&](int64_t c, auto n, int) {
-    const float* at = a.workspace + which * a.cols + from + c;
-    decltype(load(at, n)) total{};
-    for (int64_t first = 0; first < chunks; first += 8) {
-      auto group = load(at + first * 2 * a.cols, n);
-      for (int64_t chunk = first + 1; chunk < min(first + 8, chunks); chunk++)
-        group = group + load(at + chunk * 2 * a.cols, n);
-      total = total + group;
-    }
-    store_as<T>(out + from + c, total, n);
-  });
-}
-
 template <bool CENTRED>
 INLINE void norm_backward(const NormBackward& a, Worker& worker) {
   const int64_t C = a.cols, chunks = ceil_div(a.rows, a.chunk);
@@ -116,15 +100,10 @@ INLINE void norm_backward(const NormBackward& a, Worker& worker) {
         if (past_caches) stream_end();
       }
     });
-    if (!a.dweight && !a.dbias) return;
-    const int64_t block = 4 * LANES;  // a whole number of pairs, so that a block is loaded as its row was kept
-    worker.each(ceil_div(C, block), [&](int64_t task) {
-      const int64_t from = task * block, count = min(block, C - from);
-      with_weight([&](auto w) {
-        using W = decltype(w);
-        if (a.dweight) norm_reduce<T>(a, chunks, 0, from, count, (W*)a.dweight);
-        if (a.dbias) norm_reduce<T>(a, chunks, 1, from, count, (W*)a.dbias);
-      });
+    with_weight([&](auto w) {
+      using W = decltype(w);
+      if (a.dweight) add_chunks<T>(worker, a.workspace, chunks, 2 * C, C, (W*)a.dweight);
+      if (a.dbias) add_chunks<T>(worker, a.workspace + C, chunks, 2 * C, C, (W*)a.dbias);
     });
   });
 }

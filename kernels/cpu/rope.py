@@ -10,7 +10,16 @@ from gptfast.kernels.cpu import DTYPES, empty, threads, unsupported
 def supports(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **_) -> str | None:
     if cos.dtype != torch.float32:
         return f"it takes cos and sin in float32, not {str(cos.dtype).removeprefix('torch.')}"
-    return unsupported(q, k, cos, sin)
+    return unsupported(q, k, backward=True) or unsupported(cos, sin)
+
+
+def supports_rope_backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, **_) -> str | None:
+    return supports(dq, dk, cos, sin)
+
+
+def rope_backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """A rotation's gradient is the rotation back."""
+    return rope(dq, dk, cos, -sin, interleaved)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,1 @@
+"""Other libraries' names over our ops. Nothing here acts when it is imported."""

@@ -1,0 +1,161 @@
+"""Training gptfast's own GPT the way PyTorch's users do: gradients, torch.compile, autocast, checkpointing, copies."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from gptfast.model import GPT, GPTConfig
+from gptfast.ops.spec import tolerance
+
+COMMON: dict[str, Any] = dict(vocab_size=97, n_layer=2, n_embd=48, n_head=4, context=64)
+CONFIGS = {
+    "gpt2": GPTConfig("gpt2", **COMMON),
+    "llama": GPTConfig(
+        "llama", **COMMON, n_kv_head=2, norm="rms_norm", positions="rope", activation="swiglu", ffn_dim=80,
+        tie_embeddings=False, qkv_bias=False, out_bias=False, mlp_bias=False,
+    ),
+}  # fmt: skip
+
+
+def make(name: str, **more: Any) -> GPT:
+    torch.manual_seed(1)
+    return GPT(replace(CONFIGS[name], **more))
+
+
+def batch(B: int = 3, T: int = 17) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(0, 97, (B, T + 1), generator=torch.Generator().manual_seed(2))
+    return ids[:, :-1], ids[:, 1:]
+
+
+def loss_of(model: Callable[..., Tensor], ids: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
+
+
+def gradients(model: GPT, ids: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss_of(model, ids, targets).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradients_are_the_references(name: str) -> None:
+    """Within twice the error that the reference itself makes in fp32, against the model in fp64."""
+    model, data = make(name), batch()
+    got = gradients(model, *data)
+    model.backend = "reference"
+    plain = gradients(model, *data)
+    double = copy.deepcopy(model).double()
+    double.zero_grad()
+    F.cross_entropy(double.logits(data[0]).flatten(0, 1), data[1].flatten()).backward()
+    exact = {n: p.grad for n, p in double.named_parameters() if p.grad is not None}
+    assert got.keys() == plain.keys() == exact.keys()
+    worst = max((got[n].double() - exact[n]).abs().max().item() / tolerance(plain[n], exact[n]) for n in exact)
+    assert worst <= 2, f"{worst:.2f} of the tolerance, which counts a chain of ops as one: twice is allowed"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_compiled_step_has_no_graph_break(name: str) -> None:
+    """fullgraph, the same loss and gradients as eager; at most one recompile for changing batches, one for batch 1."""
+    model = make(name)
+    seen = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda ids, targets: loss_of(model, ids, targets), fullgraph=True, backend=seen)
+    for B in (4, 2, 7, 3, 1):
+        ids, targets = batch(B)
+        wanted = gradients(model, ids, targets)
+        model.zero_grad()
+        loss = compiled(ids, targets)
+        loss.backward()
+        assert torch.equal(loss, loss_of(model, ids, targets))
+        for n, p in model.named_parameters():
+            assert p.grad is not None and torch.equal(p.grad, wanted[n]), f"{n}, batch {B}"
+    assert seen.frame_count <= 3
+
+
+def test_a_compiled_step_with_dropout_draws_anew_each_time() -> None:
+    model = make("gpt2", dropout=0.2)
+    seen = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda ids, targets: loss_of(model, ids, targets), fullgraph=True, backend=seen)
+    losses = {compiled(*batch()).item() for _ in range(4)}
+    assert len(losses) == 4 and seen.frame_count == 1
+    model.eval()
+    assert loss_of(model, *batch()) == loss_of(model, *batch())
+
+
+def test_dropout_is_the_seeds() -> None:
+    model = make("gpt2", dropout=0.2)
+    torch.manual_seed(7)
+    first = gradients(model, *batch())
+    torch.manual_seed(7)
+    again = gradients(model, *batch())
+    other = gradients(model, *batch())
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    assert not torch.equal(first["norm.weight"], other["norm.weight"])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_autocast_trains_in_bf16(name: str) -> None:
+    model, (ids, targets) = make(name), batch()
+    full = loss_of(model, ids, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(model, ids, targets)
+    loss.backward()
+    assert abs(loss.item() - full.item()) < 2**-6 * full.item()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_changes_no_bit(reentrant: bool) -> None:
+    model, data = make("llama"), batch()
+    wanted = gradients(model, *data)
+    for block in model.blocks:
+        forward = block.forward
+
+        def again(*args: object, _forward: Callable[..., object] = forward, **kwargs: object) -> object:
+            return checkpoint(_forward, *args, use_reentrant=reentrant, **kwargs)
+
+        block.forward = again
+    got = gradients(model, *data)
+    assert all(torch.equal(got[n], wanted[n]) for n in wanted)
+
+
+def test_modules_copy_and_pickle() -> None:
+    model, data = make("llama"), batch()
+    wanted = gradients(model, *data)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        got = gradients(other, *data)
+        assert all(torch.equal(got[n], wanted[n]) for n in wanted)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_meta_tensors_train_on_paper(name: str) -> None:
+    with torch.device("meta"):
+        model = GPT(CONFIGS[name])
+        ids = torch.empty(2, 9, dtype=torch.int64)
+        loss_of(model, ids, ids).backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+
+
+def test_one_thread_and_two_train_alike() -> None:
+    """Up to PyTorch's own matrix products, which are kept small enough here to be on one thread."""
+    model, data = make("llama"), batch()
+    wanted = gradients(model, *data)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        got = gradients(model, *data)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(got[n], wanted[n]) for n in wanted)
