@@ -1,19 +1,33 @@
 PY := .venv/bin/python
 PIP := $(PY) -m pip install -q -c constraints/cpu.txt
 
-.PHONY: demo test test-all build lint bench bench-peers format clean
+.PHONY: demo test test-all test-triton test-triton-all test-aot gpu-check build lint bench bench-peers format clean
 demo: build .venv/.model
 	$(PY) -m gptfast demo
 # Two test processes share the cores: idle OpenMP threads must not spin on them.
-test test-all: export OMP_WAIT_POLICY = PASSIVE
+test test-all test-triton test-triton-all: export OMP_WAIT_POLICY = PASSIVE
 test: build .venv/.model
 	$(PY) -m pytest -n 2 -m "not slow"
+	$(MAKE) test-triton
 test-all: build .venv/.model
 	$(PY) -m pytest -n 2
+	$(MAKE) test-triton-all
+# Triton's kernels, interpreted: a process of their own, for Triton reads the variable when it is imported.
+INTERPRETED = TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/interpreter tests/ops/test_conformance.py tests/ops/test_gradients.py tests/ops/test_triton.py
+test-triton: build
+	$(INTERPRETED) -m "not slow"
+test-triton-all: build
+	$(INTERPRETED)
+# Triton's kernels as they ship, compiled for GPUs that aren't here: everything, where `make test` takes a sample.
+test-aot: build
+	$(PY) -m pytest -n 2 tests/test_aot.py
 build: .venv/.deps
 	GPTFAST_REQUIRE_CPU=1 $(PY) setup.py -q build_ext --inplace
 bench: build .venv/.model
 	$(PY) -m benchmarks
+# On a machine with a GPU, with the PyTorch that is there: `python` and no virtual environment of our own.
+gpu-check:
+	python3 -m benchmarks.gpu_check
 bench-peers: build .venv/.model
 	$(PY) -m benchmarks.peers --install
 lint: build

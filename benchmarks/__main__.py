@@ -1,7 +1,7 @@
 """`python -m benchmarks`: every op case, then whole-model generation, recorded in results/<machine>/*.csv.
 
-Give a name to run one: ops, gaps, generate, quality, scaling, speculation, start, hogged; what follows it are its
-own options.
+Give a name to run one: ops, curve, gaps, generate, quality, scaling, speculation, start, hogged, train; what follows it
+are its own options.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from benchmarks import gaps, generate, hogged, ops, quality, scaling, speculation, start
+from benchmarks import curve, gaps, generate, hogged, ops, quality, scaling, speculation, start, train
 
 ALL = {
     "ops": ops.main,
+    "curve": curve.main,
     "gaps": gaps.main,
     "generate": generate.main,
     "quality": quality.main,
@@ -20,6 +21,7 @@ ALL = {
     "speculation": speculation.main,
     "start": start.main,
     "hogged": hogged.main,
+    "train": train.main,
 }
 
 

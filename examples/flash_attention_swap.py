@@ -15,18 +15,19 @@ def main() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 50, 8, 64), torch.randn(2, 50, 2, 64), torch.randn(2, 50, 2, 64)
     out = flash_attn_func(q, k, v, causal=True)
-    heads_first = (t.transpose(1, 2) for t in (q, k, v))
-    wanted = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).transpose(1, 2)
+    a, b, c = (t.transpose(1, 2) for t in (q, k, v))
+    wanted = F.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=True).transpose(1, 2)
     print("causal, grouped heads:      ", tuple(out.shape), f"{(out - wanted).abs().max():.1e} from PyTorch's")
     torch.testing.assert_close(out, wanted)
 
     edges = torch.tensor([0, 50, 70, 100], dtype=torch.int32)  # two texts of the batch, end to end, and cut anew
-    packed = [t.flatten(0, 1) for t in (q, k, v)]
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
     out, lse, _ = flash_attn_varlen_func(
-        *packed, edges, edges, 50, 50, causal=True, window_size=(15, 0), return_attn_probs=True
+        q, k, v, edges, edges, 50, 50, causal=True, window_size=(15, 0), return_attn_probs=True
     )
     print("three sequences, window 16: ", tuple(out.shape), "log-sum-exp", tuple(lse.shape))
-    alone = flash_attn_func(*(t[None, 50:70] for t in packed), causal=True, window_size=(15, 0))
+    q, k, v = (t[None, 50:70] for t in (q, k, v))
+    alone = flash_attn_func(q, k, v, causal=True, window_size=(15, 0))
     assert torch.equal(out[50:70], alone[0]), "a sequence's result doesn't depend on what lies beside it"
 
 

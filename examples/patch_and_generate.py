@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -17,6 +18,7 @@ import gptfast
 
 def main(name: str | None = None) -> None:
     torch.manual_seed(0)
+    model: Any
     if name is None:
         config = GPT2Config(n_layer=4, n_embd=256, n_head=4, vocab_size=5000, bos_token_id=None, eos_token_id=None)
         model = GPT2LMHeadModel(config).eval()

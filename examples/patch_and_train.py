@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -38,7 +39,9 @@ def train(model: GPT2LMHeadModel) -> list[float]:
 
 def main() -> None:
     torch.manual_seed(0)
-    no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)  # or each would drop something else
+    no_dropout: dict[str, Any] = dict(
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    )  # or each would drop something else
     config = GPT2Config(
         vocab_size=256,
         bos_token_id=None,

@@ -25,7 +25,8 @@ def learning_rate(step: int, steps: int) -> float:
     return RATE * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
-def main(path: str | None = None, steps: int = 60) -> None:
+def main(path: str | None = None, steps: int | str = 60) -> None:
+    steps = int(steps)
     torch.manual_seed(0)
     text = Path(path or Path(__file__).parents[1] / "LICENSE").read_text()
     letters = sorted(set(text))
@@ -66,4 +67,4 @@ def main(path: str | None = None, steps: int = 60) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2], *map(int, sys.argv[2:3]))
+    main(*sys.argv[1:3])

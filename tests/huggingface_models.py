@@ -56,11 +56,12 @@ class Fp64RMSNorm(nn.Module):
 
     def __init__(self, norm: Any) -> None:
         super().__init__()
+        self.weight: Tensor
         self.weight, self.eps = norm.weight, getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
         self.plus_one = float("Gemma" in type(norm).__name__)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.plus_one + self.weight) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return (self.plus_one + self.weight) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + float(self.eps or 0))
 
 
 def family(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
@@ -99,7 +100,7 @@ def exact(model: Any) -> Any:
     return wide
 
 
-NO_SKIP = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+NO_SKIP: dict[str, Any] = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
 
 
 def exact_attention(

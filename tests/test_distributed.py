@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from gptfast.model import GPT, GPTConfig
@@ -26,10 +26,9 @@ CONFIG = GPTConfig(
 def train(model: nn.Module, rank: int, processes: int) -> list[float]:
     """The loss of each step over the whole batch, of which this process computes its part."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    data = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, 97, (4, 18), generator=torch.Generator().manual_seed(3))[rank::processes]
     losses = []
     for _ in range(STEPS):
-        ids = torch.randint(0, 97, (4, 18), generator=data)[rank::processes]
         loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -68,6 +67,6 @@ def test_two_processes_train_as_one(kind: str) -> None:
     wanted = train(make(), 0, 1)
     assert wanted[-1] < wanted[0]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(process, args=(kind, folder), nprocs=PROCESSES)
+        spawn(process, args=(kind, folder), nprocs=PROCESSES)
         got = torch.load(Path(folder) / "losses.pt", weights_only=True).tolist()
     assert max(abs(g - w) for g, w in zip(got, wanted)) <= 1e-5

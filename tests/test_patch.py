@@ -225,6 +225,16 @@ def test_every_module_left_has_a_reason(name: str) -> None:
             assert parents & told, f"{path} ({kind}) is nowhere"
 
 
+def test_training_never_makes_the_logits() -> None:
+    """With everything patched, the head's projection too; and who asks for logits gets them."""
+    model = family("gpt2").train()
+    gptfast.patch(model)
+    ids = text()
+    output = model(input_ids=ids, labels=ids)
+    assert "linear_cross_entropy" in output.loss.grad_fn.name()
+    assert output.logits.shape == (*ids.shape, model.config.vocab_size)
+
+
 def test_options() -> None:
     model = family("llama")
     report = gptfast.patch(model, attention=False, norm=False, rope=False, loss=False, linear=False)

@@ -216,7 +216,7 @@ PARTS: dict[str, tuple[nn.Module, list[str], list[str]]] = {
     "LayerNorm": (nn.LayerNorm(24, eps=1e-3), ["ops.layer_norm"], []),
     "LayerNorm without bias": (nn.LayerNorm(24, bias=False), ["ops.layer_norm"], []),
     "LayerNorm without weight": (nn.LayerNorm(24, elementwise_affine=False), [], ["it has no weight, and"]),
-    "LayerNorm over two": (nn.LayerNorm((5, 24)), [], ["it normalises over 2 dimensions"]),
+    "LayerNorm over two": (nn.LayerNorm([5, 24]), [], ["it normalises over 2 dimensions"]),
     "RMSNorm": (nn.RMSNorm(24), ["ops.rms_norm"], []),
     "RMSNorm with eps": (nn.RMSNorm(24, eps=1e-3), ["ops.rms_norm"], []),
     "an own RMSNorm": (OwnRMSNorm(), ["ops.rms_norm"], []),
@@ -263,10 +263,14 @@ def test_parts(name: str) -> None:
 
 def test_adapters_on_a_projection_go_on_working() -> None:
     """A hook or another forward on a fused projection is called, whenever it came."""
+
+    def twice(module: nn.Module, given: Any, y: Tensor) -> Tensor:
+        return y * 2
+
     model = nn.Sequential(nn.Linear(24, 33), nn.GELU(), nn.Linear(33, 24))
     gptfast.patch(model)
     plain = model(X)
-    handle = model[0].register_forward_hook(lambda module, given, y: y * 2)
+    handle = model[0].register_forward_hook(twice)
     assert not torch.allclose(model(X), plain)
     handle.remove()
     assert torch.equal(model(X), plain)

@@ -154,9 +154,8 @@ def _calls(
 ) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
     """What to time, gptfast always among it; and the contenders that can't run, with the reason."""
     baseline = op.baseline or op.reference
-    if backward:
-        given = upstream(op, arguments)
-        wanted = [arguments[name] for name in op.differentiable if arguments.get(name) is not None]
+    given = upstream(op, arguments) if backward else []
+    wanted = [arguments[name] for name in op.differentiable if arguments.get(name) is not None]
 
     def call(function: Callable[..., Any]) -> Callable[[], object]:
         if not backward:

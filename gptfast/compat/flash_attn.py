@@ -66,8 +66,9 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """The same of qkv (B, S, 3, H, D)."""
-    rest = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return flash_attn_func(*qkv.unbind(2), *rest)
+    rest: Any = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    q, k, v = qkv.unbind(2)
+    return flash_attn_func(q, k, v, *rest)
 
 
 def flash_attn_kvpacked_func(
@@ -83,8 +84,9 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """The same of q (B, Sq, H, D) and kv (B, Sk, 2, Hk, D)."""
-    rest = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return flash_attn_func(q, *kv.unbind(2), *rest)
+    rest: Any = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    k, v = kv.unbind(2)
+    return flash_attn_func(q, k, v, *rest)
 
 
 def flash_attn_varlen_func(
@@ -134,8 +136,9 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """The same of qkv (T, 3, H, D)."""
-    rest = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return flash_attn_varlen_func(*qkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *rest)
+    rest: Any = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    q, k, v = qkv.unbind(1)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *rest)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -155,8 +158,9 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """The same of q (T, H, D) and kv (Tk, 2, Hk, D)."""
-    rest = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return flash_attn_varlen_func(q, *kv.unbind(1), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *rest)
+    rest: Any = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    k, v = kv.unbind(1)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *rest)
 
 
 def flash_attn_with_kvcache(
@@ -205,12 +209,10 @@ def flash_attn_with_kvcache(
         q, _ = ops.rope(q, k, cos[at].expand(-1, Sq, -1), sin[at].expand(-1, Sq, -1), **turn)
         _, k = ops.rope(q, k, cos[there], sin[there], **turn)
         cos = sin = None
-    return ops.attention_kvcache(
-        *(q, k_cache, v_cache, cache_seqlens),
-        **dict(k=k, v=v, cos=cos, sin=sin, block_table=block_table, causal=causal, scale=softmax_scale, **turn),
-        **dict(window=tuple(window_size), softcap=softcap, alibi_slopes=alibi_slopes, return_lse=return_softmax_lse),
-        **dict(cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad),
-    )
+    terms: dict[str, Any] = dict(k=k, v=v, cos=cos, sin=sin, block_table=block_table, causal=causal, **turn)
+    terms |= dict(scale=softmax_scale, window=tuple(window_size), softcap=softcap, alibi_slopes=alibi_slopes)
+    terms |= dict(cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, return_lse=return_softmax_lse)
+    return ops.attention_kvcache(q, k_cache, v_cache, cache_seqlens, **terms)
 
 
 def _terms(

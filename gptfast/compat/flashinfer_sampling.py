@@ -171,8 +171,8 @@ def chain_speculative_sampling(
     key, step = _random(generator, seed, offset)
     row = torch.arange(B, device=draft_probs.device)
     at = torch.arange(n, device=draft_probs.device)
-    named = (torch.as_tensor(t, dtype=torch.int64, device=row.device).reshape(-1, 1) for t in (key, step))
-    r0, r1, _, _ = philox(*named, row[:, None] * (n + 1) + at)
+    key_, step_ = (torch.as_tensor(t, dtype=torch.int64, device=row.device).reshape(-1, 1) for t in (key, step))
+    r0, r1, _, _ = philox(key_, step_, row[:, None] * (n + 1) + at)
     u = (r1.double() * 2.0**32 + r0.double()) * 2.0**-64
     chosen = draft_token_ids.long()[..., None]
     p, q = (t[:, :n].gather(-1, chosen)[..., 0].double() for t in (target_probs, draft_probs))

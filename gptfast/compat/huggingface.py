@@ -196,6 +196,7 @@ def mask(
     """
     from transformers import masking_utils
 
+    start: Any = q_offset  # transformers says int, and gives tensors too
     pattern = mask_function or masking_utils.causal_mask_function
     both_ways = pattern is masking_utils.bidirectional_mask_function and local_size is None
     in_order = pattern is masking_utils.causal_mask_function or _is_window(pattern, local_size, config)
@@ -208,7 +209,7 @@ def mask(
         by_flags = by_flags and attention_mask is None and aligned
     if not by_flags or not 0 < n <= kv_length:
         return masking_utils.sdpa_mask(
-            *(batch_size, q_length, kv_length, q_offset, kv_offset, pattern, attention_mask),
+            *(batch_size, q_length, kv_length, start, kv_offset, pattern, attention_mask),
             **dict(kwargs, local_size=local_size, allow_is_causal_skip=False, allow_is_bidirectional_skip=False),
             device=device,
         )

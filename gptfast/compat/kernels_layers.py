@@ -10,6 +10,8 @@ the module that it serves, whose attributes it reads. has_backward and can_torch
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from gptfast import ops
@@ -98,7 +100,7 @@ class SwiGLUMLP(nn.Module):
         return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
-LAYERS: dict[str, type[nn.Module]] = {
+LAYERS: dict[str, Any] = {
     layer.__name__: layer for layer in (RMSNorm, LayerNorm, GeLU, GeluTanh, SiluAndMul, GeluAndMul, SwiGLUMLP)
 } | {"NewGELU": NewGELU, "FastGELU": FastGELU}
 

@@ -6,13 +6,17 @@ The kernels live in kernels/<backend> at the top of the repository and are insta
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 BACKENDS = ("cpu", "triton", "cuda")
+TRITON = (3, 6)  # the oldest version that the kernels are tested with
 
 _checkout = Path(__file__).parents[2] / "kernels"
 if (_checkout / "cpu" / "bindings.cpp").exists():  # running from a checkout: the kernels are where they are written
@@ -31,7 +35,44 @@ def reason_missing(backend: str) -> str | None:
                 "(Debian: apt install g++ cmake) and reinstall gptfast-kernels"
             )
         return None
+    if backend == "triton":
+        return _without_triton()
     return f"this version of gptfast has no {backend} kernels yet"
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels are interpreted in this process: slowly, on the CPU, to be tested. Triton reads the
+    variable when it is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def compile_only() -> None:
+    """From now on this process records and compiles Triton's kernels, for any machine, and runs none."""
+    global _compiling
+    _compiling = True
+    reason_missing.cache_clear()
+
+
+_compiling = False
+
+
+def _without_triton() -> str | None:
+    """Why Triton's kernels can't run here."""
+    try:
+        triton: Any = importlib.import_module("triton")
+        version = tuple(int(n) for n in triton.__version__.split(".")[:2])
+    except Exception as error:  # it has native parts, and what goes wrong in them has many types
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            return "Triton isn't installed; pip install triton (a PyTorch built for GPUs on Linux brings its own)"
+        return f"Triton is installed, but can't be imported ({error}); reinstall it"
+    if version < TRITON:
+        return f"Triton {triton.__version__} is too old: these kernels are for {TRITON[0]}.{TRITON[1]} and later"
+    if _compiling or interpreted() or torch.cuda.is_available():
+        return None
+    return (
+        "Triton is here but no GPU: PyTorch sees no CUDA or ROCm device, or was built without them; only tests want "
+        "TRITON_INTERPRET=1, set before Python starts, which runs the kernels on the CPU a thousand times slower"
+    )
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptfast import ops
 from gptfast.layers import (
     MLP,
     Attention,
@@ -85,6 +86,40 @@ class GPT(nn.Module):
 
         positions (B, T) int64: where learned positions are looked up; None = computed from the cache's lengths
         """
+        return self.head_of(self.hidden(ids, cache, last=last, positions=positions))
+
+    def head_of(self, x: Tensor) -> Tensor:
+        """The logits of final hidden states."""
+        if self.head is not None:
+            return self.head(x)
+        return project(x, self.embedding.weight, None, self._activations, self._backend)
+
+    def loss(self, ids: Tensor, targets: Tensor, **options: Any) -> Tensor:
+        """The mean cross-entropy of the next tokens, () fp32, without ever storing all logits.
+
+        ids, targets  (B, T) int64: targets[b, t] is the token that follows ids[b, t], or ignore_index (-100)
+        options       those of gptfast.ops.linear_cross_entropy: label_smoothing, z_loss, reduction, ...
+
+        Raises ValueError where shapes don't fit, or the model's weights are quantised.
+        """
+        if targets.shape != ids.shape:
+            raise ValueError(f"GPT.loss: expected targets like ids {tuple(ids.shape)}, got {tuple(targets.shape)}")
+        head = self.embedding if self.head is None else self.head
+        if not isinstance(head.weight, Tensor):
+            raise ValueError("GPT.loss: expected a model of float weights; quantised ones can't be trained")
+        bias = None if self.head is None else self.head.bias
+        x = self.hidden(ids).flatten(0, 1)
+        return ops.linear_cross_entropy(x, head.weight, targets.flatten(), bias=bias, backend=self._backend, **options)
+
+    def hidden(
+        self,
+        ids: Tensor,
+        cache: Cache | None = None,
+        *,
+        last: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """What the head turns into logits, (B, T, C) or (B, C) with `last`; arguments as in `forward` and `logits`."""
         if ids.dim() != 2 or ids.dtype != torch.int64:
             raise ValueError(f"GPT: expected ids (B, T) int64, got {tuple(ids.shape)} {ids.dtype}")
         end = self._end(ids, cache)
@@ -104,9 +139,7 @@ class GPT(nn.Module):
             rows = torch.arange(ids.shape[0], device=ids.device)
             x, stream = x[rows, last], stream[rows, last]
         x, _ = self.norm(x, stream, dropout and dropout.on(3 * len(self.blocks)))
-        if self.head is not None:
-            return self.head(x)
-        return project(x, self.embedding.weight, None, self._activations, self._backend)
+        return x
 
     def _end(self, ids: Tensor, cache: Cache | None) -> int:
         """The number of positions that the longest row will have had."""

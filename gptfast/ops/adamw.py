@@ -336,6 +336,6 @@ def _check_one(i: int, p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor,
 
 OPS = [
     Op("adamw", adamw, reference, cost, cases, baseline, plain=reference,
-       mutates=("params", "exp_avgs", "exp_avg_sqs", "steps", "masters")),
+       mutates=("params", "exp_avgs", "exp_avg_sqs", "steps", "masters"), host=("steps",)),
     Op("gradient_norm", gradient_norm, gradient_norm_reference, gradient_norm_cost, gradient_norm_cases),
 ]  # fmt: skip

@@ -15,7 +15,8 @@ is 1 / sqrt(D) unless given. A row that may attend to nothing gives 0 and LSE -i
 With cu_seqlens_q and cu_seqlens_k (int32, (N + 1), from 0) q is (Tq, H, D), k and v (Tk, Hk, D): N sequences end to
 end, each attending to itself; lse is then (H, Tq). mask and bias don't apply to those.
 
-q, k, v, bias and sinks get gradients, those through lse among them: attention_gradients.py.
+q, k, v, bias and sinks get gradients, those through lse among them: attention_gradients.py. Kernels make those of
+q, k and v; where bias or sinks want one, the reference serves the call.
 
 dropout_p drops probabilities after the normalisation, scaled by 1 / (1 - p); lse doesn't see it. Elements are counted
 row-major in (B, H, Sq, Sk), sequence after sequence where they lie end to end.
@@ -37,11 +38,15 @@ of a head at a position are kept as scale = max |x| / 127 and round(x * (127 / m
 one times the other, rounded to fp32. max |x| < 2^-120 counts as 0; values that aren't finite make the scale NaN. Unlike
 the rest, this costs something that can be measured: benchmarks/quality.py.
 
-Everything is computed in fp32 (fp64 for fp64) and rounded once; lse is fp32. Keys are taken in chunks of 128 counted
-from the first key, and the chunks' (maximum, sum, output) are merged in order, so a row's result depends on that row
-alone: not on the batch, the number of threads, or whether it came in a prefill or one token at a time. Values at masked
-places must be finite. Dao: FlashAttention-2 (arXiv:2307.08691); Press et al.: ALiBi (arXiv:2108.12409); Xiao et al.:
-attention sinks (arXiv:2309.17453); the softcap is Gemma 2's (arXiv:2408.00118).
+Everything is computed in fp32 (fp64 for fp64) and rounded once; lse is fp32. A row's result depends on that row alone,
+not on the batch. On the CPU keys are taken in chunks of 128 counted from the first key, and the chunks' (maximum, sum,
+output) are merged in order, so it doesn't depend on the number of threads either, or on whether the row came in a
+prefill or one token at a time. Triton's kernels differ in two things: a prefill carries one running maximum through
+blocks of keys where decode merges chunks of 256, so the two agree within the tolerance only, each bitwise in itself;
+and with 16-bit inputs P and dS are rounded to that dtype for their products. Scores beyond 2^27 may overflow there.
+
+Values at masked places must be finite. Dao: FlashAttention-2 (arXiv:2307.08691); Press et al.: ALiBi
+(arXiv:2108.12409); Xiao et al.: attention sinks (arXiv:2309.17453); the softcap is Gemma 2's (arXiv:2408.00118).
 """
 
 from __future__ import annotations
@@ -223,6 +228,8 @@ def attention(
         "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k,
     }  # fmt: skip
     page = "attention.attention"
+    if dropout_p:
+        library.check_seed("attention", seed)
     backend, as_op = library.route(page, backend, arguments)
     if as_op:
         out, lse = _registered(
@@ -249,6 +256,12 @@ def cost(q: Tensor, k: Tensor, v: Tensor, **terms: Any) -> Cost:
     pairs = sum(_pairs(*n, terms.get("causal", False), terms.get("window", (-1, -1))) for n in lengths)
     moved = nbytes(q, q, k, v, terms.get("bias"), terms.get("mask"))
     return Cost(flops=4 * q.shape[-1] * q.shape[-2] * pairs, bytes=moved)
+
+
+def train_cost(q: Tensor, k: Tensor, v: Tensor, **terms: Any) -> Cost:
+    """The backward has five products where the forward has two; it reads five tensors and writes three."""
+    forward = cost(q, k, v, **terms)
+    return Cost(flops=3.5 * forward.flops, bytes=forward.bytes + nbytes(q, q, q, q, k, k, v, v))
 
 
 def _pairs(q_len: int, k_len: int, causal: bool, window: tuple[int, int]) -> int:
@@ -401,7 +414,8 @@ def cost_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *
 
 OPS = [
     Op("attention", attention, reference, cost, attention_cases.cases, attention_cases.baseline,
-       take=attention_cases.take, batch=attention_cases.batch, differentiable=("q", "k", "v", "bias", "sinks")),
+       take=attention_cases.take, batch=attention_cases.batch, train_cost=train_cost,
+       differentiable=("q", "k", "v", "bias", "sinks")),
     Op("attention_kvcache", attention_kvcache, reference_kvcache, cost_kvcache, attention_cases.cases_kvcache,
        attention_cases.baseline_kvcache, mutates=("k_cache", "v_cache", "k_scale", "v_scale"),
        take=attention_cases.take_kvcache, batch=attention_cases.batch_kvcache),

@@ -116,7 +116,8 @@ def sdpa(
         seen = visible(Sq, Sk, causal, window, q.device)
         mask, causal = (seen if mask is None else mask & seen), False
     if alibi_slopes is not None:
-        distance = (torch.arange(Sk) - torch.arange(Sq)[:, None] - (Sk - Sq)).abs()
+        i, j = torch.arange(Sq, device=q.device), torch.arange(Sk, device=q.device)
+        distance = (j - i[:, None] - (Sk - Sq)).abs()
         slope = -alibi_slopes.view(-1, H, 1, 1) * distance
         bias = slope if bias is None else bias + slope
     if bias is not None:

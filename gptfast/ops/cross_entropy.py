@@ -26,7 +26,9 @@ rows exist at a time, and their gradient takes their place: see the constants in
 scalar loss the gradients are made in the forward pass, for a loss that has an upstream gradient of 1, and scaled in the
 backward pass; for reduction="none" the backward pass computes the logits again.
 
-Orders of summation, constants of this page. Vocabulary: blocks of 192 columns, their (maximum, sum) merged in order.
+Orders of summation on the CPU, constants of this page; Triton's are its tiles' (kernels/triton/tiles.py), from the
+shape, the dtype and the architecture, and its logits of 16-bit inputs have gradients rounded to 16 bits where they are
+factors of products. Vocabulary: blocks of 192 columns, their (maximum, sum) merged in order.
 x W^T: C in chunks of 256, in order. The gradient of x: the vocabulary in 32 parts (fewer, if it has fewer blocks), each
 in order, and the parts in order. The gradients of weight and bias: the rows that count in order, in chunks of equal
 size. So a row's loss and gradient of x depend on that row alone, and none of them on the number of threads. The
@@ -210,6 +212,7 @@ def linear_cross_entropy(
     serve the call.
     """
     op, V = "linear_cross_entropy", weight.shape[0] if weight.dim() else 0
+    x, weight, bias = library.as_autocast(x, weight, bias)
     arguments = {
         "x": x, "weight": weight, "target": target, "bias": bias, "class_weight": class_weight,
         "ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap,

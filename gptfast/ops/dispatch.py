@@ -139,7 +139,7 @@ def choose(
     op: str, backend: str | None, device: Tensor, arguments: dict[str, Any]
 ) -> tuple[Choice, Callable[..., Any] | None]:
     """The backend for this call and its function (None = the reference)."""
-    order = _order(backend, os.environ.get("GPTFAST_BACKEND"), device.device.type)
+    order = _order(backend, _preferred(), device.device.type)
     passed_over: tuple[tuple[str, str], ...] = ()
     for name in order:
         if name == "reference":
@@ -154,9 +154,9 @@ def choose(
 
 
 @cache
-def _order(backend: str | None, wanted: str | None, device: str) -> tuple[str, ...]:
-    """The backends to try, in order: the one asked for, or GPTFAST_BACKEND (`wanted`) and then the device's own."""
-    wanted = wanted or None
+def _order(backend: str | None, preferred: Any, device: str) -> tuple[str, ...]:
+    """The backends to try, in order: the one asked for, or GPTFAST_BACKEND (`preferred`) and then the device's own."""
+    wanted = os.fsdecode(preferred) if preferred else None
     for name, source in ((backend, "backend="), (wanted, "GPTFAST_BACKEND=")):
         if name is not None and name not in NAMES:
             raise ValueError(f"{source}{name!r}: expected one of {', '.join(NAMES)}")

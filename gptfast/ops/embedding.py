@@ -110,7 +110,7 @@ def embedding(
     )
     arguments = {"ids": ids, "weight": weight, "positions": positions, "position_weight": position_weight}
     backend, as_op = library.route("embedding", backend, arguments)
-    _check_ids("ids", ids, weight.shape[0])
+    _check_ids("ids", ids, weight.shape[0], contents=not as_op)
     if positions is not None and position_weight is not None:
         C = weight.shape[1]
         require(
@@ -120,7 +120,7 @@ def embedding(
                 f"{shape(position_weight)}"
             ),
         )
-        _check_ids("positions", positions, position_weight.shape[0])
+        _check_ids("positions", positions, position_weight.shape[0], contents=not as_op)
         require(
             positions.dim() <= ids.dim() and all(p in (1, i) for p, i in zip(positions.shape[::-1], ids.shape[::-1])),
             lambda: f"embedding: expected positions that broadcast to ids {shape(ids)}, got {shape(positions)}",
@@ -130,11 +130,13 @@ def embedding(
     return dispatch.run("embedding", backend, reference, weight, **arguments)
 
 
-def _check_ids(name: str, ids: Tensor, count: int) -> None:
+def _check_ids(name: str, ids: Tensor, count: int, contents: bool = True) -> None:
     require(ids.dtype == torch.int64, lambda: f"embedding: expected {name} of int64, got {shape(ids)}")
-    if ids.is_meta or torch.compiler.is_compiling() or ids.numel() == 0:  # no values here: the op itself looks
+    # Without values here, or where the op that PyTorch knows is called, that one looks.
+    if not contents or ids.is_meta or torch.compiler.is_compiling() or ids.numel() == 0:
         return
-    low, high = (int(v) for v in ids.aminmax())
+    ends = ids.aminmax()
+    low, high = (int(end) for end in ends) if ids.is_cpu else torch.stack(ends).tolist()  # one copy from the device
     if low < 0 or high >= count:
         bad = ids[(ids < 0) | (ids >= count)][0].item()
         raise ValueError(f"embedding: expected {name} in [0, {count}), got {bad}")

@@ -169,6 +169,8 @@ def layer_norm(
         "x": x, "weight": weight, "bias": bias, "eps": eps, "residual": residual, "dropout_p": dropout_p,
         "seed": seed if dropout_p else 0, "stream": stream if dropout_p else 0,
     }  # fmt: skip
+    if dropout_p:
+        library.check_seed("layer_norm", seed)
     backend, as_op = library.route("layer_norm", backend, arguments)
     if as_op:
         _check(**arguments)

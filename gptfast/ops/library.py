@@ -23,8 +23,26 @@ _ORDINARY = (Tensor, torch.nn.Parameter)
 Gradients = Mapping[str, Tensor | None]  # of arguments, by name
 
 
-def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """gptfast::<name> from its schema, `run` for tensors that hold values and `fake` for those that hold none; the op.
+class Registered:
+    """An op that PyTorch knows. Where nothing but gradients is recorded, a call goes past PyTorch's dispatcher, which
+    takes as long for an op written in Python as a small kernel takes ten times: to the function, or, for its gradients,
+    to an autograd.Function of the same two functions that are registered."""
+
+    def __init__(self, op: Any, run: Callable[..., Any]) -> None:
+        self.op, self.run, self.names = op, run, argument_names(op)
+        self.function: Any = None  # an autograd.Function, where the op has gradients
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        arguments = dict(zip(self.names, given)) | named
+        if watched(arguments):
+            return self.op(**arguments)
+        if self.function is None or not recorded(arguments):
+            return self.run(**arguments)
+        return self.function.apply(*[arguments[name] for name in self.names])
+
+
+def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Registered:
+    """gptfast::<name> from its schema, `run` for tensors that hold values and `fake` for those that hold none.
 
     Neither may return an argument or a view of one.
     """
@@ -34,20 +52,20 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> An
     names = argument_names(op)
     _LIBRARY.impl(name, lambda *given: run(**dict(zip(names, given))), "CompositeExplicitAutograd")
     torch.library.register_fake(f"gptfast::{name}", lambda *given: fake(**dict(zip(names, given))), lib=_LIBRARY)
-    return op
+    return Registered(op, run)
 
 
 def argument_names(op: Any) -> list[str]:
     return [argument.name for argument in op._schema.arguments]
 
 
-def differentiate(op: Any, save: Callable[..., None], backward: Callable[..., Gradients]) -> None:
+def differentiate(known: Registered, save: Callable[..., None], backward: Callable[..., Gradients]) -> None:
     """Registers the op's gradients at PyTorch's Autograd key.
 
     save(ctx, arguments, output) keeps what backward(ctx, needs, *gradients of the outputs) reads; needs[name] says
     whether that argument's gradient is asked for.
     """
-    names = argument_names(op)
+    op, names = known.op, known.names
 
     def by_name(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         save(ctx, dict(zip(names, inputs)), output)
@@ -59,8 +77,16 @@ def differentiate(op: Any, save: Callable[..., None], backward: Callable[..., Gr
 
     torch.library.register_autograd(f"gptfast::{op._opname}", in_order, setup_context=by_name, lib=_LIBRARY)
 
+    def forward(ctx: Any, *given: Any) -> Any:  # no setup_context: apply would read this function's signature each time
+        output = known.run(**dict(zip(names, given)))
+        by_name(ctx, given, output)
+        return output
 
-def differentiate_through(op: Any, function: Callable[..., Sequence[Tensor]]) -> None:
+    methods = {"forward": forward, "backward": in_order}
+    known.function = type(op._opname, (torch.autograd.Function,), {k: staticmethod(f) for k, f in methods.items()})
+
+
+def differentiate_through(op: Registered, function: Callable[..., Any]) -> None:
     """Gradients of an op by autograd through `function`, which computes the same with PyTorch's ops."""
 
     def save(ctx: Any, arguments: dict[str, Any], output: Any) -> None:
@@ -137,12 +163,22 @@ def route(op: str, backend: Any, arguments: Mapping[str, Any]) -> tuple[Any, boo
 def needed(arguments: Mapping[str, Any]) -> bool:
     """Whether PyTorch must see a call with these arguments: to record it for gradients, to trace or transform it, or
     because a tensor is no ordinary one."""
-    gradients = torch.is_grad_enabled()
-    for x in arguments.values():
-        if type(x) in _ORDINARY:
-            if gradients and x.requires_grad:
+    return recorded(arguments) or watched(arguments)
+
+
+def recorded(arguments: Mapping[str, Any]) -> bool:
+    """Whether gradients will be asked for."""
+    if torch.is_grad_enabled():
+        for x in arguments.values():  # any() of a generator takes twice as long, and this is asked of every call
+            if isinstance(x, Tensor) and x.requires_grad:
                 return True
-        elif isinstance(x, Tensor):
+    return False
+
+
+def watched(arguments: Mapping[str, Any]) -> bool:
+    """Whether PyTorch traces or transforms the call, or a tensor is no ordinary one."""
+    for x in arguments.values():
+        if isinstance(x, Tensor) and type(x) not in _ORDINARY:
             return True
     return (
         torch.compiler.is_compiling()
@@ -153,13 +189,33 @@ def needed(arguments: Mapping[str, Any]) -> bool:
 
 def under_autocast(x: Tensor, *others: Tensor | None) -> bool:
     """Whether dtypes differ because autocast made some of them: then an op takes them as PyTorch's own would."""
-    differ = any(t is not None and t.dtype != x.dtype for t in others)
-    return differ and torch.is_autocast_enabled(x.device.type)
+    return any(t is not None and t.dtype != x.dtype for t in others) and autocasting(x)
+
+
+def as_autocast(*operands: Tensor | None) -> tuple[Any, ...]:
+    """The operands of a product, in autocast's dtype where it is on: what PyTorch's own products make of theirs."""
+    x = operands[0]
+    if x is None or not autocasting(x):
+        return operands
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(None if t is None else t.to(dtype) for t in operands)
+
+
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast is on for x's device."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def traced(t: Tensor) -> bool:
     """Whether a tensor's values can't be read here."""
     return torch.compiler.is_compiling() or type(t) not in _ORDINARY or t.device.type == "meta"
+
+
+def check_seed(op: str, seed: Any) -> None:
+    """Raises ValueError unless it is a seed: an int, or one int64 in a tensor."""
+    whole = seed.dtype == torch.int64 and seed.numel() == 1 if isinstance(seed, Tensor) else isinstance(seed, int)
+    got = dispatch.shape(seed) if isinstance(seed, Tensor) else repr(seed)
+    dispatch.require(whole, f"{op}: expected seed as an int or an int64 tensor of one, got {got}")
 
 
 def seed_tensor(seed: Tensor | int, like: Tensor) -> Tensor:

@@ -21,12 +21,12 @@ activations="int8", quantised weights only: x is first rounded to int8 in each g
 Orders of summation, constants of this page. Float weights: K in chunks of 768, added in order; in a chunk as many
 partial sums as the machine has lanes (k mod lanes), added by halves. Packed float weights: chunks of 192 k, added in
 order; inside a chunk in order too, so that the last bits differ from those of the same weights unpacked. A float weight
-that is the transpose of a (K, N) one, in up to 16 rows: likewise with chunks of 96 k, and nothing is copied. Quantised
-weights: groups of 32 k, added in order; inside a group in order too (exact). Neither the number of rows or of threads
-nor a row's place in x changes a bit.
+that is the transpose of a (K, N) one: likewise with chunks of 96 k, and nothing is copied, which suits few rows.
+Quantised weights: groups of 32 k, added in order; inside a group in order too (exact). Neither the number of rows or
+of threads nor a row's place in x changes a bit.
 
-Where a gradient is wanted, or PyTorch traces the call, the product of a float weight is PyTorch's own, backward and
-forward: its bits are PyTorch's.
+Where a gradient is wanted, or PyTorch traces the call, a float weight's product has the orders that
+gptfast/ops/linear_gradients.py says; under autocast, and on GPUs, it is PyTorch's own.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptfast.ops import dispatch, library
+from gptfast.ops import dispatch, library, linear_gradients
 from gptfast.ops.dispatch import shape
 from gptfast.ops.spec import Case, Cost, Inputs, Op, nbytes
 from gptfast.quantize import GROUP, PackedWeight, QuantizedWeight
@@ -93,6 +93,14 @@ def cost(x: Tensor, weight: Weight, bias: Tensor | None = None, *, activations: 
     stored = nbytes(weight) if isinstance(weight, Tensor) else weight.nbytes
     moved = stored + nbytes(x, bias) + rows * N * x.element_size()
     return Cost(flops=2.0 * rows * N * K, bytes=moved, unit="int8" if activations == "int8" else "fp32")
+
+
+def train_cost(x: Tensor, weight: Weight, bias: Tensor | None = None, *, activations: str = "exact") -> Cost:
+    """Three products; the backward reads dy and both operands again and writes their gradients."""
+    forward = cost(x, weight, bias, activations=activations)
+    assert isinstance(weight, Tensor)
+    y = x.numel() // weight.shape[1] * weight.shape[0] * x.element_size()
+    return Cost(flops=3 * forward.flops, bytes=forward.bytes + y + nbytes(x, x, weight, weight, bias))
 
 
 @cache
@@ -157,6 +165,8 @@ def cases() -> list[Case]:
         case(7, 50, 577, "columns", bias=True),
         case(13, 1030, 200, "columns", bias=True),
         case(17, 70, 577, "columns"),
+        case(3, 40, 100, "columns", bias=True),
+        case(40, 300, 200, "columns"),
     ]
     quantised = [
         case(M, N, K, kind, activations, bias)
@@ -199,18 +209,18 @@ def linear(
     where `backend` can't serve the call.
     """
     arguments = {"x": x, "weight": weight, "bias": bias, "activations": activations}
-    if isinstance(weight, Tensor) and backend is None and library.needed(arguments):
+    if isinstance(weight, Tensor) and not isinstance(backend, dispatch.Explain) and library.needed(arguments):
         _check(**arguments)
-        return _trained(x, weight, bias)
+        alone = library.autocasting(x)
+        wanted, as_op = (backend, False) if alone else library.route("linear", backend, arguments)
+        if as_op and (backend is not None or x.device.type == "cpu"):
+            return _registered(x, weight, bias, wanted)
+        if backend is None:
+            return linear_gradients.product(x, weight, bias)
     return dispatch.prepared("linear", backend, reference, x, arguments, _check)(**arguments)
 
 
-def _trained(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """PyTorch's own product, which knows its gradients; in fp32 where dtypes differ."""
-    if x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype):
-        return F.linear(x, weight, bias)
-    wide = torch.promote_types(torch.float32, torch.promote_types(x.dtype, weight.dtype))
-    return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(x.dtype)
+_registered = linear_gradients.register()
 
 
 def _check(x: Tensor, weight: Weight, bias: Tensor | None, activations: str) -> None:
@@ -237,4 +247,10 @@ def _take(arguments: Mapping[str, Any], b: int) -> dict[str, Any]:
     return {**arguments, "x": arguments["x"][b : b + 1]}
 
 
-OP = Op("linear", linear, reference, cost, cases, baseline, take=_take)
+OP = Op(
+    *("linear", linear, reference, cost, cases, baseline),
+    train_cost=train_cost,
+    differentiable=("x", "weight", "bias"),
+    double_backward=True,
+    take=_take,
+)

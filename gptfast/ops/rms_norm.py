@@ -153,6 +153,8 @@ def rms_norm(
         "x": x, "weight": weight, "eps": eps, "residual": residual, "dropout_p": dropout_p,
         "seed": seed if dropout_p else 0, "stream": stream if dropout_p else 0,
     }  # fmt: skip
+    if dropout_p:
+        library.check_seed("rms_norm", seed)
     backend, as_op = library.route("rms_norm", backend, arguments)
     if as_op:
         _check(**arguments)

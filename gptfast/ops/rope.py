@@ -160,6 +160,7 @@ def rope_tables(
     transformers: angles from fp64 would be closer to the formula, but not to what the weights were trained with.
     """
     if isinstance(positions, int):
+        length = positions if length is None else length
         positions = torch.arange(positions)
     require(
         positions.dtype in (torch.int64, torch.int32), f"rope_tables: expected whole positions, got {shape(positions)}"

@@ -73,6 +73,7 @@ class Op:
     differentiable: tuple[str, ...] = ()  # arguments that get gradients, from a backward kernel where there is one
     double_backward: bool = False  # whether its gradients can be differentiated in turn
     exact: bool = False  # outputs equal the reference's bit for bit
+    host: tuple[str, ...] = ()  # arguments that stay on the CPU wherever the others are
     kernels: bool = True  # False where none would pay: what it works on is as small as a number for each sequence
     # The arguments of row `b` of the batch alone, and how many rows a call has; None = no batch.
     take: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
@@ -117,9 +118,9 @@ def leaves(op: Op, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def upstream(op: Op, arguments: Mapping[str, Any], key: str = "") -> list[Tensor]:
-    """Random gradients of the outputs that have some, rounded to their dtype."""
+    """Random gradients of the floating outputs, rounded to their dtype."""
     with torch.enable_grad():
-        results = [r for r in outputs(op.reference(**leaves(op, arguments))) if r.requires_grad]
+        results = [r for r in outputs(op.reference(**leaves(op, arguments))) if r.is_floating_point()]
     inputs = Inputs(results[0].dtype, key + "/upstream", str(results[0].device))
     return [inputs.randn(*r.shape, dtype=r.dtype) for r in results]
 
@@ -130,11 +131,10 @@ def gradients(
     """The gradient of each differentiable argument, those of the outputs being given."""
     mine = leaves(op, arguments)
     with torch.enable_grad():
-        results = [r for r in outputs(function(**mine, **more)) if r.requires_grad]
+        results = [r for r in outputs(function(**mine, **more)) if r.is_floating_point()]
+    results, given = zip(*[(r, u.to(r.dtype)) for r, u in zip(results, given, strict=True) if r.requires_grad])
     asked = [name for name in op.differentiable if isinstance(mine.get(name), Tensor)]
-    found = torch.autograd.grad(
-        results, [mine[name] for name in asked], [u.to(r.dtype) for u, r in zip(given, results)], allow_unused=True
-    )
+    found = torch.autograd.grad(results, [mine[name] for name in asked], given, allow_unused=True)
     return {name: torch.zeros_like(mine[name]) if g is None else g for name, g in zip(asked, found)}
 
 

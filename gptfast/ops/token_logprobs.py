@@ -183,6 +183,7 @@ def token_logprobs(
     serve the call.
     """
     op = "token_logprobs"
+    x, weight, bias = library.as_autocast(x, weight, bias)
     arguments = {
         "x": x, "weight": weight, "target": target, "bias": bias, "ignore_index": ignore_index,
         "temperature": temperature, "softcap": softcap, "return_entropy": return_entropy,
@@ -217,6 +218,8 @@ def token_kl(
     Raises ValueError for arguments that don't fit; BackendError where `backend` can't serve the call.
     """
     op = "token_kl"
+    x_p, weight_p, bias_p = library.as_autocast(x_p, weight_p, bias_p)
+    x_q, weight_q, bias_q = library.as_autocast(x_q, weight_q, bias_q)
     arguments = {
         "x_p": x_p, "weight_p": weight_p, "x_q": x_q, "weight_q": weight_q, "bias_p": bias_p, "bias_q": bias_q,
         "mask": mask, "temperature": temperature, "softcap_p": softcap_p, "softcap_q": softcap_q,

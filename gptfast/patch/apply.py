@@ -14,7 +14,7 @@ from gptfast.patch import attention, linears, loss, mlps, norms, probe, rope
 from gptfast.patch.changes import Replacement, put, taken
 from gptfast.patch.report import Entry, PatchReport
 
-LINEAR = f"ops.linear for up to {linears.ROWS} rows without gradients"
+LINEAR = f"ops.linear in training, and for up to {linears.ROWS} rows without gradients"
 
 
 def apply(model: nn.Module, kinds: set[str], backend: str | None) -> PatchReport:
@@ -65,7 +65,7 @@ class _Work:
         if (reason := taken(module)) is not None:
             self.skipped(name, kind, reason)
             return
-        there = module.__dict__.get("forward")
+        there: Any = module.__dict__.get("forward")
         if type(there) is not type(new) or there.backend != new.backend:
             put(module, "forward", new)
         self.patched(name, kind, text)

@@ -5,6 +5,7 @@ What was changed is written on the changed module itself, so that it is copied, 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def kept(model: nn.Module) -> Iterator[None]:
                 put(module, change.name, value, change.owner)
 
 
-class Replacement:
+class Replacement(ABC):
     """Stands in a module's dictionary as `forward`, and calls the module's own where an op can't serve.
 
     Copies and pickles with the module. `backend` is passed to every op.
@@ -81,8 +82,9 @@ class Replacement:
         """For inspect.signature, which transformers asks for the arguments that a model takes."""
         return type(self.module).forward.__get__(self.module)
 
+    @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
+        """The module's forward from now on."""
 
 
 def taken(module: nn.Module) -> str | None:

@@ -1,6 +1,6 @@
-"""Projections of a few rows without gradients, as in decoding, by ops.linear: PyTorch's read the weights at half the
-speed that memory has. Nothing is copied or laid out anew, also not the weights of transformers' Conv1D, which lie the
-other way round."""
+"""Projections by ops.linear: those of a few rows without gradients, as in decoding, where PyTorch's read the weights at
+half the speed that memory has, and those in training. Nothing is copied or laid out anew, also not the weights of
+transformers' Conv1D, which lie the other way round."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from torch import Tensor, nn
 from gptfast import ops
 from gptfast.patch.changes import Replacement
 
-ROWS = 16  # beyond, the large products are PyTorch's
+ROWS = 16  # beyond, without gradients, the large products are PyTorch's
 
 
 class Linear(Replacement):
     """The forward of a projection."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        if len(args) == 1 and not kwargs and (y := few_rows(self.module, args[0], True, self.backend)) is not None:
+        if len(args) == 1 and not kwargs and (y := served(self.module, args[0], True, self.backend)) is not None:
             return y
         return self.original(*args, **kwargs)
 
 
-def few_rows(layer: nn.Module, x: Tensor, bias: bool, backend: str | None) -> Tensor | None:
+def served(layer: nn.Module, x: Tensor, bias: bool, backend: str | None) -> Tensor | None:
     """The projection of x by ops.linear, with or without its bias, where it is for that; else None."""
-    weight = layer.weight
-    if not x.is_cpu or x.dtype != weight.dtype or not 0 < x.numel() <= ROWS * x.shape[-1]:
+    weight: Any = layer.weight
+    if not x.is_cpu or x.dtype != weight.dtype or x.numel() == 0:
         return None
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if not trained and x.numel() > ROWS * x.shape[-1]:
         return None
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return None
     rows = weight if type(layer) is nn.Linear else weight.t()
     if x.shape[-1] != rows.shape[1]:
         return None  # PyTorch says what is wrong
-    return ops.linear(x, rows, layer.bias if bias else None, backend=backend)
+    return ops.linear(x, rows, layer._parameters["bias"] if bias else None, backend=backend)
 
 
 def product(layer: nn.Module, x: Tensor, backend: str | None) -> tuple[Tensor, Tensor | None]:
@@ -47,9 +48,9 @@ def product(layer: nn.Module, x: Tensor, backend: str | None) -> tuple[Tensor, T
     bias = layer._parameters.get("bias")
     if not plain or bias is None or layer._forward_hooks or layer._forward_pre_hooks or not is_projection(layer):
         return layer(x), None
-    if forward is not None and (h := few_rows(layer, x, False, backend)) is not None:
+    if forward is not None and (h := served(layer, x, False, backend)) is not None:
         return h, bias
-    weight = layer.weight
+    weight: Any = layer.weight
     return F.linear(x, weight if type(layer) is nn.Linear else weight.t()), bias
 
 
@@ -62,5 +63,6 @@ def is_projection(module: nn.Module) -> bool:
 
 def sizes(module: nn.Module) -> tuple[int, int]:
     """The widths that a projection takes and gives."""
-    N, K = module.weight.shape
+    weight: Any = module.weight
+    N, K = weight.shape
     return (K, N) if type(module) is nn.Linear else (N, K)

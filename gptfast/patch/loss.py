@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from gptfast import ops
 from gptfast.patch.changes import Replacement
+from gptfast.patch.linears import Linear
+
+NAME = "linear_cross_entropy"
 
 # Models whose logits are the head's output, up to Gemma's cap.
 KNOWN = frozenset(["gpt2", "gpt_neo", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3", "phi", "gemma2"])
@@ -28,7 +31,8 @@ class Loss(Replacement):
         module: Any = self.module
         given = dict(zip(_names(type(module)), args)) | kwargs
         labels, loss = given.get("labels"), None
-        plain = type(head := module.get_output_embeddings()) is nn.Linear and "forward" not in head.__dict__
+        head = module.get_output_embeddings()
+        plain = type(head) is nn.Linear and isinstance(head.__dict__.get("forward"), Linear | None)
         whole = given.get("logits_to_keep") in (None, 0) and given.get("return_dict") is not False
         if labels is None or not (module.training and plain and whole):
             return self.original(*args, **kwargs)
@@ -39,7 +43,8 @@ class Loss(Replacement):
         if target is None:
             target = F.pad(labels, (0, 1), value=ignore)[..., 1:]
         count = given.get("num_items_in_batch")
-        loss = ops.linear_cross_entropy(
+        linear_cross_entropy: Any = getattr(ops, NAME)
+        loss = linear_cross_entropy(
             *(hidden.flatten(0, -2), head.weight, target.flatten().to(hidden.device)),
             **dict(bias=head.bias, ignore_index=ignore, softcap=_cap(module), backend=self.backend),
             reduction="mean" if count is None else "sum",
@@ -94,7 +99,7 @@ def recognise(module: Any) -> str | None:
         return ""
     if not type(module).__name__.endswith(("ForCausalLM", "LMHeadModel")):
         return "its loss is not that of the next token"
-    if not hasattr(ops, "linear_cross_entropy"):
+    if not hasattr(ops, NAME):
         return "this version of gptfast has no linear_cross_entropy"
     if getattr(module.config, "model_type", None) not in KNOWN:
         return "how its logits come from its hidden states is not known"

@@ -37,12 +37,13 @@ class Norm(Replacement):
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         if len(args) != 1 or kwargs:
             return self.original(*args, **kwargs)
-        x, weight, (op, eps, plus) = args[0], self.module.weight, self.formula
+        module: Any = self.module
+        x, weight, (op, eps, plus) = args[0], module.weight, self.formula
         if (x.dtype != weight.dtype and weight.dtype != torch.float32) or x.shape[-1:] != weight.shape:
             return self.original(x)
         if op == "layer_norm":
             assert eps is not None
-            return ops.layer_norm(x, weight, getattr(self.module, "bias", None), eps, backend=self.backend)
+            return ops.layer_norm(x, weight, getattr(module, "bias", None), eps, backend=self.backend)
         if plus:
             weight = weight.float() + plus
         return ops.rms_norm(x, weight, torch.finfo(x.dtype).eps if eps is None else eps, backend=self.backend)

@@ -94,11 +94,16 @@ def _row_stride(x: Tensor) -> int | None:
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """torch.empty for an output; a large one on large pages, since malloc maps it anew for each call."""
-    t = torch.empty(shape, dtype=dtype)
-    if t.nbytes >= LARGE:
-        _cpu.huge_pages(t.data_ptr(), t.nbytes)
-    return t
+    """torch.empty for an output. A large one's memory comes from memory.h, which keeps it for the next: malloc would
+    map it anew for each call."""
+    if math.prod(shape) * dtype.itemsize < LARGE:
+        return torch.empty(shape, dtype=dtype)
+    return large(shape, dtype)
+
+
+def large(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    code = 1 if dtype == torch.uint8 else 4 if dtype == torch.bfloat16 else 2
+    return torch.from_dlpack(_cpu.output(shape, code, 8 * dtype.itemsize))
 
 
 class _Own(threading.local):

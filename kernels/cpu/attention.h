@@ -152,7 +152,7 @@ NOINLINE void qk_rows(const float* qt, const float* kt, float* s, int dim, int b
     f32v acc[BLOCK][NV] = {};
     NO_UNROLL for (int d = 0; d < dim; d++, q += W, k += LANES) {
       f32v row[NV];
-      UNROLL for (int v = 0; v < NV; v++) row[v] = load(q + v * LANES);
+      UNROLL for (int v = 0; v < NV; v++) row[v] = in_register(load(q + v * LANES));
       UNROLL for (int i = 0; i < BLOCK; i++) {
         const f32v key = splat(k[i]);
         UNROLL for (int v = 0; v < NV; v++) acc[i][v] = fma(row[v], key, acc[i][v]);
@@ -265,7 +265,7 @@ NOINLINE void pv_rows(const float* p, const float* vt, float* o, const float* a,
     f32v acc[BLOCK][NV] = {};
     NO_UNROLL for (int j = begin; j < end; j++, v += LANES, row += W) {
       f32v weight[NV];
-      UNROLL for (int i = 0; i < NV; i++) weight[i] = load(row + i * LANES);
+      UNROLL for (int i = 0; i < NV; i++) weight[i] = in_register(load(row + i * LANES));
       UNROLL for (int i = 0; i < BLOCK; i++) {
         const f32v x = splat(v[i]);
         UNROLL for (int u = 0; u < NV; u++) acc[i][u] = fma(weight[u], x, acc[i][u]);
@@ -377,7 +377,7 @@ NOINLINE void pv_few(const Rows<T>* v, int d, int n, const float* p, float* o, i
       UNROLL for (int r = 0; r < R; r++) weight[r] = splat(p[r * CHUNK + g * LANES + j]);
       UNROLL for (int u = 0; u < ND; u++) {
         f32v x = v[g].scaled(j, ND == 1 ? load(from, n) : load(from + u * LANES));
-        in_register(x);
+        x = in_register(x);
         if (u % (64 / (LANES * (int)sizeof(T))) == 0) __builtin_prefetch(from + AHEAD * v[g].stride + u * LANES);
         UNROLL for (int r = 0; r < R; r++) acc[r][u] = fma(weight[r], x, acc[r][u]);
       }

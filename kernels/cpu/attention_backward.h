@@ -46,7 +46,7 @@ NOINLINE void rows_by_keys(const float* x, int stride, const float* yt, float* s
       const float* a = row;
       NO_UNROLL for (const int to = min(d + DIMS_AT_ONCE, dim); d < to; d++, a++, y += NV * LANES) {
         f32v key[NV];
-        UNROLL for (int v = 0; v < NV; v++) key[v] = load(y + v * LANES);
+        UNROLL for (int v = 0; v < NV; v++) key[v] = in_register(load(y + v * LANES));
         UNROLL for (int r = 0; r < BLOCK; r++) {
           const f32v b = splat(a[r * stride]);
           UNROLL for (int v = 0; v < NV; v++) acc[r][v] = fma(b, key[v], acc[r][v]);
@@ -70,7 +70,7 @@ NOINLINE void keys_by_rows(const float* p, const float* x, int stride, float* to
     f32v acc[BLOCK][NV] = {};
     NO_UNROLL for (int i = begin; i < end; i++, weight += TILE, row += stride) {
       f32v w[NV];
-      UNROLL for (int v = 0; v < NV; v++) w[v] = load(weight + v * LANES);
+      UNROLL for (int v = 0; v < NV; v++) w[v] = in_register(load(weight + v * LANES));
       UNROLL for (int u = 0; u < BLOCK; u++) {
         const f32v a = splat(row[u]);
         UNROLL for (int v = 0; v < NV; v++) acc[u][v] = fma(w[v], a, acc[u][v]);
@@ -93,7 +93,7 @@ NOINLINE void queries_by_keys(const float* ds, const float* k, int stride, float
     const float* weight = ds;
     NO_UNROLL for (int j = min(keys, TILE); j > 0; j--, weight++, k += stride) {
       f32v x[ND];
-      UNROLL for (int u = 0; u < ND; u++) x[u] = load(k + u * LANES);
+      UNROLL for (int u = 0; u < ND; u++) x[u] = in_register(load(k + u * LANES));
       UNROLL for (int r = 0; r < GROUP; r++) {
         const f32v w = splat(weight[r * TILE]);
         UNROLL for (int u = 0; u < ND; u++) acc[r][u] = fma(w, x[u], acc[r][u]);

@@ -46,15 +46,6 @@ constexpr float NONE = -__builtin_inff();
 #define UNROLL _Pragma("GCC unroll 16")
 #define NO_UNROLL _Pragma("GCC unroll 1")
 
-// Keeps the compiler from loading v again for each use: a load takes as long as the fma that it would be folded into.
-INLINE void in_register(f32v& v) {
-#if defined(__x86_64__)
-  asm("" : "+v"(v));
-#else
-  (void)v;
-#endif
-}
-
 template <class T>
 constexpr bool SCALED = false;
 template <>

@@ -2,9 +2,6 @@
 // one build works with every version of PyTorch; kernels/cpu/<op>.py owns shapes, strides and lifetimes.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <cstddef>
 #include <cstring>
@@ -18,22 +15,63 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "memory.h"
 
 namespace py = pybind11;
 
 namespace gptfast {
 namespace {
 
-// Asks the system for 2 MiB pages under memory that is about to be written: 4 KiB pages fault, and are cleared, 512
-// times as often, which costs several times what an elementwise kernel does. Only a hint; pages already there stay.
-void huge_pages(std::uintptr_t data, std::size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr std::uintptr_t PAGE = 2 << 20;
-  const std::uintptr_t begin = (data + PAGE - 1) / PAGE * PAGE, end = (data + bytes) / PAGE * PAGE;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
+// DLPack's structures (github.com/dmlc/dlpack, version 0.8): a tensor as any framework takes it over.
+struct DLTensor {
+  void* data;
+  std::int32_t device_type, device_id, ndim;
+  std::uint8_t code, bits;
+  std::uint16_t lanes;
+  std::int64_t *shape, *strides;
+  std::uint64_t byte_offset;
+};
+struct DLManagedTensor {
+  DLTensor tensor;
+  void* context;
+  void (*deleter)(DLManagedTensor*);
+};
+
+// A contiguous tensor in memory that comes from, and goes back to, memory.h: a DLPack capsule. code: 2 for fp32 and
+// fp16, 4 for bf16, 1 for bytes.
+py::capsule output(const std::vector<std::int64_t>& shape, int code, int bits) {
+  struct Output {
+    DLManagedTensor managed{};
+    std::vector<std::int64_t> shape, strides;
+    Block block{};
+  };
+  auto out = std::make_unique<Output>();
+  out->shape = out->strides = shape;
+  std::int64_t elements = 1;
+  for (std::size_t i = shape.size(); i-- > 0; elements *= shape[i]) out->strides[i] = elements;
+  out->block = take(static_cast<std::size_t>(elements) * static_cast<std::size_t>(bits / 8));
+  out->managed.tensor = {out->block.memory,
+                         1,
+                         0,
+                         static_cast<std::int32_t>(shape.size()),
+                         static_cast<std::uint8_t>(code),
+                         static_cast<std::uint8_t>(bits),
+                         1,
+                         out->shape.data(),
+                         out->strides.data(),
+                         0};
+  out->managed.context = out.get();
+  out->managed.deleter = [](DLManagedTensor* managed) {
+    const std::unique_ptr<Output> mine(static_cast<Output*>(managed->context));
+    give_back(mine->block);
+  };
+  const py::capsule made(&out->managed, "dltensor", [](PyObject* capsule) {  // unless somebody has taken it over
+    if (!PyCapsule_IsValid(capsule, "dltensor")) return;
+    auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+    managed->deleter(managed);
+  });
+  out.release();
+  return made;
 }
 
 // A Python value as a field: an integer or address, a float, a sequence of them for an array.
@@ -242,8 +280,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", &isa, "The instruction set in use.");
   m.def("isas", &isas, "The instruction sets this machine can run, the narrowest first.");
   m.def("use_isa", &use_isa, py::arg("name"), "Use another instruction set's kernels from now on.");
-  m.def("huge_pages", &huge_pages, py::arg("data"), py::arg("bytes"),
-        "Asks for 2 MiB pages under memory not yet written.");
+  m.def("output", &output, py::arg("shape"), py::arg("code"), py::arg("bits"),
+        "A DLPack capsule of an uninitialised tensor, whose memory is kept for the next one.");
   m.def(
       "record", [](const py::object& list) { recording = list.is_none() ? nullptr : list.ptr(); }, py::arg("list"),
       "Appends this thread's launches as (op, threads, fields) to a list that the caller keeps, until record(None).");
@@ -289,6 +327,8 @@ PYBIND11_MODULE(_cpu, m) {
        bias_dtype, source, before);
   BIND(linear_packed, Linear, y, x, weight, bias, workspace, rows, cols, depth, x_stride, weight_stride, dtype, format,
        bias_dtype, source, before);
+  BIND(product, Product, c, sums, workspace, a, b, bias, rows, cols, depth, c_stride, a_row, a_depth, b_depth, b_col,
+       a_dtype, b_dtype, of_b, add);
   BIND(sample, Sample, ids, logprobs, logits, logit_bias, mask, history, prompt_lengths, reals, top_k, seed, step,
        stream, per_row, rows, cols, logits_stride, bias_stride, mask_stride, history_cols, dtype, processed);
   BIND(advance, Advance, ids, positions, steps, lengths, drawn, running, history, prompt_lengths, rows, history_cols);

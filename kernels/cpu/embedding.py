@@ -12,6 +12,9 @@ PANELS = -1  # the stride that says so
 
 
 def supports(ids: Tensor, weight: Tensor, positions: Tensor | None, position_weight: Tensor | None) -> str | None:
+    for t in (ids, positions):
+        if t is not None and not t.is_cpu:
+            return f"ids are on {t.device}, and this backend's tensors are on the CPU"
     return unsupported(weight, position_weight, backward=True)
 
 

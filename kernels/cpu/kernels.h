@@ -23,6 +23,7 @@ enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3 };  // I
   KERNEL(linear_exact, Linear)                  \
   KERNEL(linear_int8, Linear)                   \
   KERNEL(linear_packed, Linear)                 \
+  KERNEL(product, Product)                      \
   KERNEL(dequantize, Dequantize)                \
   KERNEL(pack, Pack)                            \
   KERNEL(bias_gelu, Mlp)                        \
@@ -151,6 +152,17 @@ struct Linear {
   int64_t rows, cols, depth, x_stride, weight_stride;
   int32_t dtype, format, bias_dtype;  // format: the weight's dtype, or 3 Q8_0, 4 Q4_0, 5 Q4_1
   int32_t before;
+};
+
+struct Product {      // c = a b + bias, of matrices stored either way round
+  float* c;           // (rows, cols)
+  float* sums;        // (rows): sums over a's columns; with of_b (cols): over b's rows; their own side is
+                      // contiguous then. Or null
+  float* workspace;   // both operands: rows and cols, each rounded up to whole panels, times depth
+  const void *a, *b;  // (rows, depth), (depth, cols); one stride of each is 1
+  const float* bias;  // (cols), or null
+  int64_t rows, cols, depth, c_stride, a_row, a_depth, b_depth, b_col;
+  int32_t a_dtype, b_dtype, of_b, add;  // add: to what c and sums hold
 };
 
 struct Pack {

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
@@ -7,11 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.kernels.cpu import DTYPES, as_rows, prepare, rows, threads, unsupported
+from gptfast import _cpu
+from gptfast.kernels.cpu import DTYPES, as_rows, empty, pointer, prepare, rows, threads, unsupported
 from gptfast.quantize import PackedWeight, QuantizedWeight
 
-COLUMNS = 16  # up to so many rows a weight stored as (depth, cols) is used from where it lies
-CHUNK, BAND = 96, 4096  # of depth and, at most, of cols, then
+# Of a weight stored as (depth, cols), used from where it lies: chunks of depth and, at most, of cols; rows of a launch,
+# for its sums take as much room for each of them.
+CHUNK, BAND, ROWS = 96, 4096, 16
+# Of a launch for a product of training: rows or columns, and depth, whole chunks of the op page's 384.
+LENGTH, DEPTH = 4096, 10 * 384
+KEPT = 64 << 20  # bytes that a thread keeps for its next product's operands: fresh memory would cost a tenth of one
 OWN = 8192  # so few elements of x, in up to 8 rows, every worker lays out for itself: sharing them would cost more
 
 
@@ -19,7 +25,7 @@ def supports(x: Tensor, weight: Tensor | QuantizedWeight | PackedWeight, bias: T
     if x.numel() == 0 or weight.shape[0] == 0:
         return "there is nothing to compute"
     if isinstance(weight, Tensor):
-        return unsupported(x, weight, bias)
+        return unsupported(x, weight, bias, backward=True)
     if weight.packed.device.type != "cpu":
         return f"the weight is on {weight.packed.device}, and this backend's are on the CPU"
     return unsupported(x, bias)
@@ -45,7 +51,9 @@ def prepare_linear(
         kernel, code = "linear_int8" if activations == "int8" else "linear_exact", weight.code
     shared = count > 8 or x.numel() > OWN
     workspace = count * ((depth + 63) & -64) * 4 if shared else 0
-    if isinstance(weight, Tensor) and count <= COLUMNS and weight.stride(0) == 1 and weight.stride(1) >= cols > 1:
+    if isinstance(weight, Tensor) and weight.stride(0) == 1 and weight.stride(1) >= cols > 1:
+        if count > ROWS:
+            return _by_rows
         weight_fit, weight_stride = None, -weight.stride(1)
         workspace = -(-depth // CHUNK) * count * -(-cols // BAND) * BAND * 4
     inputs = {"x": ("x", as_rows), "weight": ("weight", weight_fit)}
@@ -71,3 +79,108 @@ def prepare_linear(
         bias_dtype=bias_dtype,
         before=0,
     )
+
+
+def _by_rows(x: Tensor, **arguments: Any) -> Tensor:
+    """The op for a few rows of x after another; each row's result is the same as in any other company."""
+    y = [linear(x=part, **arguments) for part in x.reshape(-1, x.shape[-1]).split(ROWS)]
+    return torch.cat(y).view(*x.shape[:-1], -1)
+
+
+def supports_linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, **_: Any) -> str | None:
+    return unsupported(x, weight, bias, backward=True)
+
+
+def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y, _ = multiply(_matrix(x), weight.t(), bias)
+    return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+def supports_linear_backward(x: Tensor, weight: Tensor, bias: Tensor | None, **_: Any) -> str | None:
+    return unsupported(x, weight, bias, backward=True)
+
+
+def linear_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight, laid out as the weight is, and dbias; those that nobody wants are empty."""
+    dx = dweight = dbias = nothing = x.new_empty(0)
+    rows, dy, sums = _matrix(x), _matrix(dy).contiguous(), None
+    if wants_x:
+        dx = multiply(dy, weight)[0].to(x.dtype).view(x.shape)
+    wants_bias = bias is not None
+    if wants_weight and weight.stride(0) == 1 < weight.shape[0]:
+        made, sums = multiply(rows.t(), dy, column_sums=wants_bias)
+        dweight = made.to(weight.dtype).t()
+    elif wants_weight or wants_bias:
+        made, sums = multiply(dy.t(), rows if wants_weight else rows[:, :1], row_sums=wants_bias)
+        dweight = made.to(weight.dtype) if wants_weight else nothing
+    if bias is not None and sums is not None:
+        dbias = sums.to(bias.dtype)
+    return dx, dweight, dbias
+
+
+def multiply(
+    a: Tensor, b: Tensor, bias: Tensor | None = None, *, row_sums: bool = False, column_sums: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """a (M, K) b (K, N) + bias (N) in fp32, and the sums over K of a's rows, (M), or of b's columns, (N), if asked for.
+
+    What is summed must be contiguous across the sums. Any of the storage dtypes; the order of each sum depends on K
+    alone.
+    """
+    a, b = _sided(a), _sided(b)
+    (M, K), N = a.shape, b.shape[1]
+    c = empty((M, N), torch.float32)
+    sums = torch.zeros(M if row_sums else N, dtype=torch.float32) if row_sums or column_sums else None
+    if K == 0 or M == 0 or N == 0:
+        return c.zero_() if bias is None else c.copy_(bias.expand(M, N)), sums
+    bias = None if bias is None else bias.float().contiguous()
+    (a_row, a_depth), (b_depth, b_col) = a.stride(), b.stride()
+    width, workers = max(LENGTH, (LENGTH * LENGTH) // max(M, 1) if M < LENGTH else 0), threads(M * N)
+    for m in range(0, M, LENGTH):
+        for n in range(0, N, width):
+            rows, cols = min(LENGTH, M - m), min(width, N - n)
+            for k in range(0, K, DEPTH):
+                depth = min(DEPTH, K - k)
+                wanted = sums is not None and (n == 0 if row_sums else m == 0)
+                last = bias is not None and k + depth == K
+                room = _room(4 * depth * (rows + cols + 128))
+                _cpu.product(
+                    workers,
+                    c=c.data_ptr() + 4 * (m * N + n),
+                    sums=sums.data_ptr() + 4 * (m if row_sums else n) if wanted and sums is not None else 0,
+                    workspace=room.data_ptr(),
+                    a=a.data_ptr() + a.element_size() * (m * a_row + k * a_depth),
+                    b=b.data_ptr() + b.element_size() * (k * b_depth + n * b_col),
+                    bias=pointer(bias) + 4 * n if last else 0,
+                    **dict(rows=rows, cols=cols, depth=depth, c_stride=N),
+                    **dict(a_row=a_row, a_depth=a_depth, b_depth=b_depth, b_col=b_col),
+                    **dict(a_dtype=DTYPES[a.dtype], b_dtype=DTYPES[b.dtype], of_b=int(column_sums), add=int(k > 0)),
+                )
+    return c, sums
+
+
+def _sided(t: Tensor) -> Tensor:
+    """A matrix with one stride of 1."""
+    return t if 1 in t.stride() else t.contiguous()
+
+
+class _Own(threading.local):
+    room = torch.empty(0, dtype=torch.uint8)
+
+
+_own = _Own()
+
+
+def _room(nbytes: int) -> Tensor:
+    """Where operands are packed, undefined bytes."""
+    if _own.room.shape[0] >= nbytes:
+        return _own.room
+    room = empty((nbytes,), torch.uint8)
+    if nbytes <= KEPT:
+        _own.room = room
+    return room
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return as_rows(x).view(-1, x.shape[-1]) if x.numel() else x.reshape(-1, x.shape[-1])

@@ -34,7 +34,7 @@ INLINE void multiply_add(f32v (&acc)[M][N], const float* a, const float* b, int6
   for (; length > 0; length--, a += STEP, b += N * LANES) {
     f32v row[N];
 #pragma GCC unroll 8
-    for (int v = 0; v < N; v++) row[v] = load(b + v * LANES);
+    for (int v = 0; v < N; v++) row[v] = in_register(load(b + v * LANES));
 #pragma GCC unroll 8
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 8

@@ -119,7 +119,7 @@ __attribute__((noinline)) void outer_products(const float* x, const float* w, in
     for (int k = 0; k < GROUP; k++, x += MR, w += NV * LANES) {
       f32v b[NV];
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; v++) b[v] = load(w + v * LANES);
+      for (int v = 0; v < NV; v++) b[v] = in_register(load(w + v * LANES));
 #pragma GCC unroll 8
       for (int i = 0; i < MR; i++)
 #pragma GCC unroll 8

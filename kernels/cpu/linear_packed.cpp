@@ -35,7 +35,7 @@ __attribute__((noinline)) void tile(const float* x, const W* w, int64_t stride, 
     for (int p = 0; p < NP; p++) {
       if (fetches(NP)) __builtin_prefetch(next + p * stride * sizeof(W));
 #pragma GCC unroll 4
-      for (int part = 0; part < PARTS; part++) b[p * PARTS + part] = load(w + p * stride + part * LANES);
+      for (int part = 0; part < PARTS; part++) b[p * PARTS + part] = in_register(load(w + p * stride + part * LANES));
     }
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++)

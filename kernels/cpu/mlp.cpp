@@ -39,9 +39,9 @@ template <class T>
 INLINE void put(bool past_caches, T* p, Pair v, Two) {
   past_caches ? stream_pair<T>(p, v) : store_pair<T>(p, v);
 }
-template <class T>
-INLINE void put(bool past_caches, T* p, f32v v, int n) {
-  past_caches&& n == LANES ? stream(p, v) : store(p, v, n);
+template <class T, class N>
+INLINE void put(bool past_caches, T* p, f32v v, N n) {
+  past_caches ? stream(p, v, n) : store(p, v, n);
 }
 template <class T>
 INLINE bool past_caches(const MlpBackward& a, int64_t outputs) {
@@ -54,7 +54,7 @@ INLINE bool past_caches(const MlpBackward& a, int64_t outputs) {
 template <int N, class T, class F>
 INLINE void bias_gelu_backward_rows(const MlpBackward& a, int64_t r, bool past, float* kept, F derivative) {
   const T* bias = (const T*)a.other;
-  each_of_row(a.cols, [&](int64_t c, auto n) {
+  each_pair(a.cols, [&](int64_t c, auto n, int) {  // as add_chunks reads what is kept
     const auto b = bias ? load(bias + c, n) : decltype(load(bias, n)){};
     auto rows = decltype(b){};
 #pragma GCC unroll 4

@@ -5,7 +5,7 @@
 
 namespace gptfast::ISA {
 
-constexpr int64_t ROWS = 4;  // taken together: they stay in L1 for the sums over them
+constexpr int64_t ROWS = 1;  // taken together: they stay in L1 for the sums over them
 
 template <class T>
 INLINE const T* s_row(const NormBackward& a, int64_t r) {

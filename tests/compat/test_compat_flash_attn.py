@@ -78,7 +78,8 @@ def test_dense(name: str) -> None:
 def test_like_sdpa() -> None:
     q, k, v = (randn(2, 11, 4, 16, seed=i) for i in range(3))
     out, lse, dropped = flash_attn.flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
-    wanted = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True).transpose(1, 2)
+    heads = [t.transpose(1, 2) for t in (q, k, v)]
+    wanted = F.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True).transpose(1, 2)
     torch.testing.assert_close(out, wanted)
     s = torch.einsum("bqhd,bkhd->bhqk", q, k) / 4
     torch.testing.assert_close(lse, s.masked_fill(torch.ones(11, 11).triu(1).bool(), -torch.inf).logsumexp(-1))
@@ -133,11 +134,12 @@ def test_dropout_and_what_it_dropped() -> None:
 
 
 def test_gradients() -> None:
-    given = [randn(2, 7, 2, 8, seed=i).requires_grad_() for i in range(3)]
+    given: Any = [randn(2, 7, 2, 8, seed=i).requires_grad_() for i in range(3)]
     flash_attn.flash_attn_func(*given, causal=True).square().sum().backward()
     grads = [t.grad for t in given]
     heads = [t.detach().clone().requires_grad_() for t in given]
-    F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in heads), is_causal=True).square().sum().backward()
+    q, k, v = (t.transpose(1, 2) for t in heads)
+    F.scaled_dot_product_attention(q, k, v, is_causal=True).square().sum().backward()
     torch.testing.assert_close(grads, [t.grad for t in heads])
 
 

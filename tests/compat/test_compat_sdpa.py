@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -31,8 +32,11 @@ def test_the_hook(form: str) -> None:
 
     def run(kind: torch.dtype) -> list[Tensor]:
         given = [t.detach().to(kind).requires_grad_() for t in inputs()]
-        t = {k: v.to(kind) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in terms.items()}
-        out = F.scaled_dot_product_attention(*given, **t)
+        q, k, v = given
+        t: dict[str, Any] = dict(terms)
+        if t.get("attn_mask") is bias:
+            t["attn_mask"] = bias.to(kind)
+        out = F.scaled_dot_product_attention(q, k, v, **t)
         return [out, *torch.autograd.grad(out.square().sum(), given)]
 
     plain, wanted = run(torch.float32), run(torch.float64)

@@ -1,12 +1,13 @@
 """Every op x backend x instruction set x dtype x case against the fp64 reference, with derived tolerances, and bitwise
-across batch sizes, places in the batch and thread counts. All of it comes from the op pages; nothing is added here.
+across batch sizes, places in the batch, thread counts and runs. All of it comes from the op pages; nothing is added
+here.
 
-One test is one op, case and dtype: the fp64 reference is computed once and every backend is held against it.
+One test is one op, case and dtype: the fp64 reference is computed once, on the CPU, and every backend of the session
+(tests/where.py) is held against it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.kernels import reason_missing
 from gptfast.ops.spec import Case, Op, double, map_tensors, outputs, tolerance, written
+from tests import where
 
 
 def conformance() -> list[Any]:
@@ -23,31 +24,18 @@ def conformance() -> list[Any]:
         pytest.param(
             *(op, case, dtype),
             id=f"{op.name}-{case.name}-{str(dtype).removeprefix('torch.')}",
-            marks=[pytest.mark.slow] if "big" in case.tags else [],
+            marks=[pytest.mark.slow] if "big" in case.tags or where.waits(op, number, dtype) else [],
         )
         for op in ops.pages().values()
-        for case in op.cases()
+        for number, case in enumerate(op.cases())
+        if not where.too_large(case)
         for dtype in op.dtypes
     ]
 
 
-def kernels() -> Iterator[str]:
-    """Each backend that has kernels on this machine by name; for the CPU, with each of its instruction sets in use."""
-    if reason_missing("cpu") is not None:
-        return
-    from gptfast import _cpu
-
-    before = _cpu.isa()
-    try:
-        for isa in _cpu.isas():
-            _cpu.use_isa(isa)
-            yield f"cpu ({isa})"
-    finally:
-        _cpu.use_isa(before)
-
-
 def call(op: Op, arguments: dict[str, Any], backend: str, threads: int = 2) -> list[Tensor]:
-    """The outputs and the mutated arguments, computed on copies."""
+    """The outputs and the mutated arguments, computed on copies on this session's device, as tensors of the CPU."""
+    arguments = where.here(op, arguments)
     mine = arguments | map_tensors(Tensor.clone, {k: arguments[k] for k in op.mutates if k in arguments})
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -55,7 +43,7 @@ def call(op: Op, arguments: dict[str, Any], backend: str, threads: int = 2) -> l
         result = outputs(op.function(**mine, backend=backend))
     finally:
         torch.set_num_threads(before)
-    return result + written(op, mine)
+    return [t.cpu() for t in result + written(op, mine)]
 
 
 def expected(op: Op, arguments: dict[str, Any]) -> list[tuple[Tensor, float | None]]:
@@ -89,15 +77,16 @@ def check(got: list[Tensor], wanted: list[tuple[Tensor, float | None]], name: st
 
 
 def check_rows(op: Op, arguments: dict[str, Any], whole: list[Tensor], backend: str, name: str) -> None:
-    """Bitwise: one thread or two, alone or in a batch, wherever in the batch."""
-    one = call(op, arguments, backend, threads=1)
-    assert all(_same(a, b) for a, b in zip(one, whole)), f"{name}: one thread and two differ"
+    """Bitwise: one thread or two, twice on a GPU, alone or in a batch, wherever in the batch."""
+    if not where.INTERPRETED:
+        again = call(op, arguments, backend, threads=1)
+        assert all(_same(a, b) for a, b in zip(again, whole)), f"{name}: one thread and two, or two runs, differ"
     if op.take is None or arguments.get("dropout_p"):  # a dropout mask depends on the place
         return
     rows = op.batch(arguments)
     if rows == 0:
         return
-    for b in {0, rows // 2, rows - 1}:
+    for b in where.some_rows(rows):
         alone = call(op, op.take(arguments, b), backend)
         assert all(_same(w[b : b + 1], row) for w, row in zip(whole, alone)), f"{name}: row {b} differs alone"
 
@@ -109,22 +98,32 @@ def _same(a: Tensor, b: Tensor) -> bool:
 @pytest.mark.parametrize(("op", "case", "dtype"), conformance())
 def test_every_backend_means_the_same(op: Op, case: Case, dtype: torch.dtype) -> None:
     arguments = case.arguments(dtype)
+    where.skip_unfit(arguments)
+    refused = {b: where.refusal(op, where.here(op, arguments), b) for b in where.backends()}
+    if not where.on_the_cpu() and all(refused.values()):
+        pytest.skip("; ".join(filter(None, refused.values())))
     wanted = expected(op, arguments)
-    check(call(op, arguments, "reference"), wanted, "reference")
-    served = ops.explain(op.function, **arguments)
-    for name in kernels():
+    if where.on_the_cpu():  # elsewhere its arithmetic is another PyTorch's
+        check(call(op, arguments, "reference"), wanted, "reference")
+    for name in where.kernels():
         backend = name.partition(" ")[0]
-        if backend in served.passed_over:  # its kernel says that it doesn't take such a call; the reference serves it
+        if refused[backend]:  # its kernel says that it doesn't take such a call; the reference serves it
             continue
         got = call(op, arguments, backend)
         check(got, wanted, name)
         check_rows(op, arguments, got, backend, name)
 
 
-@pytest.mark.skipif(reason_missing("cpu") is not None, reason="the CPU kernels are not built")
+@pytest.mark.parametrize("backend", where.backends())
 @pytest.mark.parametrize("op", [op for op in ops.pages().values() if op.kernels], ids=lambda op: op.name)
-def test_the_kernels_serve_most_cases(op: Op) -> None:
+def test_the_kernels_serve_most_cases(op: Op, backend: str) -> None:
     """No op passes above because its kernel declines everything."""
+    if backend != "cpu" and not where.has_kernel(op, backend):
+        pytest.skip(f"{backend} has no kernel for {op.name} yet")
     for dtype in op.dtypes:
-        served = [ops.explain(op.function, **case.arguments(dtype)).backend == "cpu" for case in op.cases()]
+        served = [
+            not where.refusal(op, where.here(op, case.arguments(dtype)), backend)
+            for case in op.cases()
+            if not where.too_large(case)
+        ]
         assert sum(served) > len(served) / 2, f"{op.name}, {dtype}: {sum(served)} of {len(served)} cases"

@@ -156,3 +156,11 @@ def test_a_wider_weight_meets_its_own_elements(norm: Norm, dropout_p: float, C: 
     narrow = norm(x, weight, **bias, **options)
     wide = norm(x, weight.float(), **{name: b.float() for name, b in bias.items()}, **options)
     assert all(torch.equal(a, b) for a, b in zip(narrow, wide))
+
+
+@pytest.mark.parametrize("seed", ["1", 1.5, torch.tensor(1.0), torch.tensor([1, 2])])
+@pytest.mark.parametrize("op", [layer_norm, rms_norm])
+def test_a_seed_is_one_whole_number(op: Any, seed: Any) -> None:
+    x = torch.randn(2, 8)
+    with pytest.raises(ValueError, match="expected seed as an int or an int64 tensor of one, got"):
+        op(x, torch.ones(8), dropout_p=0.5, seed=seed)

@@ -1,0 +1,79 @@
+"""linear with a float weight as PyTorch's ops: gptfast::linear and gptfast::linear_backward.
+
+    y = x W^T + bias,   dx = dy W,   dW = dy^T x,   dbias = sum of dy over all rows
+
+On the CPU all three products are a kernel of ours: sums in fp32 in chunks of 384 of the summed dimension, in order
+inside a chunk, the chunks added in order. So a row of y and of dx depends on that row alone, and dW and dbias on the
+shape alone. Without a kernel they are PyTorch's own, whose bits are theirs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptfast.ops import dispatch, library
+from gptfast.ops.library import nothing
+
+FORWARD = "linear(Tensor x, Tensor weight, Tensor? bias, str? backend) -> Tensor"
+BACKWARD = (
+    "linear_backward(Tensor dy, Tensor x, Tensor weight, bool wants_x, bool wants_weight, Tensor? bias, str? backend) "
+    "-> (Tensor dx, Tensor dweight, Tensor dbias)"
+)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """PyTorch's own product, which knows its gradients; in fp32 where dtypes differ."""
+    if x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype):
+        return F.linear(x, weight, bias)
+    wide = torch.promote_types(torch.float32, torch.promote_types(x.dtype, weight.dtype))
+    return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(x.dtype)
+
+
+def register() -> Any:
+    """Registers both ops and returns the first. A gradient that nobody wants is nothing(); bias is given to the second
+    where its gradient is wanted."""
+
+    def forward(backend: str | None, **arguments: Any) -> Tensor:
+        return dispatch.run("linear.linear_forward", backend, product, arguments["x"], **arguments)
+
+    def forward_fake(x: Tensor, weight: Tensor, **_: Any) -> Tensor:
+        return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+    def backward_reference(
+        dy: Tensor, x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool, bias: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        given = {"x": x, "weight": weight, "bias": bias}
+        wanted = ["x"] * wants_x + ["weight"] * wants_weight + ["bias"] * (bias is not None)
+        found = dict(zip(wanted, library.gradients_through(product, given, wanted, [dy])))
+        return tuple(nothing(x) if (g := found.get(name)) is None else g for name in given)
+
+    def backward(backend: str | None, **arguments: Any) -> Any:
+        return dispatch.run("linear.linear_backward", backend, backward_reference, arguments["x"], **arguments)
+
+    def backward_fake(
+        x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool, bias: Tensor | None, **_: Any
+    ) -> tuple[Tensor, ...]:
+        return (
+            x.new_empty(x.shape) if wants_x else nothing(x),
+            torch.empty_like(weight) if wants_weight else nothing(x),
+            nothing(x) if bias is None else bias.new_empty(bias.shape),
+        )
+
+    def save(ctx: Any, arguments: dict[str, Any], output: Tensor) -> None:
+        ctx.backend = arguments["backend"]
+        ctx.save_for_backward(*(arguments[name] for name in ("x", "weight", "bias")))
+
+    def gradients(ctx: Any, needs: dict[str, bool], dy: Tensor) -> Any:
+        x, weight, bias = ctx.saved_tensors
+        wants = needs["x"], needs["weight"], bias if needs["bias"] else None
+        return dict(zip(("x", "weight", "bias"), second(dy, x, weight, *wants, ctx.backend)))
+
+    first = library.define(FORWARD, forward, forward_fake)
+    second = library.define(BACKWARD, backward, backward_fake)
+    library.differentiate(first, save, gradients)
+    library.differentiate_through(second, lambda backend, **arguments: backward_reference(**arguments))
+    return first

@@ -1,0 +1,111 @@
+"""Triton's kernels compiled ahead of time, for machines that aren't here.
+
+A launch is recorded from a real call and specialised by the JIT's own code: what Triton knows of a stride (that it is a
+multiple of 16, that it is 1) decides how wide the accesses are, so that statistics of anything else would be of another
+kernel. LLVM can abort, so the compiling is done in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gptfast import kernels
+from gptfast.ops import BackendError
+
+WORKER = "from gptfast.profile import aot; aot.work()"
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel of one call on one architecture: its resources (gptfast.profile.sass.Resources), or the error."""
+
+    call: str
+    arch: str
+    kernel: str
+    options: dict[str, Any]  # block sizes, warps, stages
+    resources: dict[str, Any] | None
+    error: str | None = None
+
+
+def compile_launch(launch: Any, arch: str) -> Any:
+    """Triton's CompiledKernel of a recorded launch (gptfast.kernels.triton.Launch)."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    target: Any = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+    backend = make_backend(target)
+    kernel = launch.kernel
+    while not isinstance(kernel, triton.JITFunction):
+        kernel = kernel.fn
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, more = bind(*launch.arguments, **launch.named)
+    given = {**launch.named, "debug": False}  # all of it, as the JIT checks it: some names are its own
+    options, signature, constants, attributes = kernel._pack_args(backend, given, bound, specialization, more)
+    source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options.__dict__)
+
+
+def compile_call(name: str, arch: str) -> Iterator[Compiled]:
+    """Every kernel that a shipped call (gptfast.profile.shipped) launches, each once."""
+    from gptfast.profile import sass, shipped
+
+    seen = set()
+    launches = shipped.record(name, arch)
+    while True:
+        try:
+            launch = next(launches, None)
+        except BackendError as refused:  # no kernel for the backward
+            yield Compiled(name, arch, "", {}, None, str(refused))
+            return
+        if launch is None:
+            return
+        compiled = error = None
+        try:
+            compiled = compile_launch(launch, arch)
+        except Exception as caught:  # the compiler's errors have many types
+            error = f"{type(caught).__name__}: {caught}"[-2000:]
+        if compiled is not None and compiled.hash in seen:
+            continue
+        seen.add(None if compiled is None else compiled.hash)
+        options = {k: v for k, v in launch.named.items() if k.isupper() or k in ("num_warps", "num_stages")}
+        found = None if compiled is None else asdict(sass.resources(compiled, arch))
+        yield Compiled(name, arch, launch.kernel.__name__, {k: str(v) for k, v in options.items()}, found, error)
+
+
+def survey(names: Iterable[str], archs: Iterable[str] = TARGETS) -> Iterator[Compiled]:
+    """compile_call() for all of them, in processes of their own; one that dies costs the call that it died of."""
+    left = [(name, arch) for arch in archs for name in names]
+    while left:
+        worker = subprocess.Popen(
+            [sys.executable, "-c", WORKER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        said, complaint = worker.communicate(json.dumps(left))
+        for line in said.splitlines():
+            if line.startswith("done "):
+                left.pop(0)
+            elif line.startswith("{"):
+                yield Compiled(**json.loads(line))
+        if worker.returncode and left:
+            name, arch = left.pop(0)
+            yield Compiled(name, arch, "", {}, None, f"the compiler died ({worker.returncode}): {complaint[-2000:]}")
+
+
+def work() -> None:
+    """What a process of survey() does: calls as JSON in, a line for each kernel out, and one after each call."""
+    kernels.compile_only()
+    for name, arch in json.load(sys.stdin):
+        for compiled in compile_call(name, arch):
+            print(json.dumps(asdict(compiled)), flush=True)
+        print("done", name, flush=True)

@@ -1,0 +1,139 @@
+"""What compiled kernels use and do, read from their machine code: NVIDIA's by the disassembler that Triton brings,
+AMD's from the listing that its compiler writes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Per SM: registers, shared memory in KiB, of which one program may have, warps, programs.
+SM = {
+    "sm_80": (65536, 164, 163, 64, 32),
+    "sm_86": (65536, 100, 99, 48, 16),
+    "sm_89": (65536, 100, 99, 48, 24),
+    "sm_90": (65536, 228, 227, 64, 32),
+    "sm_100": (65536, 228, 227, 64, 32),
+    "sm_120": (65536, 100, 99, 48, 24),
+}
+AMD_SHARED = 64  # KiB of LDS, of a CDNA 3 compute unit and of one program there
+TENSOR = re.compile(r"^([HIQBOD]G?MMA|UTC\w*MMA)")
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_.]+)?)\s*([^;]*);")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one compiled kernel."""
+
+    registers: int  # of a thread
+    spills: int  # instructions that move registers to memory or back
+    shared: int  # bytes
+    threads: int  # of a program
+    instructions: int
+    tensor: int  # matrix instructions
+    loads: dict[str, int]  # of global memory, by their bits for one thread
+    stores: dict[str, int]
+    occupancy: float  # resident warps, of those that an SM has room for
+    limit: str  # what keeps it from being higher: "registers", "shared", "warps"
+    fits: bool  # its shared memory is what the machine has
+
+
+def resources(compiled: Any, arch: str) -> Resources:
+    """What a kernel that Triton compiled for `arch` uses."""
+    return _amd(compiled) if arch.startswith("gfx") else _nvidia(compiled, arch)
+
+
+def _nvidia(compiled: Any, arch: str) -> Resources:
+    text, usage = _disassembled(compiled.asm["cubin"])
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage[-500:]
+    registers, stack = int(found[1]), int(found[2])
+    names = [m[1] for m in INSTRUCTION.finditer(text)]
+    shared = compiled.metadata.shared
+    required = re.search(r"\.reqntid (\d+)", compiled.asm["ptx"])
+    threads = int(required[1]) if required else 32 * compiled.metadata.num_warps
+    occupancy, limit = _occupancy(arch, registers, shared, threads)
+    return Resources(
+        registers=registers,
+        spills=sum(name.startswith(("LDL", "STL")) for name in names) + (stack > 0),
+        shared=shared,
+        threads=threads,
+        instructions=len(names),
+        tensor=sum(bool(TENSOR.match(name)) for name in names),
+        loads=_widths(names, ("LDG", "LDGSTS")),
+        stores=_widths(names, ("STG",)),
+        occupancy=occupancy,
+        limit=limit,
+        fits=shared <= SM[arch][2] << 10,
+    )
+
+
+def _disassembled(cubin: bytes) -> tuple[str, str]:
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run: Any = {"capture_output": True, "text": True, "timeout": 120}
+        listing = subprocess.run([tools / "nvdisasm", "-c", file.name], **run)
+        usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], **run)
+    return listing.stdout, usage.stdout + usage.stderr
+
+
+def _widths(names: list[str], kinds: tuple[str, ...]) -> dict[str, int]:
+    """How many accesses of each width: LDG.E.128, LDG.E.U16, LDG.E (32 bits), LDGSTS.E.BYPASS.128."""
+    found: Counter[str] = Counter()
+    for name in names:
+        kind, *parts = name.split(".")
+        if kind in kinds:
+            sizes = [re.sub(r"^[US]", "", p) for p in parts if re.fullmatch(r"[US]?(8|16)|64|128|256", p)]
+            found[sizes[0] if sizes else "32"] += 1
+    return dict(found)
+
+
+def _occupancy(arch: str, registers: int, shared: int, threads: int) -> tuple[float, str]:
+    total, shared_kib, _, warps, programs = SM[arch]
+    mine = -(-threads // 32)
+    by = {  # of equals the first is named
+        "warps": min(warps // mine, programs),
+        "registers": total // (-(-registers * 32 // 256) * 256) // mine if registers else programs,
+        "shared": (shared_kib << 10) // (-(-(shared + 1024) // 128) * 128),  # a program costs 1 KiB of its own
+    }
+    limit = min(by, key=lambda name: by[name])
+    return by[limit] * mine / warps, limit
+
+
+def _amd(compiled: Any) -> Resources:
+    listing = compiled.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        found = re.search(rf"{name}:?\s+(\d+)", listing)
+        return int(found[1]) if found else 0
+
+    def widths(kind: str) -> dict[str, int]:
+        found: Counter[str] = Counter()
+        for m in re.finditer(rf"\b(?:global|buffer|flat)_{kind}_(dwordx?(\d?)|\w*short\w*|\w*byte\w*)", listing):
+            word = m[1]
+            found[str(32 * int(m[2] or 1)) if word.startswith("dword") else "16" if "short" in word else "8"] += 1
+        return dict(found)
+
+    registers, threads = number(r"\.vgpr_count"), 64 * compiled.metadata.num_warps
+    waves = number("Occupancy")
+    return Resources(
+        registers=registers,
+        spills=number(r"\.vgpr_spill_count") + number(r"\.sgpr_spill_count") + number("ScratchSize"),
+        shared=compiled.metadata.shared,
+        threads=threads,
+        instructions=len(re.findall(r"^\s+[vs]_\w+|^\s+(?:global|buffer|ds)_\w+", listing, re.MULTILINE)),
+        tensor=len(re.findall(r"\bv_mfma", listing)),
+        loads=widths("load"),
+        stores=widths("store"),
+        occupancy=waves / 8,
+        limit="registers",
+        fits=compiled.metadata.shared <= AMD_SHARED << 10,
+    )

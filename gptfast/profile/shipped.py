@@ -1,0 +1,141 @@
+"""The calls whose kernels are compiled ahead of time: each op's at the sizes of known models, so that every tile that
+ships is among them. Few rows: the number of rows decides no tile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from gptfast import ops
+from gptfast.ops.spec import Inputs, Op, leaves, outputs
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Make = Callable[[Inputs], dict[str, Any]]
+
+
+def _norm(C: int, bias: bool, i: Inputs, **more: Any) -> dict[str, Any]:
+    arguments = {"x": i.randn(64, C), "weight": i.randn(C), **more}
+    return arguments | ({"bias": i.randn(C)} if bias else {})
+
+
+def _residual(C: int, bias: bool, i: Inputs) -> dict[str, Any]:
+    return _norm(C, bias, i, residual=i.randn(64, C))
+
+
+def _dropout(C: int, bias: bool, i: Inputs) -> dict[str, Any]:
+    return _norm(C, bias, i, residual=i.randn(64, C), dropout_p=0.1, seed=7)
+
+
+def _gelu(C: int, approximate: str, i: Inputs) -> dict[str, Any]:
+    return {"x": i.randn(64, C), "bias": i.randn(C), "approximate": approximate}
+
+
+def _gated(C: int, i: Inputs) -> dict[str, Any]:
+    return {"gate": i.randn(64, C), "up": i.randn(64, C)}
+
+
+def _rope(H: int, Hk: int, D: int, interleaved: bool, i: Inputs) -> dict[str, Any]:
+    angles = i.rand(16, D // 2, dtype=torch.float32)
+    q, k = i.randn(2, 16, H, D), i.randn(2, 16, Hk, D)
+    return {"q": q, "k": k, "cos": angles.cos(), "sin": angles.sin(), "interleaved": interleaved}
+
+
+def _embedding(C: int, i: Inputs) -> dict[str, Any]:
+    positions = {"positions": torch.arange(64), "position_weight": i.randn(64, C)}
+    return {"ids": i.randint(0, 64, (64,)), "weight": i.randn(64, C), **positions}
+
+
+def _adamw(masters: bool, i: Inputs) -> dict[str, Any]:
+    params = [i.randn(1024, 64), i.randn(1024)]
+    moments = [[p.float() for p in params] for _ in range(2)]
+    more = {"masters": [p.float() for p in params]} if masters else {}
+    steps = [torch.tensor(1.0) for _ in params]
+    grads = [p.clone() for p in params]
+    return dict(params=params, grads=grads, exp_avgs=moments[0], exp_avg_sqs=moments[1], steps=steps, **more)
+
+
+def _norms(i: Inputs) -> dict[str, Any]:
+    return {"grads": [i.randn(1024, 64), i.randn(1024)]}
+
+
+def _attention(Sq: int, Sk: int, H: int, Hk: int, D: int, i: Inputs, **more: Any) -> dict[str, Any]:
+    return {"q": i.randn(2, Sq, H, D), "k": i.randn(2, Sk, Hk, D), "v": i.randn(2, Sk, Hk, D), "causal": True, **more}
+
+
+def _sample(V: int, more: dict[str, Any], i: Inputs) -> dict[str, Any]:
+    return {"logits": i.randn(4, V, dtype=torch.float32), "seed": 1, "temperature": 0.8, **more}
+
+
+def _cross_entropy(V: int, i: Inputs) -> dict[str, Any]:
+    return {"logits": i.randn(16, V), "target": i.randint(0, V, (16,))}
+
+
+def _linear_cross_entropy(V: int, C: int, i: Inputs) -> dict[str, Any]:
+    return {"x": i.randn(64, C), "weight": i.randn(V, C), "target": i.randint(0, V, (64,))}
+
+
+def _case(name: str, case: str, i: Inputs) -> dict[str, Any]:
+    """One of a page's own cases."""
+    return next(c for c in ops.pages()[name].cases() if c.name == case).make(i)
+
+
+CALLS: dict[str, tuple[str, Make]] = {  # op, arguments
+    **{f"layer_norm {C}": ("layer_norm", partial(_residual, C, True)) for C in (64, 768, 4096, 8192, 16384, 65536)},
+    **{f"rms_norm {C}": ("rms_norm", partial(_norm, C, False)) for C in (128, 576, 4096, 8192, 12288, 65536)},
+    "rms_norm 4096 dropout": ("rms_norm", partial(_dropout, 4096, False)),
+    **{f"bias_gelu 11008 {a}": ("bias_gelu", partial(_gelu, 11008, a)) for a in ("none", "tanh")},
+    **{f"{op} {C}": (op, partial(_gated, C)) for op in ("swiglu", "geglu") for C in (1536, 11008)},
+    "rope 32/8 128": ("rope", partial(_rope, 32, 8, 128, False)),
+    "rope 9/3 64": ("rope", partial(_rope, 9, 3, 64, False)),
+    "rope 32/8 128 interleaved": ("rope", partial(_rope, 32, 8, 128, True)),
+    "embedding 4096": ("embedding", partial(_embedding, 4096)),
+    "adamw": ("adamw", partial(_adamw, False)),
+    "adamw masters": ("adamw", partial(_adamw, True)),
+    "gradient_norm": ("gradient_norm", _norms),
+    **{f"attention {D}": ("attention", partial(_attention, 256, 256, 8, 2, D)) for D in (64, 80, 96, 128, 256)},
+    "sample plain": ("sample", partial(_sample, 128256, {})),
+    "sample greedy": ("sample", partial(_sample, 128256, {"temperature": 0.0})),
+    "sample top_k top_p": ("sample", partial(_sample, 128256, {"top_k": 50, "top_p": 0.95})),
+    "cross_entropy 128256": ("cross_entropy", partial(_cross_entropy, 128256)),
+    "linear_cross_entropy": ("linear_cross_entropy", partial(_linear_cross_entropy, 4096, 512)),
+    "token_logprobs": ("token_logprobs", partial(_case, "token_logprobs", "512-4096x512-return_entropyTrue")),
+    "token_kl": ("token_kl", partial(_case, "token_kl", "256-4096x512x256")),
+    "policy_loss": ("policy_loss", partial(_case, "policy_loss", "64x512-mask-reference-beta=0.04")),
+    "value_loss": ("value_loss", partial(_case, "value_loss", "64x512-mask")),
+    "gae": ("gae", partial(_case, "gae", "64x512-mask")),
+}
+
+
+def names(dtypes: tuple[str, ...] = ("fp32", "bf16")) -> list[str]:
+    """Every call by name and dtype: "layer_norm 768 bf16"."""
+    return [f"{name} {dtype}" for name in CALLS for dtype in dtypes]
+
+
+def record(name: str, arch: str) -> Iterator[Any]:
+    """The launches (gptfast.kernels.triton.Launch) of a call, forward and backward, with the tiles for `arch`."""
+    call, _, dtype = name.rpartition(" ")
+    page, make = CALLS[call]
+    op = ops.pages()[page]
+    yield from record_call(op, make(Inputs(DTYPES[dtype], name)), arch)
+
+
+def record_call(op: Op, arguments: dict[str, Any], arch: str) -> Iterator[Any]:
+    """The same of any call; what it raises comes after the launches that it made."""
+    import gptfast.kernels.triton as triton
+
+    with triton.recording(arch) as launches:
+        op.function(**arguments, backend="triton")
+    yield from launches
+    if not op.differentiable:
+        return
+    asking = leaves(op, arguments)
+    wanted = [asking[name] for name in op.differentiable if isinstance(asking.get(name), torch.Tensor)]
+    try:
+        with triton.recording(arch) as launches, torch.enable_grad():
+            results = [r for r in outputs(op.function(**asking, backend="triton")) if r.requires_grad]
+            torch.autograd.grad(results, wanted, [torch.ones_like(r) for r in results], allow_unused=True)
+    finally:
+        yield from launches

@@ -1,0 +1,164 @@
+// The large products of training: y = x W^T, dx = dy W and dW = dy^T x alike. Both operands are copied into panels
+// once, which costs as much as 10 rows or columns of the product; the tiles then read nothing but whole lines.
+#include "product.h"
+
+#include "attention.h"
+#include "kernels.h"
+
+namespace gptfast::ISA {
+
+namespace {
+
+using namespace products;
+
+constexpr int GROUP = 8;  // panels that a task packs: whole lines, also of what lies the other way round
+constexpr int64_t ROWS = 96, COLS = 512;  // of a task's part of C: a chunk of its rows of A stays in L2
+
+INLINE int64_t panels(int64_t n, int R) { return ceil_div(n, R); }
+
+// One panel of a chunk, [depth][R], from rows that lie along the depth: `count` of them, the others zero.
+template <int R, class T>
+INLINE void pack_along(const T* x, int64_t row_stride, int count, int64_t length, float* out) {
+  if constexpr (R % LANES == 0) {
+    for (int i = 0; i < R; i += LANES)
+      for (int64_t k = 0; k < length; k += LANES) {
+        const int deep = (int)min<int64_t>(LANES, length - k);
+        f32v t[LANES];
+        for (int j = 0; j < LANES; j++) t[j] = i + j < count ? load(x + (i + j) * row_stride + k, deep) : f32v{};
+        attn::transpose(t);
+        for (int j = 0; j < deep; j++) store(out + (k + j) * R + i, t[j]);
+      }
+  } else {
+    float lines[R][CHUNK] = {};
+    for (int i = 0; i < count; i++)
+      for (int64_t k = 0; k < length; k += LANES)
+        store(lines[i] + k, load(x + i * row_stride + k, (int)min<int64_t>(LANES, length - k)));
+    for (int64_t k = 0; k < length; k++)
+      for (int i = 0; i < R; i++) out[k * R + i] = lines[i][k];
+  }
+}
+
+// Panels of a chunk, `apart` floats from one to the next, from n rows that lie across the depth; what is read ahead is
+// no neighbour that the machine would fetch by itself. part[row] += its sum, if there is one.
+template <int R, class T>
+INLINE void pack_across(const T* x, int64_t depth_stride, int n, int64_t length, float* out, int64_t apart,
+                        float* part) {
+  constexpr int64_t AHEAD = 8;
+  const int count = (int)panels(n, R);
+  float line[GROUP * R] = {};
+  for (int64_t k = 0; k < length; k++, x += depth_stride) {
+    for (int c = 0; c < n; c += LANES) {
+      if (c * sizeof(T) % 64 == 0) __builtin_prefetch(x + AHEAD * depth_stride + c);
+      const f32v v = load(x + c, min(LANES, n - c));
+      store(line + c, v);
+      if (part) store(part + c, load(part + c) + v);
+    }
+    for (int panel = 0; panel < count; panel++)
+      memcpy(out + panel * apart + k * R, line + panel * R, R * sizeof(float));
+  }
+}
+
+// One group of panels of R rows of x (rows, depth), in fp32, rows beyond the last being zero: at
+// packed[chunk][panel][depth][R]. sums[row] = the sum of that row (with `add`: is increased by it), if contiguous rows
+// ask for it.
+template <int R, class T>
+INLINE void pack(const T* x, int64_t row_stride, int64_t depth_stride, int64_t rows, int64_t depth, int64_t group,
+                 float* packed, float* sums, bool add) {
+  const int64_t start = group * GROUP * R, padded = panels(rows, R) * R;
+  const int n = (int)min<int64_t>(GROUP * R, rows - start);
+  float total[GROUP * R] = {};
+  for (int64_t from = 0; from < depth; from += CHUNK) {
+    const int64_t length = min(CHUNK, depth - from);
+    float* out = packed + from * padded + start * length;
+    if (row_stride == 1) {
+      float part[GROUP * R] = {};
+      pack_across<R>(x + from * depth_stride + start, depth_stride, n, length, out, R * length, sums ? part : nullptr);
+      for (int c = 0; c < GROUP * R; c++) total[c] += part[c];
+    } else {
+      for (int panel = 0; panel < (int)panels(n, R); panel++, out += R * length)
+        pack_along<R>(x + (start + panel * R) * row_stride + from, row_stride, min(R, n - panel * R), length, out);
+    }
+  }
+  if (sums)
+    for (int c = 0; c < n; c++) sums[start + c] = add ? sums[start + c] + total[c] : total[c];
+}
+
+// A tile that C may have less than all of.
+__attribute__((noinline)) void corner(const float* a, const float* b, int64_t depth, float* c, int64_t stride, bool add,
+                                      const float* bias, int rows, int cols) {
+  float whole[MR * NR] = {}, rest[NR] = {};
+  if (add)
+    for (int i = 0; i < rows; i++) memcpy(whole + i * NR, c + i * stride, cols * sizeof(float));
+  if (bias) memcpy(rest, bias, cols * sizeof(float));
+  tile(a, b, depth, whole, NR, add, bias ? rest : nullptr);
+  for (int i = 0; i < rows; i++) memcpy(c + i * stride, whole + i * NR, cols * sizeof(float));
+}
+
+// Of C the rows from m and the columns from n, as far as a tile and the part that ends at (bottom, right) go: a chunk's
+// share, from its panels.
+INLINE void multiply(const Product& p, const float* a, const float* b, int64_t from, int64_t length, int64_t m,
+                     int64_t n, int64_t bottom, int64_t right) {
+  const bool add = from > 0 || p.add, last = from + length == p.depth;
+  const float* bias = last && p.bias ? p.bias + n : nullptr;
+  float* c = p.c + m * p.c_stride + n;
+  if (m + MR <= bottom && n + NR <= right)
+    tile(a, b, length, c, p.c_stride, add, bias);
+  else
+    corner(a, b, length, c, p.c_stride, add, bias, (int)min<int64_t>(MR, bottom - m), (int)min<int64_t>(NR, right - n));
+}
+
+// C of so few rows that each panel of B is needed once: it is packed where it is used.
+template <class T>
+void few_rows(const Product& p, const float* a, Worker& worker) {
+  const int64_t rows = panels(p.rows, MR) * MR;
+  auto* b = (float*)worker.scratch(GROUP * NR * CHUNK * sizeof(float));
+  worker.each(panels(p.cols, GROUP * NR), [&](int64_t group) {
+    const int64_t left = group * GROUP * NR, right = min(left + GROUP * NR, p.cols);
+    for (int64_t from = 0; from < p.depth; from += CHUNK) {
+      const int64_t length = min(CHUNK, p.depth - from);
+      const T* x = (const T*)p.b + from * p.b_depth + left * p.b_col;
+      if (p.b_col == 1) pack_across<NR>(x, p.b_depth, (int)(right - left), length, b, NR * length, nullptr);
+      for (int64_t n = left; n < right; n += NR) {
+        float* panel = b + (n - left) * length;
+        if (p.b_col != 1)
+          pack_along<NR>(x + (n - left) * p.b_col, p.b_col, (int)min<int64_t>(NR, right - n), length, panel);
+        for (int64_t m = 0; m < p.rows; m += MR)
+          multiply(p, a + from * rows + m * length, panel, from, length, m, n, p.rows, p.cols);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void product(const Product& p, Worker& worker) {
+  const int64_t rows = panels(p.rows, MR) * MR, cols = panels(p.cols, NR) * NR;
+  float *a = p.workspace, *b = a + rows * p.depth;
+  with_storage(p.a_dtype, [&](auto t) {
+    worker.each(panels(p.rows, GROUP * MR), [&](int64_t group) {
+      pack<MR>((const decltype(t)*)p.a, p.a_row, p.a_depth, p.rows, p.depth, group, a, p.of_b ? nullptr : p.sums,
+               p.add);
+    });
+  });
+  const int64_t down = ceil_div(p.rows, ROWS);
+  if (down == 1 && !(p.sums && p.of_b))
+    return with_storage(p.b_dtype, [&](auto t) { few_rows<decltype(t)>(p, a, worker); });
+  with_storage(p.b_dtype, [&](auto t) {
+    worker.each(panels(p.cols, GROUP * NR), [&](int64_t group) {
+      pack<NR>((const decltype(t)*)p.b, p.b_col, p.b_depth, p.cols, p.depth, group, b, p.of_b ? p.sums : nullptr,
+               p.add);
+    });
+  });
+  worker.each(down * ceil_div(p.cols, COLS), [&](int64_t task) {
+    const int64_t top = task % down * ROWS, left = task / down * COLS;
+    const int64_t bottom = min(top + ROWS, p.rows), right = min(left + COLS, p.cols);
+    for (int64_t from = 0; from < p.depth; from += CHUNK) {
+      const int64_t length = min(CHUNK, p.depth - from);
+      for (int64_t n = left; n < right; n += NR)
+        for (int64_t m = top; m < bottom; m += MR)
+          multiply(p, a + from * rows + m * length, b + from * cols + n * length, from, length, m, n, bottom, right);
+    }
+  });
+}
+
+}  // namespace gptfast::ISA

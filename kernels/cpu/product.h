@@ -1,0 +1,38 @@
+// A product of matrices from panels: C's tile of MR x NR is a chain of fmas over the depth, in chunks that are added in
+// order. A panel holds R neighbouring rows of A, or columns of B, one depth after another.
+#pragma once
+#include "vec.h"
+
+namespace gptfast::ISA::products {
+
+constexpr int MR = LANES == 16 ? 12 : 6, NR = 2 * LANES;  // the sums of a tile fill the registers but for three
+constexpr int64_t CHUNK = 384;  // the op page's constant. A panel of B stays in L1: 24 KB with 8 lanes
+
+// c (MR, NR) = what it holds if `add`, else 0, + a b over `depth` + bias (NR), if there is one.
+INLINE void tile(const float* a, const float* b, int64_t depth, float* c, int64_t stride, bool add, const float* bias) {
+  f32v sums[MR][2];
+#pragma GCC unroll 12
+  for (int i = 0; i < MR; i++) sums[i][0] = sums[i][1] = f32v{};
+  for (int64_t k = 0; k < depth; k++, a += MR, b += NR) {
+    const f32v b0 = in_register(load(b)), b1 = in_register(load(b + LANES));
+#pragma GCC unroll 12
+    for (int i = 0; i < MR; i++) {
+      const f32v x = splat(a[i]);
+      sums[i][0] = fma(x, b0, sums[i][0]);
+      sums[i][1] = fma(x, b1, sums[i][1]);
+    }
+  }
+  if (add) {
+#pragma GCC unroll 12
+    for (int i = 0; i < MR; i++) sums[i][0] += load(c + i * stride), sums[i][1] += load(c + i * stride + LANES);
+  }
+  if (bias) {
+    const f32v v0 = load(bias), v1 = load(bias + LANES);
+#pragma GCC unroll 12
+    for (int i = 0; i < MR; i++) sums[i][0] += v0, sums[i][1] += v1;
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < MR; i++) store(c + i * stride, sums[i][0]), store(c + i * stride + LANES, sums[i][1]);
+}
+
+}  // namespace gptfast::ISA::products

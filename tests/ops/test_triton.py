@@ -1,0 +1,110 @@
+"""What is special to Triton's kernels: rows wider than a program's registers, and what a process without a GPU says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from gptfast import ops
+from gptfast.bench.check import check
+from gptfast.kernels import reason_missing
+from gptfast.ops.spec import Inputs, double, gradients, tolerance, upstream
+from tests import where
+from tests.ops import test_conformance
+
+needs_triton = pytest.mark.skipif("triton" not in where.backends(), reason="Triton's kernels don't run in this session")
+in_the_first_session = pytest.mark.skipif(not where.on_the_cpu(), reason="the CPU's session does it")
+
+
+@needs_triton
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("C", [16390, 24576])
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_rows_that_are_read_twice(name: str, C: int, dropout: float) -> None:
+    i = Inputs(torch.float32, f"{name} {C}")
+    more: dict[str, Any] = {"dropout_p": dropout, "seed": -5, "stream": 2} if dropout else {}
+    arguments = {"x": i.randn(3, C, shift=3.0), "weight": i.randn(C), "residual": i.randn(3, C), **more}
+    if name == "layer_norm":
+        arguments["bias"] = i.randn(C)
+    op = ops.pages()[name]
+    found = test_conformance.call(op, arguments, "triton")
+    test_conformance.check(found, test_conformance.expected(op, arguments), "triton")
+    given = upstream(op, arguments)
+    got = gradients(op.function, op, where.here(op, arguments), [u.to(where.device) for u in given], backend="triton")
+    exact = gradients(op.reference, op, double(arguments), [u.double() for u in given])
+    plain = gradients(op.plain, op, arguments, given)  # pyright: ignore[reportArgumentType]
+    for key, gradient in got.items():
+        limit = tolerance(plain[key], exact[key])
+        test_conformance.check([gradient.cpu()], [(exact[key], limit)], f"d{key}")
+
+
+@needs_triton
+@pytest.mark.parametrize("rows", [1, 2100])
+def test_sums_over_many_chunks_of_rows(rows: int) -> None:
+    """More than 256 chunks' worth, the last of them ragged."""
+    i = Inputs(torch.bfloat16, str(rows))
+    arguments = {"x": i.randn(rows, 8), "weight": i.randn(8)}
+    op = ops.pages()["rms_norm"]
+    given = upstream(op, arguments)
+    got = gradients(op.function, op, where.here(op, arguments), [u.to(where.device) for u in given], backend="triton")
+    exact = gradients(op.reference, op, double(arguments), [u.double() for u in given])
+    plain = gradients(op.baseline, op, arguments, given)  # pyright: ignore[reportArgumentType]
+    limit = tolerance(plain["weight"], exact["weight"])
+    test_conformance.check([got["weight"].cpu()], [(exact["weight"], limit)], "dweight")
+
+
+@needs_triton
+def test_a_row_that_many_places_took() -> None:
+    i = Inputs(torch.float32)
+    arguments = {"ids": torch.zeros(300, dtype=torch.int64), "weight": i.randn(2, 5)}
+    op = ops.pages()["embedding"]
+    assert check(op, where.here(op, arguments), "triton").passed
+    given = upstream(op, arguments)
+    got = gradients(op.function, op, where.here(op, arguments), [u.to(where.device) for u in given], backend="triton")
+    exact = given[0].double().sum(0)
+    assert torch.allclose(
+        got["weight"][0].cpu().double(), exact, rtol=0, atol=300 * 2**-24 * given[0].abs().sum().item()
+    )
+    assert not got["weight"][1].any()
+
+
+def said(code: str, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, timeout=300
+    )
+    return done.stdout + done.stderr
+
+
+@in_the_first_session
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_sentence_says_so() -> None:
+    pytest.importorskip("triton")
+    reason = reason_missing("triton")
+    assert reason is not None and reason.startswith("Triton is here but no GPU: ") and "\n" not in reason
+    x = torch.randn(2, 8)
+    with pytest.raises(ops.BackendError, match="Triton is here but no GPU"):
+        ops.rms_norm(x, torch.ones(8), backend="triton")
+    assert ops.explain("rms_norm", x, torch.ones(8)).backend in ("cpu", "reference")
+
+
+@in_the_first_session
+def test_without_triton_one_sentence_says_so() -> None:
+    code = "import sys; sys.modules['triton'] = None; import gptfast; print(gptfast.backends()['triton'])"
+    assert "pip install triton" in said(code)
+
+
+@in_the_first_session
+def test_an_interpreted_process_takes_tensors_of_the_cpu() -> None:
+    pytest.importorskip("triton")
+    code = (
+        "import torch, gptfast; x, w = torch.randn(3, 8), torch.ones(8);"
+        "print(gptfast.ops.explain('rms_norm', x, w).backend);"
+        "print(gptfast.ops.explain('rms_norm', x, w, backend='triton').backend)"
+    )
+    automatic, explicit = said(code, TRITON_INTERPRET="1").split()
+    assert automatic in ("cpu", "reference") and explicit == "triton"

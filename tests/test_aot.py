@@ -1,0 +1,133 @@
+"""Triton's kernels compiled for machines that aren't here: no spills, shared memory within the part, wide accesses.
+
+`make test` compiles a sample; `make test-aot` everything that ships, on every architecture.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gptfast.profile import aot, sass, shipped
+from tests import where
+
+pytest.importorskip("triton")
+if not where.on_the_cpu():
+    pytest.skip("kernels are compiled in the CPU's session", allow_module_level=True)
+
+SAMPLE = {
+    "sm_80": ["rms_norm 4096 bf16"],
+    "sm_90": ["layer_norm 4096 bf16", "swiglu 11008 bf16", "rope 32/8 128 bf16", "adamw bf16", "attention 128 bf16"],
+    "sm_100": ["layer_norm 768 fp32"],
+    "sm_120": ["rms_norm 8192 bf16"],
+    "gfx942": ["rms_norm 4096 bf16", "swiglu 11008 bf16"],
+}
+EVERYTHING = [pytest.param(arch, shipped.names(), id=f"{arch}-all", marks=pytest.mark.slow) for arch in aot.TARGETS]
+# Every tensor's rows are read and written once, as wide as the machine can. What isn't a row's element: two statistics.
+ROWS = ("_layer_norm_kernel", "_bias_gelu_kernel", "_gated_kernel", "_gated_backward_kernel", "_rope_kernel")
+
+
+@pytest.mark.parametrize(
+    ("arch", "names"), [*(pytest.param(*item, id=item[0]) for item in SAMPLE.items()), *EVERYTHING]
+)
+def test_what_ships_compiles_well(arch: str, names: list[str]) -> None:
+    found = list(aot.survey(names, [arch]))
+    assert {c.call for c in found} == set(names)
+    assert not [problem for c in found for problem in problems(c)]
+
+
+def problems(c: aot.Compiled) -> list[str]:
+    what = f"{c.call}, {c.arch}, {c.kernel} {c.options}"
+    r = c.resources
+    if r is None:
+        return [f"{what}: {c.error}"]
+    said = []
+    if r["spills"]:
+        said.append(f"{what}: {r['spills']} instructions spill registers ({r['registers']} are in use)")
+    if not r["fits"]:
+        said.append(f"{what}: {r['shared']} bytes of shared memory are more than a program may have")
+    if c.kernel in ROWS and int(c.options.get("BLOCK_C", c.options.get("BLOCK_R", "0"))) >= 64:
+        narrow = {
+            w: n for w, n in (*r["loads"].items(), *r["stores"].items()) if int(w) < (128 if "bf16" in c.call else 64)
+        }
+        allowed = 2 * (c.kernel == "_layer_norm_kernel")  # a row's mean and rstd
+        if not c.arch.startswith("gfx") and sum(narrow.values()) > allowed:
+            said.append(f"{what}: accesses of fewer than 128 bits: {narrow}")
+    return said
+
+
+@pytest.mark.parametrize("C", [4096, 8192])
+def test_layer_norm_moves_no_byte_twice(C: int) -> None:
+    """bf16 with a residual: x, residual, weight and bias in; y and the sum out."""
+    [kernel] = [c for c in aot.survey([f"layer_norm {C} bf16"], ["sm_90"]) if c.kernel == "_layer_norm_kernel"][:1]
+    r = kernel.resources
+    assert r is not None
+    assert bytes_of(r["loads"], r["threads"]) == 4 * C * 2
+    assert bytes_of(r["stores"], r["threads"]) == 2 * C * 2
+
+
+def bytes_of(widths: dict[str, int], threads: int) -> int:
+    return sum(int(bits) // 8 * n for bits, n in widths.items()) * threads
+
+
+def test_a_compiler_that_dies_costs_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aot, "WORKER", DYING)
+    found = list(aot.survey(["first", "deadly", "last"], ["sm_90"]))
+    assert [(c.call, c.error is None) for c in found] == [("first", True), ("deadly", False), ("last", True)]
+    assert "the compiler died" in (found[1].error or "") and "assertion" in (found[1].error or "")
+
+
+DYING = """
+import json, os, sys
+for name, arch in json.load(sys.stdin):
+    if name == "deadly":
+        print("assertion", file=sys.stderr, flush=True)
+        os.abort()
+    print(json.dumps(dict(call=name, arch=arch, kernel="k", options={}, resources=None)))
+    print("done", name, flush=True)
+"""
+
+
+def test_the_disassembly_is_read_right() -> None:
+    names = [
+        "LDG.E.128",
+        "LDG.E.U16",
+        "LDG.E",
+        "LDG.E.64.CONSTANT",
+        "LDGSTS.E.BYPASS.128",
+        "STG.E.U8",
+        "LDS.128",
+        "LDL",
+    ]
+    assert sass._widths(names, ("LDG", "LDGSTS")) == {"128": 2, "16": 1, "32": 1, "64": 1}
+    assert sass._widths(names, ("STG",)) == {"8": 1}
+    text = """
+        /*0010*/                   LDG.E.128 R4, [R2.64] ;            /* 0x0 */
+        /*0020*/              @!P0 STL [R1+0x4], R7 ;
+        /*0030*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4] ;
+    """
+    assert [m[1] for m in sass.INSTRUCTION.finditer(text)] == ["LDG.E.128", "STL", "HGMMA.64x64x16.F32.BF16"]
+    assert (
+        sass.TENSOR.match("HGMMA.64x64x16.F32.BF16") and sass.TENSOR.match("UTCHMMA") and not sass.TENSOR.match("HFMA2")
+    )
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "threads", "occupancy", "limit"),
+    [(32, 0, 128, 1.0, "warps"), (64, 0, 256, 0.5, "registers"), (32, 100 << 10, 128, 8 / 64, "shared")],
+)
+def test_occupancy(registers: int, shared: int, threads: int, occupancy: float, limit: str) -> None:
+    """Of an H100's SM: 65,536 registers, 228 KiB, 64 warps."""
+    assert sass._occupancy("sm_90", registers, shared, threads) == (occupancy, limit)
+
+
+def test_every_shipped_call_is_one_that_its_page_takes() -> None:
+    for name in shipped.names():
+        call, _, dtype = name.rpartition(" ")
+        page, make = shipped.CALLS[call]
+        from gptfast import ops
+        from gptfast.ops.spec import Inputs
+
+        arguments: dict[str, Any] = make(Inputs(shipped.DTYPES[dtype], name))
+        assert ops.explain(ops.pages()[page].function, **arguments, backend="reference").backend == "reference"
