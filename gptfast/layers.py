@@ -276,8 +276,10 @@ class Attention(Layer):
         cache: Cache | None = None,
         layer: int = 0,
         dropout: Dropout | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """tables: cos and sin (S, R/2) of the positions from 0, or None. cache: its k[layer] and v[layer] are used."""
+        """tables: cos and sin (S, R/2) of the positions from 0, or None. cache: its k[layer] and v[layer] are used.
+        cu_seqlens (n + 1,) int32: the one row of x is n sequences side by side, and tables has a row for each token."""
         B, T, _ = x.shape
         H, Hk = self.n_head, self.n_kv_head
         heads = self.qkv(x).view(B, T, H + 2 * Hk, self.head_dim)
@@ -296,7 +298,12 @@ class Attention(Layer):
         else:
             if tables is not None:
                 q, k = ops.rope(q, k, tables[0][:T], tables[1][:T], backend=self.backend)
-            mixed = ops.attention(q, k, v, causal=True, window=self.window, backend=self.backend, **_drop(dropout))
+            packed: dict[str, Any] = {}
+            if cu_seqlens is not None:
+                q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+                packed = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+            options = packed | _drop(dropout)
+            mixed = ops.attention(q, k, v, causal=True, window=self.window, backend=self.backend, **options)
         return self.out(mixed.reshape(B, T, H * self.head_dim))
 
 
@@ -321,6 +328,7 @@ class Block(Layer):
         cache: Cache | None = None,
         layer: int = 0,
         dropout: Dropout | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """dropout: its streams 3 layer, + 1 and + 2 serve the branch that comes in, the attention and its branch."""
         at = 3 * layer
@@ -328,7 +336,7 @@ class Block(Layer):
             h, stream = self.attention_norm(branch), branch
         else:
             h, stream = self.attention_norm(branch, stream, dropout and dropout.on(at))
-        h = self.attention(h, tables, cache, layer, dropout and dropout.on(at + 1))
+        h = self.attention(h, tables, cache, layer, dropout and dropout.on(at + 1), cu_seqlens)
         h, stream = self.mlp_norm(h, stream, dropout and dropout.on(at + 2))
         assert stream is not None
         return self.mlp(h), stream
