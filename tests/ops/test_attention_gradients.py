@@ -63,7 +63,7 @@ def test_bias_and_sinks_get_their_gradients_from_the_kernel(
     dtype: torch.dtype,
     isa: None,  # noqa: F811
 ) -> None:
-    """Over eight draws: PyTorch's error in the six numbers of one, which the tolerance is made of, is a matter of luck."""
+    """Over eight draws: PyTorch's error in the six numbers of one, which makes the tolerance, is a matter of luck."""
     found: dict[str, list[list[Tensor]]] = {"bias": [], "sinks": []}
     for draw in range(8):
         q, k, v = (randn(*t.shape, seed=100 * draw + n).to(dtype) for n, t in enumerate(qkv(2, 60, 130)))
