@@ -285,11 +285,13 @@ class GPT(nn.Module):
 
     def pack(self) -> GPT:
         """Holds the float matrices of all linear layers packed for the CPU's kernels, one after another, so that never
-        more than one is there twice. They are no parameters then: for a model that only runs. An embedding that is the
-        head too stays as it is."""
+        more than one is there twice; an embedding too where it is the head. They are no parameters then: for a model
+        that only runs."""
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()
+        if self.head is None:
+            self.embedding.pack()
         return self
 
     @staticmethod
