@@ -124,9 +124,9 @@ def project(x: Tensor, weight: Weight, bias: Tensor | None, activations: str | N
 
 
 class Embedding(Layer):
-    """ids (...) int64 -> (..., C), rows of the weight (V, C), which may be quantised."""
+    """ids (...) int64 -> (..., C), rows of the weight (V, C), which may be quantised or packed."""
 
-    weight: nn.Parameter | QuantizedWeight
+    weight: nn.Parameter | QuantizedWeight | PackedWeight
 
     def __init__(
         self,
@@ -141,14 +141,21 @@ class Embedding(Layer):
         self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim, device=device, dtype=dtype))
         fill_normal(self.weight)
 
-    def set_weight(self, weight: Tensor | QuantizedWeight) -> None:
+    def set_weight(self, weight: Weight) -> None:
         """Holds this weight from now on, as it is."""
         set_weight(self, weight)
+
+    def pack(self) -> None:
+        """As Linear.pack, for an embedding that is the head too."""
+        if isinstance(self.weight, Tensor):
+            set_weight(self, PackedWeight.pack(self.weight.detach()))
 
     def forward(self, ids: Tensor, positions: Tensor | None = None, table: Tensor | None = None) -> Tensor:
         """With positions (broadcast to ids, int64) and their table (P, C), the sum of both rows."""
         if isinstance(self.weight, QuantizedWeight):
             return self.weight.embed(ids, positions, None if table is None else table.float())
+        if isinstance(self.weight, PackedWeight):
+            return self.weight.embed(ids, positions, table)
         return ops.embedding(ids, self.weight, positions=positions, position_weight=table, backend=self.backend)
 
 
@@ -269,8 +276,10 @@ class Attention(Layer):
         cache: Cache | None = None,
         layer: int = 0,
         dropout: Dropout | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """tables: cos and sin (S, R/2) of the positions from 0, or None. cache: its k[layer] and v[layer] are used."""
+        """tables: cos and sin (S, R/2) of the positions from 0, or None. cache: its k[layer] and v[layer] are used.
+        cu_seqlens (n + 1,) int32: the one row of x is n sequences side by side, and tables has a row for each token."""
         B, T, _ = x.shape
         H, Hk = self.n_head, self.n_kv_head
         heads = self.qkv(x).view(B, T, H + 2 * Hk, self.head_dim)
@@ -289,7 +298,12 @@ class Attention(Layer):
         else:
             if tables is not None:
                 q, k = ops.rope(q, k, tables[0][:T], tables[1][:T], backend=self.backend)
-            mixed = ops.attention(q, k, v, causal=True, window=self.window, backend=self.backend, **_drop(dropout))
+            packed: dict[str, Any] = {}
+            if cu_seqlens is not None:
+                q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+                packed = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+            options = packed | _drop(dropout)
+            mixed = ops.attention(q, k, v, causal=True, window=self.window, backend=self.backend, **options)
         return self.out(mixed.reshape(B, T, H * self.head_dim))
 
 
@@ -314,6 +328,7 @@ class Block(Layer):
         cache: Cache | None = None,
         layer: int = 0,
         dropout: Dropout | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """dropout: its streams 3 layer, + 1 and + 2 serve the branch that comes in, the attention and its branch."""
         at = 3 * layer
@@ -321,7 +336,7 @@ class Block(Layer):
             h, stream = self.attention_norm(branch), branch
         else:
             h, stream = self.attention_norm(branch, stream, dropout and dropout.on(at))
-        h = self.attention(h, tables, cache, layer, dropout and dropout.on(at + 1))
+        h = self.attention(h, tables, cache, layer, dropout and dropout.on(at + 1), cu_seqlens)
         h, stream = self.mlp_norm(h, stream, dropout and dropout.on(at + 2))
         assert stream is not None
         return self.mlp(h), stream

@@ -181,3 +181,43 @@ def test_one_thread_and_two_train_alike() -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(got[n], wanted[n]) for n in wanted)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_sequences_are_as_if_alone(name: str) -> None:
+    """Bit for bit, and compiled too; the gradients are those of the sequences' sum."""
+    model = make(name)
+    lengths = (5, 1, 64, 17)
+    g = torch.Generator().manual_seed(3)
+    sequences = [torch.randint(0, 97, (n,), generator=g) for n in lengths]
+    targets = [torch.randint(0, 97, (n,), generator=g) for n in lengths]
+    cu_seqlens = torch.tensor((0, *lengths)).cumsum(0).int()
+    ids = torch.cat(sequences)[None]
+    alone = torch.cat([model.hidden(s[None])[0] for s in sequences])
+    torch.testing.assert_close(model.hidden(ids, cu_seqlens=cu_seqlens)[0], alone, rtol=0, atol=0)
+
+    packed = model.loss(ids, torch.cat(targets)[None], cu_seqlens=cu_seqlens)
+    packed.backward()
+    got = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    total = sum(model.loss(s[None], t[None], reduction="sum") for s, t in zip(sequences, targets)) / sum(lengths)
+    assert isinstance(total, Tensor)
+    total.backward()
+    torch.testing.assert_close(packed, total, rtol=1e-6, atol=0)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(got[name], p.grad, rtol=1e-4, atol=1e-6)
+    compiled = torch.compile(model.loss, backend="aot_eager", fullgraph=True)
+    again = compiled(ids, torch.cat(targets)[None], cu_seqlens=cu_seqlens)
+    torch.testing.assert_close(again, packed, rtol=1e-6, atol=0)
+
+
+def test_packing_says_what_is_wrong() -> None:
+    model, ids = make("gpt2"), torch.zeros(1, 10, dtype=torch.int64)
+    with pytest.raises(ValueError, match="from 0 to 10, never falling"):
+        model.hidden(ids, cu_seqlens=torch.tensor([0, 11], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"cu_seqlens \(n \+ 1,\) int32"):
+        model.hidden(ids, cu_seqlens=torch.tensor([0, 10]))
+    with pytest.raises(ValueError, match="at most 64 tokens, got 65"):
+        model.hidden(ids.new_zeros(1, 65), cu_seqlens=torch.tensor([0, 65], dtype=torch.int32))
+    with pytest.raises(ValueError, match="one row"):
+        model.hidden(ids.expand(2, 10), cu_seqlens=torch.tensor([0, 10], dtype=torch.int32))

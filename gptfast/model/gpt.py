@@ -94,22 +94,47 @@ class GPT(nn.Module):
             return self.head(x)
         return project(x, self.embedding.weight, None, self._activations, self._backend)
 
-    def loss(self, ids: Tensor, targets: Tensor, **options: Any) -> Tensor:
+    def loss(self, ids: Tensor, targets: Tensor, *, cu_seqlens: Tensor | None = None, **options: Any) -> Tensor:
         """The mean cross-entropy of the next tokens, () fp32, without ever storing all logits.
 
         ids, targets  (B, T) int64: targets[b, t] is the token that follows ids[b, t], or ignore_index (-100)
+        cu_seqlens    (n + 1,) int32, or None: see `hidden`
         options       those of gptfast.ops.linear_cross_entropy: label_smoothing, z_loss, reduction, ...
 
-        Raises ValueError where shapes don't fit, or the model's weights are quantised.
+        Raises ValueError where shapes don't fit. Quantised weights get no gradients: what is trained then is what was
+        added to them (gptfast.train.lora).
         """
+        weight, bias = self._head_for("loss", ids, targets)
+        x = self.hidden(ids, cu_seqlens=cu_seqlens).flatten(0, 1)
+        return ops.linear_cross_entropy(x, weight, targets.flatten(), bias=bias, backend=self._backend, **options)
+
+    def logprobs(
+        self, ids: Tensor, targets: Tensor, *, cu_seqlens: Tensor | None = None, **options: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The log-probability of each target, (B, T) fp32, without ever storing all logits; 0 where it is ignored.
+
+        ids, targets, cu_seqlens  as in `loss`
+        options                   those of gptfast.ops.token_logprobs: temperature, return_entropy, ignore_index
+
+        Raises ValueError where shapes don't fit.
+        """
+        weight, bias = self._head_for("logprobs", ids, targets)
+        x = self.hidden(ids, cu_seqlens=cu_seqlens)
+        return ops.token_logprobs(x, weight, targets, bias=bias, backend=self._backend, **options)
+
+    def _head_for(self, name: str, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The head's weight and bias, for what needs them without the logits."""
         if targets.shape != ids.shape:
-            raise ValueError(f"GPT.loss: expected targets like ids {tuple(ids.shape)}, got {tuple(targets.shape)}")
-        head = self.embedding if self.head is None else self.head
-        if not isinstance(head.weight, Tensor):
-            raise ValueError("GPT.loss: expected a model of float weights; quantised ones can't be trained")
-        bias = None if self.head is None else self.head.bias
-        x = self.hidden(ids).flatten(0, 1)
-        return ops.linear_cross_entropy(x, head.weight, targets.flatten(), bias=bias, backend=self._backend, **options)
+            raise ValueError(f"GPT.{name}: expected targets like ids {tuple(ids.shape)}, got {tuple(targets.shape)}")
+        return self.head_weight(), None if self.head is None else self.head.bias
+
+    def head_weight(self) -> Tensor:
+        """The matrix (V, C) that makes logits of hidden states, as ops.linear_cross_entropy and ops.token_logprobs take
+        it: the parameter itself, or the values of a quantised or packed one, fp32, made anew by each call."""
+        weight = (self.embedding if self.head is None else self.head).weight
+        if isinstance(weight, Tensor):
+            return weight
+        return weight.unpack() if isinstance(weight, PackedWeight) else weight.dequantize()
 
     def hidden(
         self,
@@ -118,11 +143,20 @@ class GPT(nn.Module):
         *,
         last: Tensor | None = None,
         positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """What the head turns into logits, (B, T, C) or (B, C) with `last`; arguments as in `forward` and `logits`."""
+        """What the head turns into logits, (B, T, C) or (B, C) with `last`; arguments as in `forward` and `logits`.
+
+        cu_seqlens (n + 1,) int32: the one row of ids (1, T) is n sequences side by side, of the tokens
+            cu_seqlens[i] .. cu_seqlens[i + 1] - 1. Each begins at position 0, and none sees another
+        """
         if ids.dim() != 2 or ids.dtype != torch.int64:
             raise ValueError(f"GPT: expected ids (B, T) int64, got {tuple(ids.shape)} {ids.dtype}")
-        end = self._end(ids, cache)
+        if cu_seqlens is not None:
+            positions = self._packed_positions(ids, cache, cu_seqlens)
+            end = min(ids.shape[1], self.config.context)
+        else:
+            end = self._end(ids, cache)
         dropout = self._dropout()
         if self.positions is None:
             x = self.embedding(ids)
@@ -131,9 +165,12 @@ class GPT(nn.Module):
         if dropout is not None:
             x = dropout.on(0)(x)
         tables = self.rope_tables(end, x.device) if self.config.positions == "rope" else None
+        if tables is not None and cu_seqlens is not None:
+            assert positions is not None
+            tables = (tables[0][positions[0]], tables[1][positions[0]])
         stream: Tensor | None = None
         for layer, block in enumerate(self.blocks):
-            x, stream = block(x, stream, tables, cache, layer, dropout)
+            x, stream = block(x, stream, tables, cache, layer, dropout, cu_seqlens)
         assert stream is not None
         if last is not None:
             rows = torch.arange(ids.shape[0], device=ids.device)
@@ -158,6 +195,23 @@ class GPT(nn.Module):
             context = self.config.context
             raise ValueError(f"GPT: expected at most {context - start} more tokens in a context of {context}, got {T}")
         return start + T
+
+    def _packed_positions(self, ids: Tensor, cache: Cache | None, cu_seqlens: Tensor) -> Tensor:
+        """The place of each token in its sequence, (1, T)."""
+        if ids.shape[0] != 1 or cache is not None:
+            raise ValueError(f"GPT: expected one row of packed sequences without a cache, got {ids.shape[0]} rows")
+        if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+            got = f"{tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+            raise ValueError(f"GPT: expected cu_seqlens (n + 1,) int32, got {got}")
+        lengths = cu_seqlens.diff()
+        T, context = ids.shape[1], self.config.context
+        if not torch.compiler.is_compiling():
+            if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != T or int(lengths.min()) < 0:
+                raise ValueError(f"GPT: expected cu_seqlens from 0 to {T}, never falling, got {cu_seqlens.tolist()}")
+            if int(lengths.max()) > context:
+                raise ValueError(f"GPT: expected sequences of at most {context} tokens, got {int(lengths.max())}")
+        starts = torch.repeat_interleave(cu_seqlens[:-1].long(), lengths, output_size=T)
+        return (torch.arange(T, device=ids.device) - starts)[None]
 
     def _dropout(self) -> Dropout | None:
         if not self.training or not self.config.dropout:
@@ -231,11 +285,13 @@ class GPT(nn.Module):
 
     def pack(self) -> GPT:
         """Holds the float matrices of all linear layers packed for the CPU's kernels, one after another, so that never
-        more than one is there twice. They are no parameters then: for a model that only runs. An embedding that is the
-        head too stays as it is."""
+        more than one is there twice; an embedding too where it is the head. They are no parameters then: for a model
+        that only runs."""
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()
+        if self.head is None:
+            self.embedding.pack()
         return self
 
     @staticmethod
