@@ -1,7 +1,7 @@
 """`python -m benchmarks`: every op case, then whole-model generation, recorded in results/<machine>/*.csv.
 
-Give a name to run one: ops, curve, gaps, generate, quality, scaling, speculation, start, hogged, train; what follows it
-are its own options.
+Give a name to run one: ops, curve, gaps, generate, losses, patched, quality, scaling, speculation, start, hogged,
+train; what follows it are its own options.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from benchmarks import curve, gaps, generate, hogged, ops, quality, scaling, speculation, start, train
+from benchmarks import curve, gaps, generate, hogged, losses, ops, patched, quality, scaling, speculation, start, train
 
 ALL = {
     "ops": ops.main,
     "curve": curve.main,
     "gaps": gaps.main,
     "generate": generate.main,
+    "losses": losses.main,
+    "patched": patched.main,
     "quality": quality.main,
     "scaling": scaling.main,
     "speculation": speculation.main,

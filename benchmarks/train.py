@@ -115,14 +115,20 @@ def memory(name: str, batch: int, length: int, layers: int) -> dict[str, Any]:
     contender.step(ids, targets)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+    before = memory_status("VmRSS")
+    reset_peak()
     contender.step(ids, targets)
     # Gradients are freed between steps: they are part of what the step may use.
-    return {"peak_bytes": _status("VmHWM") - before - 4 * contender.parameters}
+    return {"peak_bytes": memory_status("VmHWM") - before - 4 * contender.parameters}
 
 
-def _status(field: str) -> int:
+def reset_peak() -> None:
+    """The process's high-water mark (VmHWM) starts again at what it holds now. Linux."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory_status(field: str) -> int:
+    """A field of /proc/self/status, VmRSS or VmHWM, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024
 

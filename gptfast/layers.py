@@ -124,9 +124,9 @@ def project(x: Tensor, weight: Weight, bias: Tensor | None, activations: str | N
 
 
 class Embedding(Layer):
-    """ids (...) int64 -> (..., C), rows of the weight (V, C), which may be quantised."""
+    """ids (...) int64 -> (..., C), rows of the weight (V, C), which may be quantised or packed."""
 
-    weight: nn.Parameter | QuantizedWeight
+    weight: nn.Parameter | QuantizedWeight | PackedWeight
 
     def __init__(
         self,
@@ -141,14 +141,21 @@ class Embedding(Layer):
         self.weight = nn.Parameter(torch.empty(num_embeddings, embedding_dim, device=device, dtype=dtype))
         fill_normal(self.weight)
 
-    def set_weight(self, weight: Tensor | QuantizedWeight) -> None:
+    def set_weight(self, weight: Weight) -> None:
         """Holds this weight from now on, as it is."""
         set_weight(self, weight)
+
+    def pack(self) -> None:
+        """As Linear.pack, for an embedding that is the head too."""
+        if isinstance(self.weight, Tensor):
+            set_weight(self, PackedWeight.pack(self.weight.detach()))
 
     def forward(self, ids: Tensor, positions: Tensor | None = None, table: Tensor | None = None) -> Tensor:
         """With positions (broadcast to ids, int64) and their table (P, C), the sum of both rows."""
         if isinstance(self.weight, QuantizedWeight):
             return self.weight.embed(ids, positions, None if table is None else table.float())
+        if isinstance(self.weight, PackedWeight):
+            return self.weight.embed(ids, positions, table)
         return ops.embedding(ids, self.weight, positions=positions, position_weight=table, backend=self.backend)
 
 

@@ -207,15 +207,8 @@ class QuantizedWeight:
     def embed(self, ids: Tensor, positions: Tensor | None = None, table: Tensor | None = None) -> Tensor:
         """Rows as an embedding: int64 ids (...) to (..., K) fp32; with positions (broadcast to ids, int64) and their
         table (P, K) fp32, the sum of both rows. Raises IndexError for an id that isn't a row."""
-        N, K = self.shape
-        if ids.dtype != torch.int64:
-            raise ValueError(f"expected int64 ids, got {str(ids.dtype).removeprefix('torch.')}")
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= N):
-            raise IndexError(f"expected ids in 0..{N - 1}, got {int(ids.min())}..{int(ids.max())}")
-        if positions is not None and positions.numel() and table is not None:
-            low, high, most = int(positions.min()), int(positions.max()), table.shape[0] - 1
-            if low < 0 or high > most:
-                raise IndexError(f"expected positions in 0..{most}, got {low}..{high}")
+        _check_rows(self.shape[0], ids, positions, table)
+        K = self.shape[1]
         if self._kernel() and ids.device.type == "cpu":
             places = None if positions is None else positions.expand(ids.shape).contiguous()
             return self._rows(ids.contiguous(), ids.numel(), places, table).view(*ids.shape, K)
@@ -237,6 +230,17 @@ class QuantizedWeight:
         from gptfast.kernels.cpu.quantize import dequantize
 
         return dequantize(self.packed, self.code, self.shape[1], ids, count, positions, table)
+
+
+def _check_rows(N: int, ids: Tensor, positions: Tensor | None, table: Tensor | None) -> None:
+    if ids.dtype != torch.int64:
+        raise ValueError(f"expected int64 ids, got {str(ids.dtype).removeprefix('torch.')}")
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= N):
+        raise IndexError(f"expected ids in 0..{N - 1}, got {int(ids.min())}..{int(ids.max())}")
+    if positions is not None and positions.numel() and table is not None:
+        low, high, most = int(positions.min()), int(positions.max()), table.shape[0] - 1
+        if low < 0 or high > most:
+            raise IndexError(f"expected positions in 0..{most}, got {low}..{high}")
 
 
 class PackedWeight:
@@ -270,6 +274,17 @@ class PackedWeight:
     def unpack(self) -> Tensor:
         """The matrix (N, K): the inverse of pack."""
         return self.packed.transpose(1, 2).reshape(-1, self.shape[1])[: self.shape[0]]
+
+    def embed(self, ids: Tensor, positions: Tensor | None = None, table: Tensor | None = None) -> Tensor:
+        """Rows as an embedding: int64 ids (...) to (..., K); with positions (broadcast to ids, int64) and their table
+        (P, K) of this dtype, the sum of both rows, rounded once. Raises IndexError for an id that isn't a row."""
+        _check_rows(self.shape[0], ids, positions, table)
+        if self.device.type == ids.device.type == "cpu" and reason_missing("cpu") is None:
+            from gptfast.kernels.cpu.embedding import embedding_packed
+
+            return embedding_packed(ids, self.packed, positions, table)
+        x = self.packed[ids // PANEL, :, ids % PANEL]
+        return x if table is None else (x.float() + table[positions].float()).to(x.dtype)
 
     @property
     def dtype(self) -> torch.dtype:

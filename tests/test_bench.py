@@ -375,3 +375,33 @@ def test_a_hog_runs_for_a_block_and_rounds_take_turns(monkeypatch: pytest.Monkey
     quiet, loud = hogged.measure(decode, 2)
     assert speeds == [False, True, False, False, True] and len(children) == 2
     assert (quiet, loud) == ([100.0, 100.0], [60.0, 60.0]) and hogged.row(quiet, loud)["left"] == 0.6
+
+
+def test_a_patched_model_is_timed_beside_itself_and_must_write_the_same() -> None:
+    pytest.importorskip("transformers")
+    from benchmarks import patched
+
+    plain, quick = patched.models(n_layer=1, n_embd=32, n_head=2, vocab_size=80)
+    row = patched.measure(plain, quick, batch=2, prompt=3, new=5, rounds=2)
+    assert row["equal_tokens"] == 10 and row["patched_tokens_per_s"] > 0 < row["over_unpatched"]
+    for weight in quick.parameters():
+        weight.data.mul_(-1)
+    assert patched.measure(plain, quick, batch=2, prompt=3, new=5, rounds=1)["equal_tokens"] < 10
+
+
+def test_heads_and_losses_are_the_same_function() -> None:
+    from benchmarks import losses
+
+    x, weight, target = losses.data(40, 70, 16)
+    exact = torch.nn.functional.cross_entropy(x.double() @ weight.double().T, target).item()
+    for name, loss in losses.CONTENDERS.items():
+        assert losses.step(loss, (x, weight, target)) == pytest.approx(exact, rel=1e-6), name
+        assert x.grad is not None and weight.grad is not None
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")
+def test_a_loss_takes_less_memory_than_its_logits() -> None:
+    from benchmarks import losses
+
+    most = {name: losses.memory_apart(name, 512, 20_000, 32) for name in (losses.OURS, losses.NAIVE)}
+    assert most[losses.NAIVE] > 512 * 20_000 * 4 > most[losses.OURS]

@@ -351,7 +351,8 @@ def test_a_loaded_model_holds_its_float_matrices_packed_and_once(name: str, tmp_
     loaded = gptfast.load(tmp_path / "folder").model
     linears = [m for m in loaded.modules() if isinstance(m, Linear)]
     assert linears and all(isinstance(m.weight, PackedWeight) for m in linears)
-    whole = all(m.out_features % 16 == 0 for m in linears)
+    assert isinstance(loaded.embedding.weight, PackedWeight) == (loaded.head is None)
+    whole = all(m.out_features % 16 == 0 for m in linears) and loaded.config.vocab_size % 16 == 0
     assert not whole or loaded.weight_bytes() == model.weight_bytes()
     assert not {name for name, _ in loaded.named_parameters() if name.endswith(("qkv.weight", "up.weight"))}
     ids = text(2, 9)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from gptfast import quantize
+from gptfast import ops, quantize
 from gptfast.formats import blocks
 from gptfast.quantize import KINDS, Memory, PackedWeight, QuantizedWeight
 
@@ -153,6 +153,23 @@ def test_packed_floats_come_back_bit_for_bit(dtype: torch.dtype, N: int, K: int)
     assert packed.packed[(N - 1) // 16, K - 1, (N - 1) % 16] == weight[N - 1, K - 1]
     assert packed.nbytes == -(-N // 16) * 16 * K * weight.element_size()
     assert torch.equal(PackedWeight.pack(torch.cat((weight, weight), 1)[:, :K]).unpack(), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (16, 33), (40, 577)])
+def test_rows_of_packed_floats_are_those_of_the_matrix(
+    dtype: torch.dtype, N: int, K: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, table = torch.randn(N, K).to(dtype), torch.randn(5, K).to(dtype)
+    packed, ids, positions = PackedWeight.pack(weight), torch.randint(N, (3, 7)), torch.randint(5, (7,))
+    assert torch.equal(packed.embed(ids), weight[ids])
+    expected = ops.embedding(ids, weight, positions=positions, position_weight=table)
+    assert torch.equal(packed.embed(ids, positions, table), expected)
+    monkeypatch.setattr(quantize, "reason_missing", lambda backend: "not here")
+    assert torch.equal(packed.embed(ids), weight[ids])
+    assert torch.equal(packed.embed(ids, positions, table), expected)
+    with pytest.raises(IndexError, match=f"expected ids in 0..{N - 1}, got 0..{N}"):
+        packed.embed(torch.tensor([0, N]))
 
 
 def test_what_cannot_be_packed_is_told() -> None:

@@ -233,6 +233,16 @@ class Tokenizer:
         stream = StreamDecoder(self, skip_special)
         return "".join([stream.push(id) for id in ids]) + stream.flush()
 
+    def to_json(self) -> str:
+        """The contents of a tokenizer.json that reads back as this tokenizer."""
+        return self._fast.to_str(pretty=True)
+
+    def to_config(self) -> dict[str, Any]:
+        """The contents of the tokenizer_config.json beside it, as transformers reads it; without the chat template."""
+        named = {"bos": self.bos_id, "eos": self.eos_id, "unk": self.unk_id, "pad": self.pad_id}
+        texts = {f"{kind}_token": self._fast.id_to_token(id) for kind, id in named.items() if id is not None}
+        return {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": self.add_bos, **texts}
+
     @cached_property
     def _chat(self) -> ChatTemplate:
         if self.chat_template is None:

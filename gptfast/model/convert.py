@@ -60,6 +60,11 @@ def from_folder(path: str | os.PathLike[str], weights: str | None = None) -> GPT
     return _from_huggingface(config, folder.tensors, weights)
 
 
+def from_tensors(config: GPTConfig, tensors: Mapping[str, Tensor], weights: str | None = None) -> GPT:
+    """The model of these tensors, which have transformers' names."""
+    return _from_huggingface(config, tensors, weights)
+
+
 def from_huggingface_model(model: nn.Module, weights: str | None = None) -> GPT:
     """A copy of a live transformers model (a ...ForCausalLM or GPT2LMHeadModel)."""
     config: Any = model.config

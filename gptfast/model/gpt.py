@@ -104,12 +104,29 @@ class GPT(nn.Module):
         Raises ValueError where shapes don't fit. Quantised weights get no gradients: what is trained then is what was
         added to them (gptfast.train.lora).
         """
-        if targets.shape != ids.shape:
-            raise ValueError(f"GPT.loss: expected targets like ids {tuple(ids.shape)}, got {tuple(targets.shape)}")
-        bias = None if self.head is None else self.head.bias
+        weight, bias = self._head_for("loss", ids, targets)
         x = self.hidden(ids, cu_seqlens=cu_seqlens).flatten(0, 1)
-        weight = self.head_weight()
         return ops.linear_cross_entropy(x, weight, targets.flatten(), bias=bias, backend=self._backend, **options)
+
+    def logprobs(
+        self, ids: Tensor, targets: Tensor, *, cu_seqlens: Tensor | None = None, **options: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The log-probability of each target, (B, T) fp32, without ever storing all logits; 0 where it is ignored.
+
+        ids, targets, cu_seqlens  as in `loss`
+        options                   those of gptfast.ops.token_logprobs: temperature, return_entropy, ignore_index
+
+        Raises ValueError where shapes don't fit.
+        """
+        weight, bias = self._head_for("logprobs", ids, targets)
+        x = self.hidden(ids, cu_seqlens=cu_seqlens)
+        return ops.token_logprobs(x, weight, targets, bias=bias, backend=self._backend, **options)
+
+    def _head_for(self, name: str, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The head's weight and bias, for what needs them without the logits."""
+        if targets.shape != ids.shape:
+            raise ValueError(f"GPT.{name}: expected targets like ids {tuple(ids.shape)}, got {tuple(targets.shape)}")
+        return self.head_weight(), None if self.head is None else self.head.bias
 
     def head_weight(self) -> Tensor:
         """The matrix (V, C) that makes logits of hidden states, as ops.linear_cross_entropy and ops.token_logprobs take
@@ -268,11 +285,13 @@ class GPT(nn.Module):
 
     def pack(self) -> GPT:
         """Holds the float matrices of all linear layers packed for the CPU's kernels, one after another, so that never
-        more than one is there twice. They are no parameters then: for a model that only runs. An embedding that is the
-        head too stays as it is."""
+        more than one is there twice; an embedding too where it is the head. They are no parameters then: for a model
+        that only runs."""
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()
+        if self.head is None:
+            self.embedding.pack()
         return self
 
     @staticmethod

@@ -75,6 +75,7 @@ def cases() -> list[Case]:
         case(2, 3, 150, 2, 1, 24, "sinks", dropout_p=0.2, seed=2**40 + 7, return_lse=True),
         case(2, 150, 140, 3, 1, 72, "query_bias", window=(60, 20), dropout_p=0.1, seed=-3, stream=1),
         varlen([3, 0, 130, 60], [5, 4, 130, 200], 4, 2, 32, window=(80, -1), dropout_p=0.25, seed=3),
+        case(1, 512, 512, 12, 12, 64, causal=True, tags="bench big"),
         case(1, 1024, 1024, 12, 12, 64, causal=True, tags="bench"),
         case(1, 2048, 2048, 12, 12, 64, causal=True, tags="bench big"),
         case(1, 2048, 2048, 9, 3, 64, causal=True, tags="bench big"),

@@ -106,12 +106,12 @@ class AdamW(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, Any], params: Sequence[Tensor], scale: float) -> None:
         states = [self._state_of(p) for p in params]
-        masters = [_local(s["master"]) if "master" in s else None for s in states]
+        masters = [local(s["master"]) if "master" in s else None for s in states]
         adamw(
-            [_local(p) for p in params],
+            [local(p) for p in params],
             [_gradient(p) for p in params],
-            [_local(s["exp_avg"]) for s in states],
-            [_local(s["exp_avg_sq"]) for s in states],
+            [local(s["exp_avg"]) for s in states],
+            [local(s["exp_avg_sq"]) for s in states],
             [s["step"] for s in states],
             lr=float(group["lr"]),
             betas=group["betas"],
@@ -159,8 +159,8 @@ def total_norm(grads: Sequence[Tensor], *, backend: str | None = None) -> Tensor
         return torch.tensor(0.0)
     kinds: defaultdict[Any, list[Tensor]] = defaultdict(list)
     for g in grads:
-        local = _local(g)
-        kinds[local.device if local is g else (g.device_mesh, g.placements)].append(local)  # pyright: ignore
+        mine = local(g)
+        kinds[mine.device if mine is g else (g.device_mesh, g.placements)].append(mine)  # pyright: ignore
     if len(kinds) == 1 and not isinstance(next(iter(kinds)), tuple):
         return gradient_norm(grads, backend=backend)
     squares = torch.zeros((), dtype=torch.float64)
@@ -174,7 +174,7 @@ def total_norm(grads: Sequence[Tensor], *, backend: str | None = None) -> Tensor
                 if not placement.is_replicate():
                     torch.distributed.all_reduce(mine, group=mesh.get_group(dim))
         squares += mine.to(squares.device)
-    return squares.sqrt().to(_local(grads[0]).device, torch.float32)
+    return squares.sqrt().to(local(grads[0]).device, torch.float32)
 
 
 @torch.no_grad()
@@ -197,7 +197,7 @@ def clip_grad_norm_(
     if error_if_nonfinite and not math.isfinite(float(norm)):
         raise RuntimeError(f"the gradients' norm is {float(norm)}: they were not clipped")
     if grads and (coefficient := clip_coefficient(norm, max_norm)) != 1:
-        torch._foreach_mul_([_local(g) for g in grads], coefficient)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_mul_([local(g) for g in grads], coefficient)  # pyright: ignore[reportPrivateImportUsage]
     return norm
 
 
@@ -205,7 +205,7 @@ def _wide(p: Tensor) -> torch.dtype:
     return torch.float64 if p.dtype == torch.float64 else torch.float32
 
 
-def _local(t: Any) -> Tensor:
+def local(t: Any) -> Tensor:
     """This process's part of a DTensor; another tensor as it is. Without that module there are no DTensors, and it
     takes long to import."""
     module = sys.modules.get("torch.distributed.tensor")
@@ -214,5 +214,5 @@ def _local(t: Any) -> Tensor:
 
 def _gradient(p: Tensor) -> Tensor:
     assert p.grad is not None
-    local = _local(p.grad)
-    return local if local.dtype in (p.dtype, torch.float32) else local.float()
+    mine = local(p.grad)
+    return mine if mine.dtype in (p.dtype, torch.float32) else mine.float()

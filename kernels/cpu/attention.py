@@ -19,9 +19,6 @@ CACHE_DTYPES = {**DTYPES, torch.int8: 3}
 def supports_attention(q: Tensor, k: Tensor, v: Tensor, alibi_slopes: Tensor | None = None, **terms: Any) -> str | None:
     if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
         return "alibi_slopes require a gradient, and this kernel makes none for them"
-    for name in ("bias", "sinks"):
-        if (t := terms.get(name)) is not None and t.requires_grad and torch.is_grad_enabled():
-            return f"{name} requires a gradient, and this kernel's is not as exact as the reference's yet"
     return _unsupported(q, k, v, terms, backward=True)
 
 
@@ -129,8 +126,8 @@ def attention_backward(
     tensors |= {"q": q, "k": k, "v": v, "dout": dout, "out": out, "lse": lse.contiguous()}
     tensors["dlse"] = None if dlse is None else dlse.contiguous()
     tensors["delta"] = torch.empty(lse.shape)
-    wide = q.dtype != torch.float32 and (wants_sinks or (wants_bias and bias is not None))
-    if wide or longest <= EXACT or cu_seqlens_q is not None:
+    exact = (wants_sinks and sinks is not None) or (wants_bias and bias is not None)
+    if exact or longest <= EXACT or cu_seqlens_q is not None:
         tensors["norm"] = torch.empty(lse.shape)
     tensors["workspace"] = None if split else empty((threads * room,), torch.float32)
     shape = (0, 0, 0, 0)

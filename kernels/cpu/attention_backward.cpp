@@ -330,12 +330,9 @@ struct Gradients {
     }
   }
 
-  // Whether delta and norm are made of the probabilities: out and lse are rounded, which shows in fp32 gradients of
-  // 16-bit calls, and where there are few queries to even it out.
-  bool wants_exact() const {
-    const bool wide = a.dtype != FLOAT32 && (a.dsinks || (a.dbias && a.bias_dtype == FLOAT32));
-    return a.norm && (wide || s.q_len <= QUERIES);
-  }
+  // Whether delta and norm are made of the probabilities: out and lse are rounded, which shows in the gradients of bias
+  // and sinks, and where there are few queries to even it out.
+  bool wants_exact() const { return a.norm && (a.dsinks || a.dbias || s.q_len <= QUERIES); }
 
   void delta(int block, int64_t h) const {
     for (int64_t i = block * QUERIES; i < min<int64_t>((block + 1) * QUERIES, s.q_len); i++) {

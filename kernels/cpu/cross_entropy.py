@@ -72,7 +72,8 @@ class Head:
             return
         chunks = (count + CHUNK - 1) // CHUNK
         step = ceil((count + chunks - 1) // chunks, TILE)
-        room = empty((self.blocks * BLOCK * step,), torch.float32) if kept else None
+        # PyTorch's memory, which goes back to the system: kept, it would wait beside the backward's copies.
+        room = torch.empty(self.blocks * BLOCK * step, dtype=torch.float32) if kept else None
         for begin in range(0, count, step):
             yield slice(begin, min(begin + step, count)), room
 

@@ -1,5 +1,4 @@
-#include "kernels.h"
-#include "vec.h"
+#include "linear.h"
 
 namespace gptfast::ISA {
 
@@ -10,9 +9,16 @@ void embedding(const Embedding& a, Worker& worker) {
     const int64_t C = a.cols;
     worker.each(a.rows, [&](int64_t i) {
       T* out = (T*)a.out + i * C;
-      const T* row = (const T*)a.weight + a.ids[i] * a.weight_stride;
+      const T *weight = (const T*)a.weight, *row = out;
+      const int64_t id = a.ids[i];
+      if (a.weight_stride < 0) {
+        weight += id / PANEL * PANEL * C + id % PANEL;
+        for (int64_t c = 0; c < C; c++) out[c] = weight[c * PANEL];
+      } else {
+        row = weight + id * a.weight_stride;
+      }
       if (!a.positions) {
-        memcpy(out, row, C * sizeof(T));
+        if (row != out) memcpy(out, row, C * sizeof(T));
         return;
       }
       const T* position = (const T*)a.position_weight + a.positions[i] * a.position_stride;

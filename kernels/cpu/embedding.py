@@ -8,6 +8,8 @@ from torch import Tensor
 from gptfast import _cpu
 from gptfast.kernels.cpu import DTYPES, empty, pointer, rows, threads, unsupported
 
+PANELS = -1  # the stride that says so
+
 
 def supports(ids: Tensor, weight: Tensor, positions: Tensor | None, position_weight: Tensor | None) -> str | None:
     for t in (ids, positions):
@@ -21,13 +23,23 @@ def supports_embedding_backward(dout: Tensor, **_: Any) -> str | None:
 
 
 def embedding(ids: Tensor, weight: Tensor, positions: Tensor | None, position_weight: Tensor | None) -> Tensor:
+    weight, stride = rows(weight)
+    return _gather(ids, weight, stride, weight.shape[1], positions, position_weight)
+
+
+def embedding_packed(ids: Tensor, packed: Tensor, positions: Tensor | None, position_weight: Tensor | None) -> Tensor:
+    """The same of a PackedWeight's panels (N / 16, C, 16)."""
+    return _gather(ids, packed, PANELS, packed.shape[1], positions, position_weight)
+
+
+def _gather(
+    ids: Tensor, weight: Tensor, stride: int, C: int, positions: Tensor | None, position_weight: Tensor | None
+) -> Tensor:
     ids = ids.contiguous()
-    weight, weight_stride = rows(weight)
     position_stride = 0
     if positions is not None and position_weight is not None:
         positions = positions.expand(ids.shape).contiguous()
         position_weight, position_stride = rows(position_weight)
-    C = weight.shape[1]
     out = empty((*ids.shape, C), weight.dtype)
     _cpu.embedding(
         threads(out.numel()),
@@ -38,7 +50,7 @@ def embedding(ids: Tensor, weight: Tensor, positions: Tensor | None, position_we
         position_weight=pointer(position_weight),
         rows=ids.numel(),
         cols=C,
-        weight_stride=weight_stride,
+        weight_stride=stride,
         position_stride=position_stride,
         dtype=DTYPES[weight.dtype],
     )

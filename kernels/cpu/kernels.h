@@ -236,7 +236,7 @@ struct MlpBackward {           // bias_gelu_backward, swiglu_backward and geglu_
 struct Embedding {
   void* out;                             // (rows, cols)
   const int64_t *ids, *positions;        // (rows), within the tables; positions may be null
-  const void *weight, *position_weight;  // rows of cols elements
+  const void *weight, *position_weight;  // rows of cols elements; weight_stride -1: panels
   int64_t rows, cols, weight_stride, position_stride;
   int32_t dtype;
 };

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gptfast.kernels import reason_missing
-from gptfast.ops import BackendError, attention
+from gptfast.ops import attention
 from gptfast.ops.attention import reference
 from gptfast.ops.spec import tolerance
 from tests.ops.test_attention import HK, D, H, ints, isa, qkv, randn  # noqa: F401  (isa is a fixture)
@@ -56,23 +56,32 @@ def test_rows_that_attend_to_nothing_get_zeros(isa: None) -> None:  # noqa: F811
     assert all(t.isfinite().all() for t in (dq, dk, dv))
 
 
-@pytest.mark.parametrize("shape", [(2, H, 60, 130), (2, 1, 1, 130), (60, 130), (1,)])
-def test_bias_and_sinks_get_their_gradients_from_the_reference(shape: tuple[int, ...]) -> None:
-    """The kernel's own are up to 1.3 times beyond the tolerance; asked for by name it says so."""
-    q, k, v = qkv(2, 60, 130)
-    bias, dout = randn(*shape, seed=9), randn(*q.shape, seed=10)
-
-    def gradient(function: Any, dtype: torch.dtype, **more: Any) -> Tensor:
-        leaf = bias.to(dtype).requires_grad_()
-        out = function(*(t.to(dtype) for t in (q, k, v)), bias=leaf, softcap=5.0, **more)
-        return torch.autograd.grad(out, leaf, dout.to(dtype))[0]
-
-    exact, plain = gradient(reference, torch.float64), gradient(reference, torch.float32)
-    assert (gradient(attention, torch.float32) - exact).abs().max().item() <= tolerance(plain, exact)
-    for name, leaf in (("bias", bias.requires_grad_()), ("sinks", randn(H, seed=11).requires_grad_())):
-        with pytest.raises(BackendError, match=f"{name} requires a gradient"):
-            terms: dict[str, Any] = {name: leaf}
-            attention(q, k, v, **terms, backend="cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(2, H, 60, 130), (2, 1, 1, 130), (1, H, 60, 1), (60, 130)])
+def test_bias_and_sinks_get_their_gradients_from_the_kernel(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    isa: None,  # noqa: F811
+) -> None:
+    """Over eight draws: PyTorch's error in the six numbers of one, which makes the tolerance, is a matter of luck."""
+    found: dict[str, list[list[Tensor]]] = {"bias": [], "sinks": []}
+    for draw in range(8):
+        q, k, v = (randn(*t.shape, seed=100 * draw + n).to(dtype) for n, t in enumerate(qkv(2, 60, 130)))
+        given = {"bias": randn(*shape, seed=9 + draw).to(dtype), "sinks": randn(H, seed=31 + draw)}
+        dout = randn(*q.shape, seed=50 + draw).to(dtype)
+        for function, wide, more in (
+            (attention, False, {"backend": "cpu"}),
+            (reference, False, {}),
+            (reference, True, {}),
+        ):
+            leaves = {n: (t.double() if wide else t.clone()).requires_grad_() for n, t in given.items()}
+            out: Any = function(*(t.double() if wide else t for t in (q, k, v)), **leaves, softcap=5.0, **more)
+            made = torch.autograd.grad(out, list(leaves.values()), dout.to(out.dtype))
+            for name, gradient in zip(leaves, made):
+                found[name].append([gradient]) if function is attention else found[name][-1].append(gradient)
+    for name, draws in found.items():
+        got, plain, exact = (torch.stack(column) for column in zip(*draws))
+        assert (got.double() - exact).abs().max().item() <= tolerance(plain, exact), name
 
 
 def test_the_seed_may_be_a_tensor() -> None:
