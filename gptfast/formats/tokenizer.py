@@ -19,7 +19,7 @@ from typing import Any
 from gptfast.formats.chat import CHATML, ChatTemplate
 from gptfast.formats.extras import need
 from gptfast.formats.files import FormatError
-from gptfast.formats.tokenizer_gguf import guarded, read_parts
+from gptfast.formats.tokenizer_gguf import guarded, read_parts, write_parts
 
 MAX_JSON = 256 << 20  # bytes of a tokenizer.json
 SPACE = "▁"  # how SentencePiece writes a space
@@ -157,6 +157,32 @@ class Tokenizer:
             add_bos=parts.add_bos,
             chat_template=parts.chat_template,
         )
+
+    def to_gguf(self, vocab_size: int) -> dict[str, Any]:
+        """The metadata that carries this tokenizer in a GGUF file of a model with so many rows in its embedding.
+
+        Raises ValueError for a tokenizer that isn't byte-level BPE or cuts text as llama.cpp can't.
+        """
+        return write_parts(
+            self._fast,
+            vocab_size,
+            ids={"bos": self.bos_id, "eos": self.eos_id, "unknown": self.unk_id, "padding": self.pad_id},
+            eos_ids=self.eos_ids,
+            add_bos=self.add_bos,
+            chat_template=self.chat_template,
+        )
+
+    def to_files(self) -> dict[str, Any]:
+        """tokenizer.json (text) and tokenizer_config.json (an object), by name, as Hugging Face's folders have them."""
+        named = {"bos": self.bos_id, "eos": self.eos_id, "unk": self.unk_id, "pad": self.pad_id}
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "add_bos_token": self.add_bos,
+            **{f"{kind}_token": self._fast.id_to_token(id) for kind, id in named.items() if id is not None},
+        }
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        return {"tokenizer.json": self._fast.to_str(pretty=True), "tokenizer_config.json": config}
 
     def encode(self, text: str, parse_special: bool = False, add_bos: bool | None = None) -> list[int]:
         """The ids of a text.

@@ -112,10 +112,14 @@ class KVCache:
 
     def row(self, b: int) -> KVCache:
         """Row b as a cache of its own that shares this one's memory and length."""
+        return self.rows(b, b + 1)
+
+    def rows(self, begin: int, end: int) -> KVCache:
+        """The rows begin .. end - 1 as a cache of their own that shares this one's memory and lengths."""
         other = KVCache.__new__(KVCache)
         other.config = self.config
-        other.lengths = self.lengths[b : b + 1]
-        other.k, other.v, other.k_scale, other.v_scale = self._each(lambda t: t[b : b + 1])
+        other.lengths = self.lengths[begin:end]
+        other.k, other.v, other.k_scale, other.v_scale = self._each(lambda t: t[begin:end])
         return other
 
     def share(self, begin: int, end: int) -> None:
@@ -131,7 +135,7 @@ class KVCache:
         self.lengths.fill_(end)
 
     def grow(self, capacity: int) -> None:
-        """Makes room for `capacity` tokens in each row, keeping what is there; views from `row` are cut loose."""
+        """Makes room for `capacity` tokens in each row, keeping what is there; views from `rows` are cut loose."""
         if capacity <= self.capacity:
             return
         used = int(self.lengths.max())

@@ -96,14 +96,10 @@ class Loop:
             keep, done = [end] * len(keep), shared
         todo = [c[k:] for c, k in zip(contexts, keep)]
         self.prefill_tokens = total
-        longest = max(map(len, todo))
-        # Padding costs as much as tokens do, and rows that begin at different places would be padded past the cache.
-        together = len(set(keep)) == 1 and 4 * sum(map(len, todo)) >= 3 * len(todo) * longest
-        groups = [list(range(len(todo)))] if together else [[b] for b in range(len(todo))]
         found = []
-        for group in groups:
-            cache = self.cache if len(group) == len(todo) else self.cache.row(group[0])
-            rows = [todo[b] for b in group]
+        for group in _groups(list(map(len, todo)), keep):
+            cache = self.cache if len(group) == len(todo) else self.cache.rows(group.start, group.stop)
+            rows = todo[group.start : group.stop]
             found.append(self._feed(cache, rows, report))
             done += sum(map(len, rows))
         self.logits = torch.cat(found) if len(found) > 1 else found[0]
@@ -266,3 +262,23 @@ def _shared(contexts: Sequence[list[int]], keep: Sequence[int]) -> int:
     common = next((i for i in range(most) if low[i] != high[i]), most)
     shared = max(0, common - keep[0])
     return shared if shared * (len(contexts) - 1) >= WORTH_SHARING else 0
+
+
+def _groups(lengths: Sequence[int], keep: Sequence[int]) -> list[range]:
+    """Rows beside each other that are fed together: all, or runs of about one length.
+
+    Padding costs as much as tokens do, and rows that begin at different places would be padded past the cache.
+    """
+
+    def fits(total: int, rows: int, longest: int) -> bool:
+        return 4 * total >= 3 * rows * longest
+
+    if len(set(keep)) == 1 and fits(sum(lengths), len(lengths), max(lengths)):
+        return [range(len(lengths))]
+    groups, first, total, longest = list[range](), 0, 0, 0
+    for i, length in enumerate(lengths):
+        if i > first and not (keep[i] == keep[first] and fits(total + length, i - first + 1, max(longest, length))):
+            groups.append(range(first, i))
+            first, total, longest = i, 0, 0
+        total, longest = total + length, max(longest, length)
+    return [*groups, range(first, len(lengths))]

@@ -60,6 +60,11 @@ def from_folder(path: str | os.PathLike[str], weights: str | None = None) -> GPT
     return _from_huggingface(config, folder.tensors, weights)
 
 
+def from_tensors(config: GPTConfig, tensors: Mapping[str, Tensor], weights: str | None = None) -> GPT:
+    """The model of these tensors, which have transformers' names."""
+    return _from_huggingface(config, tensors, weights)
+
+
 def from_huggingface_model(model: nn.Module, weights: str | None = None) -> GPT:
     """A copy of a live transformers model (a ...ForCausalLM or GPT2LMHeadModel)."""
     config: Any = model.config
@@ -254,8 +259,12 @@ def _value(model: GPT, name: str) -> Tensor | QuantizedWeight:
 
 def _split(model: GPT, rows: Tensor, source: Source) -> Sequence[Tensor]:
     """The rows of a parameter as the tensors that it is made of."""
-    sizes = {1: [rows.shape[0]], 2: [rows.shape[0] // 2] * 2, 3: list(model.config.qkv_rows)}
-    return rows.split(sizes[len(source.names)])
+    return rows.split(part_sizes(model.config, source, rows.shape[0]))
+
+
+def part_sizes(config: GPTConfig, source: Source, rows: int) -> list[int]:
+    """How many of a parameter's rows belong to each tensor that it is made of."""
+    return {1: [rows], 2: [rows // 2] * 2, 3: list(config.qkv_rows)}[len(source.names)]
 
 
 def _rows(value: Tensor | QuantizedWeight, kind: str | None) -> tuple[str | None, Tensor, int]:

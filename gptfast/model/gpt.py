@@ -101,7 +101,8 @@ class GPT(nn.Module):
         cu_seqlens    (n + 1,) int32, or None: see `hidden`
         options       those of gptfast.ops.linear_cross_entropy: label_smoothing, z_loss, reduction, ...
 
-        Raises ValueError where shapes don't fit, or the model's weights are quantised.
+        Raises ValueError where shapes don't fit. Quantised weights get no gradients: what is trained then is what was
+        added to them (gptfast.train.lora).
         """
         weight, bias = self._head_for("loss", ids, targets)
         x = self.hidden(ids, cu_seqlens=cu_seqlens).flatten(0, 1)
@@ -115,7 +116,7 @@ class GPT(nn.Module):
         ids, targets, cu_seqlens  as in `loss`
         options                   those of gptfast.ops.token_logprobs: temperature, return_entropy, ignore_index
 
-        Raises ValueError where shapes don't fit, or the model's weights are quantised.
+        Raises ValueError where shapes don't fit.
         """
         weight, bias = self._head_for("logprobs", ids, targets)
         x = self.hidden(ids, cu_seqlens=cu_seqlens)
@@ -125,10 +126,15 @@ class GPT(nn.Module):
         """The head's weight and bias, for what needs them without the logits."""
         if targets.shape != ids.shape:
             raise ValueError(f"GPT.{name}: expected targets like ids {tuple(ids.shape)}, got {tuple(targets.shape)}")
-        head = self.embedding if self.head is None else self.head
-        if not isinstance(head.weight, Tensor):
-            raise ValueError(f"GPT.{name}: expected a model of float weights; quantised ones can't be trained")
-        return head.weight, None if self.head is None else self.head.bias
+        return self.head_weight(), None if self.head is None else self.head.bias
+
+    def head_weight(self) -> Tensor:
+        """The matrix (V, C) that makes logits of hidden states, as ops.linear_cross_entropy and ops.token_logprobs take
+        it: the parameter itself, or the values of a quantised or packed one, fp32, made anew by each call."""
+        weight = (self.embedding if self.head is None else self.head).weight
+        if isinstance(weight, Tensor):
+            return weight
+        return weight.unpack() if isinstance(weight, PackedWeight) else weight.dequantize()
 
     def hidden(
         self,

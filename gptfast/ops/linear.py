@@ -26,7 +26,7 @@ Quantised weights: groups of 32 k, added in order; inside a group in order too (
 of threads nor a row's place in x changes a bit.
 
 Where a gradient is wanted, or PyTorch traces the call, a float weight's product has the orders that
-gptfast/ops/linear_gradients.py says; under autocast, and on GPUs, it is PyTorch's own.
+gptfast/ops/linear_gradients.py says, and quantised and packed weights give gradients to x and bias alone; under autocast, and on GPUs, it is PyTorch's own.
 """
 
 from __future__ import annotations
@@ -217,7 +217,24 @@ def linear(
             return _registered(x, weight, bias, wanted)
         if backend is None:
             return linear_gradients.product(x, weight, bias)
+    if not isinstance(weight, Tensor) and not isinstance(backend, dispatch.Explain) and library.recorded(arguments):
+        return _frozen(x, weight, bias, activations, backend)
     return dispatch.prepared("linear", backend, reference, x, arguments, _check)(**arguments)
+
+
+def _frozen(
+    x: Tensor, weight: QuantizedWeight | PackedWeight, bias: Tensor | None, activations: str, backend: str | None
+) -> Tensor:
+    """With gradients of x and bias."""
+    _check(x, weight, bias, activations)
+
+    def run(x: Tensor, bias: Tensor | None) -> Tensor:
+        return linear(x, weight, bias, activations=activations, backend=backend)
+
+    def multiply(dy: Tensor, transposed: Tensor) -> Tensor:
+        return _registered(dy, transposed, None, backend)
+
+    return linear_gradients.Frozen.apply(x, bias, run, lambda: _values(weight), multiply)
 
 
 _registered = linear_gradients.register()

@@ -5,10 +5,15 @@
 On the CPU all three products are a kernel of ours: sums in fp32 in chunks of 384 of the summed dimension, in order
 inside a chunk, the chunks added in order. So a row of y and of dx depends on that row alone, and dW and dbias on the
 shape alone. Without a kernel they are PyTorch's own, whose bits are theirs.
+
+A quantised or packed weight is frozen: y is what it is without gradients, dx = dy W of the weight's values, which are
+made for this product and let go, so that a model of 4-bit weights is never held in fp32. With activations="int8" the
+rounding of x counts as the identity (the straight-through estimator of Bengio et al., arXiv:1308.3432).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +36,35 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     wide = torch.promote_types(torch.float32, torch.promote_types(x.dtype, weight.dtype))
     return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(x.dtype)
+
+
+class Frozen(torch.autograd.Function):
+    """run(x, bias) for a weight that isn't trained; values() gives it as a tensor for multiply(dy, W^T), the gradient
+    of x, which is differentiable in turn."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        run: Callable[[Tensor, Tensor | None], Tensor],
+        values: Callable[[], Tensor],
+        multiply: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        ctx.values, ctx.multiply = values, multiply
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return run(x, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (dy,) = gradients
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = ctx.multiply(dy, ctx.values().to(dy.dtype).t())
+        if ctx.needs_input_grad[1]:
+            wide = torch.promote_types(dy.dtype, torch.float32)
+            dbias = dy.flatten(0, -2).sum(0, dtype=wide).to(ctx.bias_dtype)
+        return dx, dbias, None, None, None
 
 
 def register() -> Any:

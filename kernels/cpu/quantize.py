@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gptfast import _cpu
-from gptfast.kernels.cpu import Plan, pointer, threads
+from gptfast.kernels.cpu import Plan, empty, pointer, threads
 
 Launch = tuple[str, int, dict[str, Any]]
 
@@ -23,7 +23,7 @@ def dequantize(
 ) -> Tensor:
     """Rows `ids` (count,) int64 of a packed weight, or its first `count` rows, as (count, depth) fp32; plus the rows
     `positions` (count,) int64 of a table (P, depth) fp32."""
-    y = torch.empty(count, depth)
+    y = empty((count, depth), torch.float32)
     _cpu.dequantize(
         threads(y.numel()),
         y=y.data_ptr(),

@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from gptfast.train.data import own
-from gptfast.train.data.packages import Progress, cache_dir
+from gptfast.train.data.packages import PACKAGES, Progress, cache_dir
 from gptfast.train.data.packages import fetch as _fetch
 from gptfast.train.data.pairs import PAIRINGS, pair
-from gptfast.train.data.sources import SOURCES, Source, default_sources, source, why_pip_only
+from gptfast.train.data.sources import KINDS, SOURCES, Kind, Source, default_sources, source, why_pip_only
 from gptfast.train.data.splits import chosen, divide, same
 from gptfast.train.data.types import Chat, Document, Message, Preference, Rated, Text
 
 __all__ = [
-    "SOURCES", "Chat", "Document", "Message", "Preference", "Rated", "Source", "Text", "cache_dir", "chats",
+    "KINDS", "SOURCES", "Chat", "Document", "Message", "Preference", "Rated", "Source", "Text", "cache_dir", "chats",
     "default_sources", "fetch", "preferences", "rated", "texts", "why_pip_only",
 ]  # fmt: skip
 
@@ -34,7 +34,7 @@ def fetch(names: Iterable[str] | None = None, pip_only: bool | None = None, prog
     """Fetches the packages of the sources named, or of the defaults of every kind, unless they are here.
 
     Args:
-        names: of `SOURCES`.
+        names: of `SOURCES`, or a package's own: "jionlp" has the Chinese judge's words.
         pip_only: see `default_sources`; with names, those that need npm are an error.
         progress: gets a line for each package.
 
@@ -44,13 +44,11 @@ def fetch(names: Iterable[str] | None = None, pip_only: bool | None = None, prog
         FormatError: not the pinned bytes.
     """
     if names is None:
-        kinds = ("text", "chat", "preference")
-        wanted = [source(name) for kind in kinds for name in default_sources(kind, pip_only)]  # type: ignore[arg-type]
-    else:
-        wanted = [source(name) for name in names]
-    if pip_only and (by_npm := [s.name for s in wanted if not s.pip_only]):
+        names = [name for kind in KINDS for name in default_sources(kind, pip_only)]
+    packages = {name: PACKAGES[name] if name in PACKAGES else source(name).package for name in names}
+    if pip_only and (by_npm := [name for name, package in packages.items() if package.registry != "pip"]):
         raise ValueError(f"expected sources that pip alone serves, got {', '.join(by_npm)}")
-    _fetch(dict.fromkeys(s.package for s in wanted), progress)
+    _fetch(dict.fromkeys(packages.values()), progress)
 
 
 def texts(sources: Sequence[str], split: str) -> list[Text]:
@@ -105,7 +103,9 @@ def rated(sources: Sequence[str], split: str) -> list[Rated]:
     return _apart(found, sources, split, rated, lambda item: item.text)
 
 
-def _gather(sources: Sequence[str], split: str, kind: str, read_own: Callable[[Path, str], list[Document]]) -> list[Any]:
+def _gather(
+    sources: Sequence[str], split: str, kind: Kind, read_own: Callable[[Path, str], list[Document]]
+) -> list[Any]:
     """The items of one split of each source, as the kind asked for."""
     if isinstance(sources, str):
         raise ValueError(f"expected a list of sources, got the text {sources!r}")
@@ -120,7 +120,7 @@ def _gather(sources: Sequence[str], split: str, kind: str, read_own: Callable[[P
     return found
 
 
-def _as(kind: str, item: Any, its: Source) -> Any:
+def _as(kind: Kind, item: Any, its: Source) -> Any:
     """An item as a text, chat or preference."""
     if kind == "text":
         if isinstance(item, Chat):
@@ -141,7 +141,9 @@ def _as(kind: str, item: Any, its: Source) -> Any:
     return item
 
 
-def _apart(found: list[Any], sources: Sequence[str], split: str, again: Any, content: Callable[[Any], str]) -> list[Any]:
+def _apart(
+    found: list[Any], sources: Sequence[str], split: str, again: Callable[..., list[Any]], content: Callable[[Any], str]
+) -> list[Any]:
     """Without validation items that stand in another source's training split."""
     if split == "train" or len(sources) < 2:
         return found

