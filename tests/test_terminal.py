@@ -109,8 +109,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def session(folder: Path) -> Iterator[Callable[..., Session]]:
-    """Starts `gptfast COMMAND --model <the tiny Llama> ARGUMENTS` on a terminal, which goes away with the test."""
+def session(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Session]]:
+    """Starts `gptfast COMMAND --model <the tiny Llama> ARGUMENTS` on a terminal, which goes away with the test; what it
+    keeps for the next one is in the test's folder."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     begun: list[Session] = []
 
     def start(command: str, *arguments: str) -> Session:
@@ -169,6 +171,43 @@ def test_a_chat(session: Callable[..., Session], tmp_path: Path) -> None:
     terminal.type(b"\x04")
     assert terminal.end()[1] == 0
     assert [m["role"] for m in json.loads((tmp_path / "talk.json").read_text())] == ["user", "assistant"]
+
+
+def test_a_chat_remembers_what_was_typed(session: Callable[..., Session], tmp_path: Path) -> None:
+    pytest.importorskip("readline")
+    first = session("chat", "--temperature", "0", "--max-new-tokens", "1")
+    first.until(b"> ")
+    first.type(b"what I once asked\r")
+    first.until(b"1 tokens")
+    first.until(b"> ")
+    first.type(b"/exit\r")
+    assert first.end()[1] == 0
+    file = tmp_path / "gptfast" / "chat_history"
+    assert file.read_text().splitlines()[-2:] == ["what I once asked", "/exit"]
+    assert file.stat().st_mode & 0o777 == 0o600 and file.parent.stat().st_mode & 0o777 == 0o700
+    second = session("chat", "--temperature", "0", "--max-new-tokens", "1")
+    second.until(b"> ")
+    second.type(b"\x1b[A\x1b[A")  # arrow up, twice
+    second.until(b"what I once asked")
+    second.type(b"\r")
+    second.until(b"1 tokens")
+    second.until(b"> ")
+    second.type(b"/sta\t\r")
+    second.until(b"1 answers, 1 tokens")
+    second.type(b"\x04")
+    assert second.end()[1] == 0
+    assert file.read_text().count("what I once asked") == 2
+
+
+def test_a_long_history_loses_its_oldest_lines(tmp_path: Path) -> None:
+    from gptfast.cli import chat
+
+    file = tmp_path / "h"
+    file.write_text("".join(f"{i}\n" for i in range(2 * chat.KEPT_LINES + 1)))
+    chat._shorten(file)
+    assert file.read_text().splitlines()[0] == str(chat.KEPT_LINES + 1)
+    chat._shorten(file)
+    assert len(file.read_text().splitlines()) == chat.KEPT_LINES
 
 
 def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:

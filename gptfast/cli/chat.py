@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,9 @@ HELP = """[bold]/reset[/]              forget the conversation
 [bold]/help[/]               this list
 [bold]/exit[/]               leave; so does Ctrl-D. Ctrl-C ends an answer"""
 
+COMMANDS = ("/reset", "/system", "/save", "/settings", "/stats", "/help", "/exit")
+KEPT_LINES = 1000  # of history, typed at the prompt
+
 
 class Chat:
     """One conversation. The keys and values of earlier turns are kept, so that a turn costs its own tokens only."""
@@ -35,10 +41,16 @@ class Chat:
 
     def run(self) -> None:
         """Reads and answers until the end of the input."""
-        if not self.quiet:
-            _line_editing()
+        if self.quiet:
+            self._talk()
+            return
+        with line_editing():
             about = f"on {self.lm.backend}, context {self.lm.context:,} tokens; /help for help"
             out.print(f"[bold]{self.lm.name}[/] [dim]{about}[/]")
+            self._talk()
+            out.print()
+
+    def _talk(self) -> None:
         while True:
             try:
                 line = input("" if self.quiet else "> ").strip()
@@ -52,8 +64,6 @@ class Chat:
                     break
             elif line:
                 self.answer(line)
-        if not self.quiet:
-            out.print()
 
     def reset(self) -> None:
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -149,9 +159,49 @@ class Chat:
         return " · ".join(filter(None, parts))
 
 
-def _line_editing() -> None:
-    """Arrow keys and history at the prompt, where Python has readline."""
+def history_file() -> Path:
+    """Where the lines typed at the prompt are kept: the user's folder for state, as XDG's base directories say."""
+    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(home) / "gptfast" / "chat_history"
+
+
+@contextmanager
+def line_editing() -> Iterator[None]:
+    """Arrow keys, Tab for commands, and the lines of earlier runs, where Python has readline. The file is the user's
+    alone to read; where it can't be written the lines are forgotten."""
     try:
-        import readline  # noqa: F401
+        import readline
     except ImportError:
+        yield
         return
+    file = history_file()
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600))
+        file.chmod(0o600)
+        readline.read_history_file(file)
+    before = readline.get_current_history_length()
+    readline.set_completer_delims(" ")
+    readline.set_completer(lambda text, n: ([c for c in COMMANDS if text and c.startswith(text)] + [None])[n])
+    libedit = "libedit" in (readline.__doc__ or "")
+    readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
+    try:
+        yield
+    finally:
+        new = readline.get_current_history_length() - before
+        with suppress(OSError):
+            if hasattr(readline, "append_history_file"):  # another run's lines stay
+                readline.append_history_file(new, file)
+                _shorten(file)
+            else:
+                readline.set_history_length(KEPT_LINES)
+                readline.write_history_file(file)
+            file.chmod(0o600)
+
+
+def _shorten(file: Path) -> None:
+    """Lets the oldest lines go once there are twice as many as are kept."""
+    lines = file.read_bytes().splitlines(keepends=True)
+    if len(lines) > 2 * KEPT_LINES:
+        with replacing(file) as part:
+            part.write_bytes(b"".join(lines[-KEPT_LINES:]))

@@ -89,7 +89,7 @@ def show(name: str, found: Plan) -> None:
         f"[bold]{si(c.parameters())}[/] parameters: {c.n_layer} layers of {c.n_embd:,}, {c.n_head} heads{kv}, "
         f"context {job.context:,}\n"
         f"[bold]{job.gpus:,} x {b.gpu.name}[/]: {si(job.peak)}FLOP/s in {job.precision}, {b.memory / 1e9:.0f} GB at "
-        f"{b.gpu.bytes_per_s / 1e12:.1f} TB/s, links {b.link / 1e9:.0f} GB/s, network {b.network / 1e9:.0f} GB/s each"
+        f"{b.gpu.bytes_per_s / 1e12:.1f} TB/s, links {b.link / 1e9:g} GB/s, network {b.network / 1e9:g} GB/s each"
     )
     out.print(Panel(head, title=f"plan for {name}", title_align="left", border_style="cyan", expand=False))
     out.print(_memory(found.training))
@@ -143,7 +143,8 @@ def _training(job: Job, t: Training) -> Table:
     table.add_row("speed", f"{si(t.tokens_per_s)} tokens/s", f"{t.tokens_per_s / t.gpus:,.0f} a GPU")
     hidden = "hides behind it" if t.sent_s <= t.compute_s else "[red]is what a step waits for[/]"
     table.add_row("a step", seconds(t.step_s), f"computing {seconds(t.compute_s)}")
-    table.add_row("sent in a step", gb(t.sent), f"by each GPU: {seconds(t.sent_s)}, {hidden}" if t.sent else "one GPU")
+    if t.sent:
+        table.add_row("sent in a step", gb(t.sent), f"by each GPU: {seconds(t.sent_s)}, {hidden}")
     if t.cost is not None:
         table.add_row("cost", f"[bold]{t.cost:,.0f}[/]", f"at {job.price:g} a GPU hour")
     return table

@@ -26,7 +26,8 @@ Quantised weights: groups of 32 k, added in order; inside a group in order too (
 of threads nor a row's place in x changes a bit.
 
 Where a gradient is wanted, or PyTorch traces the call, a float weight's product has the orders that
-gptfast/ops/linear_gradients.py says, and quantised and packed weights give gradients to x and bias alone; under autocast, and on GPUs, it is PyTorch's own.
+gptfast/ops/linear_gradients.py says; under autocast, and on GPUs, it is PyTorch's own. Quantised and packed weights
+give gradients to x and bias alone.
 """
 
 from __future__ import annotations

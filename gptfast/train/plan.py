@@ -6,7 +6,7 @@ parallel group, d data-parallel groups, b sequences of a GPU at once.
 FLOPs      6 N D (Kaplan et al., arXiv:2001.08361) is what papers quote. Times here come from what is really multiplied:
            6 per matrix element and token, 12 H D_h for each layer and key that a token sees, (T + 1) / 2 on average
            under a causal mask. Recomputing activations adds a forward pass: 8 and 16.
-time       FLOPs / (GPUs x peak x MFU), or the time of the communication that could hide behind it where that is longer.
+time       FLOPs / (GPUs x peak x MFU), or that of the communication which could hide behind it, where it is longer.
            MFU 40% unless given: Llama 3 had 38-43% on 8,192-16,384 H100 (arXiv:2407.21783, table 4), PaLM 46%, GPT-3 21%
            (arXiv:2204.02311, table 3), llm.c's GPT-2 124M 60%.
 states     bf16 with fp32 AdamW: 2 bytes a weight, 2 a gradient, 12 for the fp32 copy and two moments (Rajbhandari et
@@ -109,7 +109,8 @@ class Job:
         for condition, expected, got in (
             (1 <= self.gpus <= MOST, f"1 to {MOST} GPUs", self.gpus),
             (self.context >= 1 and self.batch >= 1 and self.micro >= 0 and self.rows >= 1,
-             "context, batch and rows of at least 1 and micro of at least 0", (self.context, self.batch, self.micro, self.rows)),
+             "context, batch and rows of at least 1 and micro of at least 0",
+             (self.context, self.batch, self.micro, self.rows)),
             (self.tokens > 0 and math.isfinite(self.tokens), "a positive number of tokens", self.tokens),
             (self.precision in PRECISIONS, f"a precision among {', '.join(PRECISIONS)}", self.precision),
             (self.parallel in names, f"parallel among {', '.join(names)}", self.parallel),
