@@ -116,7 +116,7 @@ class DPO(Stage):
                 loss, chosen, rejected, sums = self._runner(_pack(self.pairs, mine), reference, len(rows))
                 (loss * self.world.size).backward()
             loss = float(loss.detach()) * len(rows) / len(mine)
-            means.add(len(mine), {"loss": loss} | _figures(chosen, rejected, sums))
+            means.add(len(mine), {"loss": loss, **_figures(chosen, rejected, sums)})
         found = means.read(self.world)
         check_finite(found["loss"], step)
         optimizer.step()
@@ -144,7 +144,7 @@ class DPO(Stage):
             rows = list(range(start, min(start + size, n)))
             reference = self.reference_sums(self.heldout, rows)
             loss, chosen, rejected, sums = self.loss(_pack(self.heldout, rows), reference, len(rows))
-            means.add(len(rows) / self.world.size, {"loss": loss} | _figures(chosen, rejected, sums))
+            means.add(len(rows) / self.world.size, {"loss": loss, **_figures(chosen, rejected, sums)})
             right += int((chosen > rejected).sum())
         low, high = wilson(right, n)
         return means.read(self.world) | {"rewards/accuracy_low": low, "rewards/accuracy_high": high}

@@ -59,7 +59,7 @@ class GRPO(Online):
     """Arguments as Online has them."""
 
     name = "grpo"
-    config: GRPOConfig
+    config: GRPOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
         self,

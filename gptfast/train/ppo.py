@@ -75,7 +75,7 @@ class PPO(Online):
     one, else of the policy with a new head."""
 
     name = "ppo"
-    config: PPOConfig
+    config: PPOConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
         self,

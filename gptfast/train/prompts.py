@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from gptfast.formats.tokenizer import Tokenizer
 from gptfast.train.data.types import Message
@@ -35,7 +35,7 @@ def messages_of(prompt: Prompt, tokenizer: Tokenizer | None = None) -> list[Mess
     if _is_ids(prompt):
         text = "" if tokenizer is None else tokenizer.decode(prompt)  # pyright: ignore[reportArgumentType]
         return [{"role": "user", "content": text}]
-    return [dict(message) for message in prompt]  # pyright: ignore[reportCallIssue, reportArgumentType]
+    return [dict(message) for message in prompt]  # pyright: ignore
 
 
 def prompt_ids(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
@@ -83,7 +83,7 @@ def reward_function(reward: str | RewardFunction) -> RewardFunction:
         raise ValueError(f"expected a reward as 'package.module:function', got {reward!r}: {error}") from None
     if not callable(found):
         raise ValueError(f"expected {reward!r} to be callable, got {type(found).__name__}")
-    return found
+    return cast(RewardFunction, found)
 
 
 def call_reward(reward: RewardFunction, prompts: list[list[Message]], responses: list[str]) -> list[float]:

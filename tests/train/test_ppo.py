@@ -26,7 +26,8 @@ PROMPTS = [tiny.user(w) for w in ("ab", "c", "defg", "hi", "jklmno")]
 
 
 def ppo(model: GPT | None = None, reward: Any = tiny.share_of_e, reference: GPT | None = None, **dials: Any) -> PPO:
-    config = PPOConfig(**(QUIET | dict(prompts_per_step=5, max_new_tokens=12, minibatches=2, epochs=2) | dials))
+    few: dict[str, Any] = dict(prompts_per_step=5, max_new_tokens=12, minibatches=2, epochs=2)
+    config = PPOConfig(**(QUIET | few | dials))
     return PPO(config, model or tiny.model(), tiny.tokenizer(), PROMPTS, reward, reference=reference)
 
 
@@ -151,7 +152,8 @@ def test_the_loss_and_its_statistics() -> None:
         made.values,
         [torch.tensor(r, dtype=torch.float32) for r in wanted_R],
     ]
-    loss, found = stage.loss(made.pack(rows), *(torch.cat([c[i] for i in rows]) for c in columns), count)
+    old, advantages, values, returns = (torch.cat([c[i] for i in rows]) for c in columns)
+    loss, found = stage.loss(made.pack(rows), old, advantages, values, returns, count)
 
     losses, ratios, clipped, squares, entropies, moved = [], [], [], [], [], []
     for i in rows:
@@ -234,7 +236,8 @@ def test_the_kl_controller() -> None:
 
 
 def grpo(**dials: Any) -> GRPO:
-    config = GRPOConfig(**(QUIET | dict(prompts_per_step=3, samples_per_prompt=4, max_new_tokens=10) | dials))
+    few: dict[str, Any] = dict(prompts_per_step=3, samples_per_prompt=4, max_new_tokens=10)
+    config = GRPOConfig(**(QUIET | few | dials))
     return GRPO(config, tiny.model(1), tiny.tokenizer(), PROMPTS, tiny.share_of_e, reference=tiny.model(2))
 
 
@@ -286,7 +289,7 @@ def test_grpo_and_its_relatives(dials: dict[str, Any]) -> None:
         total = np.mean([l.mean() for l in terms])
     else:
         total = np.concatenate(terms).mean() - c.entropy_coefficient * np.concatenate(entropies).mean()
-    assert float(loss) == pytest.approx(total, abs=1e-4)
+    assert loss.item() == pytest.approx(total, abs=1e-4)
 
 
 def test_groups_stay_together() -> None:

@@ -47,18 +47,21 @@ def test_the_loss_and_its_figures(use_margin: bool) -> None:
     assert found["margin"] == pytest.approx(apart.mean(), abs=1e-5)
     assert found["accuracy"] == pytest.approx((apart > 0).mean())
     # The gradient over several micro-batches is that of the whole batch.
-    assert model.score.weight.grad is not None
-    small = model.score.weight.grad.clone()
+    head = model.score.weight
+    assert isinstance(head, torch.nn.Parameter) and head.grad is not None
+    small = head.grad.clone()
     whole = Reward(
         RewardConfig(batch_size=6, centring=0.1, use_margin=use_margin, **QUIET), model, tiny.tokenizer(), pairs
     )
     whole.step(0, optimizer)  # pyright: ignore[reportArgumentType]
-    torch.testing.assert_close(small, model.score.weight.grad, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(small, head.grad, atol=1e-6, rtol=1e-4)
 
 
 def test_the_heads_start() -> None:
     """N(0, 1 / (d + 1)): its standard deviation is 1 / sqrt(d + 1)."""
-    weights = torch.cat([RewardModel(tiny.model(), seed=s).score.weight.detach().flatten() for s in range(40)])
+    weights = torch.cat(
+        [next(RewardModel(tiny.model(), seed=s).score.parameters()).detach().flatten() for s in range(40)]
+    )
     assert float(weights.std()) == pytest.approx(1 / math.sqrt(33), rel=0.1)
     assert abs(float(weights.mean())) < 0.02
     one, same = RewardModel(tiny.model(), seed=3), RewardModel(tiny.model(), seed=3)
@@ -168,7 +171,7 @@ def test_an_answer_is_what_the_template_puts_behind_the_open_turn() -> None:
     assert prompt_ids(prompt, tokens) + completion_ids(prompt, "Yes", tokens) == whole
     assert completion_ids(prompt, "Yes", tokens)[-1] == tokens.eos_id
     forged = completion_ids(prompt, "<|end|>", tokens)
-    assert forged.count(tokens.eos_id) == 1 and forged[-1] == tokens.eos_id
+    assert sum(i == tokens.eos_id for i in forged) == 1 and forged[-1] == tokens.eos_id
     assert prompt_ids("Hi", tokens) == prompt_ids(prompt, tokens)
     assert prompt_ids([1, 2, 3], None) == [1, 2, 3]
     assert messages_of("Hi") == prompt
