@@ -155,7 +155,9 @@ def test_the_loss_and_its_statistics() -> None:
 
     losses, ratios, clipped, squares, entropies, moved = [], [], [], [], [], []
     for i in rows:
-        new, entropy = oracles.logprobs(logits_of(stage.model, made.prompts[i], made.responses[i]), made.responses[i], 1.0)
+        new, entropy = oracles.logprobs(
+            logits_of(stage.model, made.prompts[i], made.responses[i]), made.responses[i], 1.0
+        )
         old, values = f64(made.logprobs[i]), values_of(stage, made.prompts[i], made.responses[i])
         l, c = oracles.policy_loss(new, old, wanted_A[i], 0.1, 0.1)
         losses.append(l)
@@ -252,10 +254,7 @@ def test_grpo_and_its_relatives(dials: dict[str, Any]) -> None:
     c, (made, _) = stage.config, stage.gather(0)
     scores = [s - (0.0 if e else c.missing_end_penalty) for s, e in zip(made.scores, made.ended)]
     if c.kind == "rloo":
-        scores = [
-            s - c.beta * float((f64(a) - f64(b)).sum())
-            for s, a, b in zip(scores, made.logprobs, made.reference)
-        ]
+        scores = [s - c.beta * float((f64(a) - f64(b)).sum()) for s, a, b in zip(scores, made.logprobs, made.reference)]
     wanted = np.concatenate([oracles.group(c.kind, np.array(scores[g : g + 4])) for g in range(0, 12, 4)])
     advantages = stage.advantages(made)
     close(advantages, wanted, 1e-4)
@@ -273,7 +272,9 @@ def test_grpo_and_its_relatives(dials: dict[str, Any]) -> None:
     )
     terms, entropies = [], []
     for i in rows:
-        new, entropy = oracles.logprobs(logits_of(stage.model, made.prompts[i], made.responses[i]), made.responses[i], 1.0)
+        new, entropy = oracles.logprobs(
+            logits_of(stage.model, made.prompts[i], made.responses[i]), made.responses[i], 1.0
+        )
         l, _ = oracles.policy_loss(new, f64(made.logprobs[i]), wanted[i], c.clip, c.clip_high or c.clip)
         if c.kind != "rloo":
             l = l + c.beta * oracles.kl(c.kl, new, f64(made.reference[i]))

@@ -49,7 +49,9 @@ def test_the_loss_and_its_figures(use_margin: bool) -> None:
     # The gradient over several micro-batches is that of the whole batch.
     assert model.score.weight.grad is not None
     small = model.score.weight.grad.clone()
-    whole = Reward(RewardConfig(batch_size=6, centring=0.1, use_margin=use_margin, **QUIET), model, tiny.tokenizer(), pairs)
+    whole = Reward(
+        RewardConfig(batch_size=6, centring=0.1, use_margin=use_margin, **QUIET), model, tiny.tokenizer(), pairs
+    )
     whole.step(0, optimizer)  # pyright: ignore[reportArgumentType]
     torch.testing.assert_close(small, model.score.weight.grad, atol=1e-6, rtol=1e-4)
 
