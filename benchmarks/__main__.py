@@ -1,7 +1,7 @@
 """`python -m benchmarks`: every op case, then whole-model generation, recorded in results/<machine>/*.csv.
 
-Give a name to run one: ops, curve, gaps, generate, losses, patched, quality, scaling, speculation, start, hogged,
-train; what follows it are its own options.
+Give a name to run one: ops, curve, gaps, generate, losses, patched, quality, rlhf, rollouts, scaling, speculation,
+start, hogged, train; what follows it are its own options.
 """
 
 from __future__ import annotations
@@ -9,7 +9,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from benchmarks import curve, gaps, generate, hogged, losses, ops, patched, quality, scaling, speculation, start, train
+from benchmarks import (
+    curve,
+    gaps,
+    generate,
+    hogged,
+    losses,
+    ops,
+    patched,
+    quality,
+    rlhf,
+    rollouts,
+    scaling,
+    speculation,
+    start,
+    train,
+)
 
 ALL = {
     "ops": ops.main,
@@ -19,6 +34,8 @@ ALL = {
     "losses": losses.main,
     "patched": patched.main,
     "quality": quality.main,
+    "rlhf": rlhf.main,
+    "rollouts": rollouts.main,
     "scaling": scaling.main,
     "speculation": speculation.main,
     "start": start.main,

@@ -15,8 +15,8 @@ is 1 / sqrt(D) unless given. A row that may attend to nothing gives 0 and LSE -i
 With cu_seqlens_q and cu_seqlens_k (int32, (N + 1), from 0) q is (Tq, H, D), k and v (Tk, Hk, D): N sequences end to
 end, each attending to itself; lse is then (H, Tq). mask and bias don't apply to those.
 
-q, k, v, bias and sinks get gradients, those through lse among them: attention_gradients.py. The CPU's kernels make all of
-them, Triton's those of q, k and v: where bias or sinks want one there, the reference serves the call.
+q, k, v, bias and sinks get gradients, those through lse among them: attention_gradients.py. The CPU's kernels make all
+of them, Triton's those of q, k and v: where bias or sinks want one there, the reference serves the call.
 
 dropout_p drops probabilities after the normalisation, scaled by 1 / (1 - p); lse doesn't see it. Elements are counted
 row-major in (B, H, Sq, Sk), sequence after sequence where they lie end to end.

@@ -38,7 +38,8 @@ def share(right: float, n: int) -> Share:
     p = right / n
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     reach = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return Share(p, max(0.0, middle - reach), min(1.0, middle + reach), n)
+    low, high = 0.0 if not right else middle - reach, 1.0 if right == n else middle + reach
+    return Share(p, low, high, n)
 
 
 def pairwise_accuracy(judge: Judge, pairs: Iterable[Preference]) -> Share:

@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from gptfast.formats.tokenizer import Tokenizer
+from gptfast.train.data.types import Message
+from gptfast.train.tokenizer import conversation
+from gptfast.train.tokenizer import prompt as opened
 
-Message = dict[str, str]
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 RewardFunction = Callable[[list[list[Message]], list[str]], Sequence[float]]
 
@@ -45,31 +47,19 @@ def prompt_ids(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
         raise ValueError("expected prompts as token ids where there is no tokenizer, got text")
     if isinstance(prompt, str) and tokenizer.chat_template is None:
         return tokenizer.encode(prompt)
-    return tokenizer.apply_chat_template(messages_of(prompt), add_generation_prompt=True)
+    return opened(tokenizer, messages_of(prompt))
 
 
-def completion_ids(prompt: Prompt, text: str, tokenizer: Tokenizer | None) -> list[int]:
-    """The token ids of an assistant's answer as a model writes it: its text and the token that ends its turn.
-
-    They are what the template puts behind the open turn, up to the first end token from its end: what follows that (a
-    line break in ChatML) is not the model's to write. Where the template doesn't continue an open turn, or there is
-    none, they are the text's and the tokenizer's end token.
-    """
-    if tokenizer is None:
-        raise ValueError("expected a tokenizer to encode answers with, got None")
-    ends = tokenizer.eos_ids
-    if tokenizer.chat_template is not None and (isinstance(prompt, str) or not _is_ids(prompt)):
-        messages = messages_of(prompt)
-        opened = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(
-            [*messages, {"role": "assistant", "content": text}], add_generation_prompt=False
-        )
-        if whole[: len(opened)] == opened and set(whole[len(opened) :]) & ends:
-            last = max(i for i, token in enumerate(whole) if token in ends)
-            if last >= len(opened):
-                return whole[len(opened) : last + 1]
-    end = tokenizer.eos_id if tokenizer.eos_id is not None else min(ends, default=None)
-    return tokenizer.encode(text, add_bos=False) + ([] if end is None else [end])
+def completion_ids(prompt: Prompt, text: str, tokenizer: Tokenizer) -> list[int]:
+    """The token ids of an assistant's answer as fine-tuning taught it to write: its text and the mark that ends its
+    turn. Behind a prompt of plain ids, or without a chat template: the text's and the tokenizer's end token."""
+    if tokenizer.chat_template is None or (not isinstance(prompt, str) and _is_ids(prompt)):
+        end = tokenizer.eos_id if tokenizer.eos_id is not None else min(tokenizer.eos_ids, default=None)
+        return tokenizer.encode(text, add_bos=False) + ([] if end is None else [end])
+    messages = messages_of(prompt)
+    ids, mask = conversation(tokenizer, [*messages, {"role": "assistant", "content": text}])
+    first = len(prompt_ids(prompt, tokenizer))
+    return [token for token, learnt in zip(ids[first:], mask[first:]) if learnt]
 
 
 def _is_ids(prompt: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal
 
 from gptfast.train.data import readers, registries
@@ -59,11 +60,12 @@ class Source:
 
     def documents(self) -> list[Document]:
         """All its documents, in the package's order. Raises FileNotFoundError where it wasn't fetched."""
-        return list(_documents(self.name))
+        return list(_documents(self.name, self.package.folder))
 
 
-@lru_cache(maxsize=4)
-def _documents(name: str) -> tuple[Document, ...]:
+@lru_cache(maxsize=8)
+def _documents(name: str, folder: Path) -> tuple[Document, ...]:
+    """Read and checked once a process: a stage asks for both splits, several times."""
     source = SOURCES[name]
     return tuple(source.read(files(source.package), source.language, name))
 
