@@ -357,10 +357,13 @@ def _read_config(given: dict[str, Any], targets: tuple[str, ...]) -> LoRAConfig:
             raise FormatError(f"{CONFIG}: expected {name} {without!r}, got {value!r:.80}")
     if not targets:
         raise FormatError(f"{ADAPTERS}: expected adapters of {', '.join(TARGETS)}, got none of them")
-    rank, alpha, dropout = given.get("r"), given.get("lora_alpha"), given.get("lora_dropout", 0.0)
-    if type(rank) is not int or type(alpha) not in (int, float) or type(dropout) not in (int, float):
-        raise FormatError(f"{CONFIG}: expected r, lora_alpha and lora_dropout as numbers, got {rank, alpha, dropout}")
+    rank = given.get("r")
+    asked = given.get("lora_alpha"), given.get("lora_dropout", 0.0)
+    numbers: list[Any] = [value for value in asked if type(value) in (int, float)]
+    if type(rank) is not int or len(numbers) < 2:
+        got = {name: given.get(name) for name in ("r", "lora_alpha", "lora_dropout")}
+        raise FormatError(f"{CONFIG}: expected r, lora_alpha and lora_dropout as numbers, got {got!r:.200}")
     try:
-        return LoRAConfig(rank, float(alpha), float(dropout), bool(given.get("use_rslora")), targets)
+        return LoRAConfig(rank, float(numbers[0]), float(numbers[1]), bool(given.get("use_rslora")), targets)
     except ValueError as error:
         raise FormatError(f"{CONFIG}: {error}") from None

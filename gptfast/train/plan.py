@@ -7,8 +7,8 @@ FLOPs      6 N D (Kaplan et al., arXiv:2001.08361) is what papers quote. Times h
            6 per matrix element and token, 12 H D_h for each layer and key that a token sees, (T + 1) / 2 on average
            under a causal mask. Recomputing activations adds a forward pass: 8 and 16.
 time       FLOPs / (GPUs x peak x MFU), or that of the communication which could hide behind it, where it is longer.
-           MFU 40% unless given: Llama 3 had 38-43% on 8,192-16,384 H100 (arXiv:2407.21783, table 4), PaLM 46%, GPT-3 21%
-           (arXiv:2204.02311, table 3), llm.c's GPT-2 124M 60%.
+           MFU 40% unless given: Llama 3 had 38-43% on 8,192-16,384 H100 (arXiv:2407.21783, table 4), PaLM 46%, GPT-3
+           21% (arXiv:2204.02311, table 3), llm.c's GPT-2 124M 60%.
 states     bf16 with fp32 AdamW: 2 bytes a weight, 2 a gradient, 12 for the fp32 copy and two moments (Rajbhandari et
            al.: ZeRO, arXiv:1910.02054, section 3.1); fp32: 4, 4 and 8. ddp keeps all of it on each GPU, zero1 shards
            the optimiser's, fsdp (ZeRO-3) everything, and holds two blocks' gathered weights. tp divides everything by
