@@ -1,4 +1,4 @@
-"""PPO and GRPO against the papers' formulas, that they learn, and that a run which was stopped goes on as it would have."""
+"""PPO and GRPO against the papers' formulas, that they learn, and that a stopped run goes on as it would have."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_what_the_models_think_of_the_answers(temperature: float) -> None:
         logprobs, entropy = oracles.logprobs(logits_of(stage.model, prompt, response), response, temperature)
         close(made.logprobs[i], logprobs)
         close(made.entropy[i], entropy)
-        reference, _ = oracles.logprobs(logits_of(stage.reference, prompt, response), response, temperature)
+        reference, _ = oracles.logprobs(logits_of(stage.reference.model, prompt, response), response, temperature)
         close(made.reference[i], reference)
         close(made.values[i], values_of(stage, prompt, response))
         text = stage.tokenizer.decode(response)
@@ -399,4 +399,4 @@ def test_a_run_that_was_stopped_goes_on_as_it_would_have(kind: str, tmp_path: Pa
     for name, module in a.modules.items():
         for p, q in zip(module.parameters(), b.modules[name].parameters()):
             assert torch.equal(p, q)
-    assert not torch.equal(copy.deepcopy(next(a.reference.parameters())), next(a.model.parameters()))
+    assert not torch.equal(copy.deepcopy(next(a.reference.model.parameters())), next(a.model.parameters()))
