@@ -74,7 +74,7 @@ def _bytes() -> Tokenizer:
 
 
 def measure(rounds: int, **sizes: int) -> list[dict[str, Any]]:
-    """One row for each contender: seconds an iteration and where they go, and how many times as fast as the reference."""
+    """One row for each contender: seconds an iteration, where they go, how many times as fast as the reference."""
     contenders = {OURS: Iteration(None, **sizes), REFERENCE: Iteration("reference", **sizes)}
     first = {name: call() for name, call in contenders.items()}
     apart = abs(first[OURS]["policy/loss"] - first[REFERENCE]["policy/loss"])

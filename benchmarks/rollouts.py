@@ -1,5 +1,5 @@
-"""Rollouts of a small GPT-2 (64 prompts of 8 to 24 tokens, 48 new ones each, sampled from the whole distribution): ours,
-on packed and on live weights, and transformers' generate() with its cache and SDPA, in turns in one process.
+"""Rollouts of a small GPT-2 (64 prompts of 8 to 24 tokens, 48 new ones each, from the whole distribution): ours, on
+packed and on live weights, and transformers' generate() with its cache and SDPA, in turns in one process.
 
 Each of our rollouts takes the weights anew, as it does in training; the rival's model has them already.
 """

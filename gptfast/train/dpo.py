@@ -10,7 +10,6 @@ Rafailov et al. (arXiv:2305.18290), eq. 7. The rewards reported are beta (log p 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from gptfast.train.optim import AdamW
 from gptfast.train.packing import IGNORED, Order, Packed
 from gptfast.train.parallel import Runner
 from gptfast.train.prompts import Pair
+from gptfast.train.reference import Reference
 from gptfast.train.reward import Pairs, wilson
 from gptfast.train.sequences import Means, completion_logprobs, pack_completions, row_parts, row_sums
 from gptfast.train.trainer import Stage, check_finite
@@ -56,7 +56,8 @@ class DPO(Stage):
     """Trains a GPT on preferences.
 
     pairs      what it learns from; those longer than the model's context are left out
-    reference  what the policy is compared with; None = the policy as it is now, before anything is loaded into it
+    reference  what the policy is compared with; None = the policy as it is now, before anything is loaded into it, or
+               without its adapters
     heldout    pairs for the figures
     """
 
@@ -78,7 +79,7 @@ class DPO(Stage):
             raise ValueError(f"dpo: expected label_smoothing 0 with {config.kind}, got {config.label_smoothing}")
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.modules = {"model": model}
-        self.reference = (copy.deepcopy(model) if reference is None else reference).eval().requires_grad_(False)
+        self.reference = Reference(model, reference)
         self.pairs = Pairs(pairs, tokenizer, model.config.context)
         self.heldout = Pairs(heldout, tokenizer, model.config.context) if heldout else None
         self.order = Order(len(self.pairs), config.seed, "dpo")
@@ -128,7 +129,8 @@ class DPO(Stage):
         which = 0 if pairs is self.pairs else 1
         new = [i for i in dict.fromkeys(rows) if self.config.reference == "step" or (which, i) not in self._known]
         if new:
-            sums = self.sums(self.reference, _pack(pairs, new)).tolist()
+            with self.reference() as model:
+                sums = self.sums(model, _pack(pairs, new)).tolist()
             self._known |= {(which, i): (c, r) for i, c, r in zip(new, sums[0::2], sums[1::2])}
         return torch.tensor([x for i in rows for x in self._known[which, i]])
 

@@ -33,6 +33,8 @@ class Table:
                     if int(row["step"]) <= after:
                         kept.append(row)
                 self.names = list(reader.fieldnames or ())
+        # The newest row's numbers by name, its step left out.
+        self.last = {n: float(v) for n, v in kept[-1].items() if n != "step" and v} if kept else {}
         self._rewrite(kept)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:

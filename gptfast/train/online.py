@@ -7,7 +7,6 @@ the training forward: the generation loop's kernels round differently, and a rat
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -25,6 +24,7 @@ from gptfast.train.config import StageConfig, dial
 from gptfast.train.packing import IGNORED, Order, Packed, shuffled
 from gptfast.train.parallel import Runner
 from gptfast.train.prompts import Prompt, RewardFunction, call_reward, messages_of, prompt_ids, reward_function
+from gptfast.train.reference import Reference
 from gptfast.train.reward import RewardModel
 from gptfast.train.rollout import Rollout, Samples
 from gptfast.train.sequences import (
@@ -107,7 +107,8 @@ class Online(Stage):
     model      the policy; trained
     prompts    conversations that end with the user, texts (the user's), or token ids with the answer's turn opened
     reward     a RewardModel, a callable (prompts, responses) -> scores, or "package.module:function"
-    reference  the model that the policy is kept near; None = the policy as it is now, before anything is loaded into it
+    reference  the model that the policy is kept near; None = the policy as it is now, before anything is loaded into
+               it, or without its adapters
     heldout    prompts whose answers are judged at evaluations
     """
 
@@ -127,7 +128,7 @@ class Online(Stage):
     ) -> None:
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.modules = {"model": model}
-        self.reference = (copy.deepcopy(model) if reference is None else reference).eval().requires_grad_(False)
+        self.reference = Reference(model, reference)
         self.reward = reward.eval() if isinstance(reward, RewardModel) else reward_function(reward)
         self.rollout = Rollout(model, tokenizer)
         self.messages, self.ids = self._encode(prompts)
@@ -186,7 +187,8 @@ class Online(Stage):
             packed, lengths = made.pack(rows), [len(made.responses[i]) for i in rows]
             with torch.enable_grad():  # the kernels that training uses: a ratio begins at 1 to the last bit
                 logprobs, entropy = completion_logprobs_and_entropy(self.model, packed, self.config.temperature)
-            reference = completion_logprobs(self.reference, packed, self.config.temperature)
+            with self.reference() as model:
+                reference = completion_logprobs(model, packed, self.config.temperature)
             made.logprobs += logprobs.detach().split(lengths)
             made.entropy += entropy.detach().split(lengths)
             made.reference += reference.split(lengths)

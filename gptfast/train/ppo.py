@@ -25,6 +25,7 @@ from gptfast import ops
 from gptfast.formats.tokenizer import Tokenizer
 from gptfast.model import GPT
 from gptfast.train.config import dial
+from gptfast.train.lora import adapted
 from gptfast.train.online import KL_CHOICES, Experience, Online, OnlineConfig, learnt
 from gptfast.train.optim import AdamW
 from gptfast.train.packing import Packed
@@ -92,7 +93,8 @@ class PPO(Online):
         if value is None:
             same = isinstance(reward, RewardModel)
             value = ValueModel.from_reward(reward) if same else ValueModel(copy.deepcopy(model), config.seed)
-            value.requires_grad_(True)
+            if not adapted(value.backbone):
+                value.requires_grad_(True)
             if value.backbone.head is not None:
                 value.backbone.head.requires_grad_(False)
         self.value = value

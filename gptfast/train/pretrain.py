@@ -123,9 +123,9 @@ def bits_per_byte(
     model: GPT, tokenizer: Tokenizer, documents: Sequence[Sequence[int]], most_tokens: int = 0, row: int = 8192
 ) -> float:
     """Bits that the model needs for a byte of these documents: each token after a document's first is predicted, from
-    at most the model's context; where a document is longer, half of the context is seen before the first token that
+    at most the model's context; where a document is longer, a quarter of the context is seen before the first token that
     counts. most_tokens: stop after so many; 0 = all."""
-    context, half = model.config.context, max(1, model.config.context // 2)
+    context, overlap = model.config.context, max(1, model.config.context // 4)
     sequences: list[tuple[list[int], int]] = []  # tokens, how many of their targets don't count
     seen = 0
     for document in documents:
@@ -134,7 +134,7 @@ def bits_per_byte(
         ids = list(document)
         at = 0
         while at < len(ids) - 1:
-            first = at if at == 0 else at - half
+            first = at if at == 0 else at - overlap
             piece = ids[first : first + context + 1]
             sequences.append((piece, at - first))
             at = first + len(piece) - 1

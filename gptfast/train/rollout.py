@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from gptfast.formats.tokenizer import Tokenizer
 from gptfast.generate import LanguageModel
 from gptfast.kernels import reason_missing
-from gptfast.layers import Linear, set_weight
+from gptfast.layers import Embedding, Linear, Weight, set_weight
 from gptfast.model import GPT
 from gptfast.quantize import PackedWeight
+from gptfast.train.lora import LoRALinear
 from gptfast.train.packing import seed_of
 
 ROWS_AT_ONCE = 128  # answers written side by side
@@ -50,8 +51,8 @@ class Rollout:
 
     model      float weights; it stays as it is, in its training mode
     tokenizer  for texts and its end tokens, or None: the model's own end tokens alone
-    packed     whether the matrices are packed first: None = where the CPU's kernels run and the layers are plain ones;
-               else, and for a model with adapters, the live weights are read
+    packed     whether the matrices are packed first, adapters merged into them: None = where the CPU's kernels run;
+               else the live weights are read
     """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer | None = None, *, packed: bool | None = None) -> None:
@@ -139,24 +140,29 @@ class Rollout:
 
 def _plain(module: nn.Module) -> bool:
     """Whether inference_copy knows all of a module's parameters."""
-    mine = type(module).__module__.startswith(("gptfast.layers", "gptfast.model", "torch.nn.modules.container"))
-    return mine and (not isinstance(module, Linear) or type(module.weight) is nn.Parameter)
+    return isinstance(module, LoRALinear) or type(module).__module__ in (
+        "gptfast.layers", "gptfast.model.gpt", "torch.nn.modules.container"
+    )  # fmt: skip
 
 
 def inference_copy(model: GPT) -> GPT:
-    """The same model with its matrices packed for the CPU's kernels, an embedding that is the head too among them;
-    everything else is shared with it, the embedding included. See `repack`."""
+    """The same model with its float matrices packed for the CPU's kernels, adapters merged into them, and an embedding
+    that is the head too among them; everything else is shared with it, the embedding included. See `repack`."""
     copy = GPT(model.config, device="meta")
-    for name, parameter in model.named_parameters():
-        path, _, end = name.rpartition(".")
-        module = copy.get_submodule(path)
-        if isinstance(module, Linear) and end == "weight":
-            set_weight(module, PackedWeight.pack(parameter.detach()))
+    for name, module in model.named_modules():
+        if isinstance(module, Linear):
+            made = copy.get_submodule(name)
+            assert isinstance(made, Linear)
+            set_weight(made, _packed(module))
+            made.bias = module.bias
         else:
-            module.register_parameter(end, parameter)
-    if model.head is None:
+            for end, parameter in module.named_parameters(recurse=False):
+                copy.get_submodule(name).register_parameter(end, parameter)
+            if isinstance(module, Embedding) and not isinstance(module.weight, Tensor):
+                set_weight(copy.get_submodule(name), module.weight)
+    if model.head is None and isinstance(model.embedding.weight, Tensor):
         copy.head = Linear(model.config.n_embd, model.config.vocab_size, False, device="meta")
-        set_weight(copy.head, PackedWeight.pack(_matrix(model.embedding).detach()))
+        set_weight(copy.head, PackedWeight.pack(model.embedding.weight.detach()))
     copy.backend, copy.activations = model.backend, model.activations
     return copy.eval()
 
@@ -164,14 +170,22 @@ def inference_copy(model: GPT) -> GPT:
 def repack(model: GPT, copy: GPT) -> None:
     """Gives an inference_copy the model's present weights, where the old ones are."""
     for name, module in copy.named_modules():
-        if isinstance(module, Linear):
-            source = model.embedding if name == "head" and model.head is None else model.get_submodule(name)
-            weight = module.weight
-            assert isinstance(weight, PackedWeight)
-            weight.packed.copy_(PackedWeight.pack(_matrix(source).detach()).packed)
+        if isinstance(module, Linear) and isinstance(module.weight, PackedWeight):
+            tied = name == "head" and model.head is None
+            source = PackedWeight.pack(_matrix(model.embedding)) if tied else _packed(model.get_submodule(name))
+            assert isinstance(source, PackedWeight)
+            if source is not module.weight:
+                module.weight.packed.copy_(source.packed)
+
+
+def _packed(module: nn.Module) -> Weight:
+    """A layer's matrix to generate with: packed, but for blocks that no adapter belongs to."""
+    assert isinstance(module, Linear)
+    weight = module.merged() if isinstance(module, LoRALinear) else module.weight
+    return PackedWeight.pack(weight.detach()) if isinstance(weight, Tensor) else weight
 
 
 def _matrix(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return weight
+    return weight.detach()

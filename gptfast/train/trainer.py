@@ -140,12 +140,24 @@ def check_finite(loss: float, step: int) -> None:
 
 
 class Result(NamedTuple):
-    """How a run ended: steps done, the last step's and the last evaluation's figures, seconds in this process."""
+    """How a run ended.
+
+    steps         that are done
+    train         the last step's figures
+    evaluation    the last evaluation's
+    seconds       of this process, all in all
+    step_seconds  of all steps, those before a checkpoint that was gone on from among them
+    tokens        that went through in them
+    flops         that these cost, 0 where the stage doesn't know
+    """
 
     steps: int
     train: dict[str, float]
     evaluation: dict[str, float]
     seconds: float
+    step_seconds: float
+    tokens: float
+    flops: float
 
 
 class Trainer:
@@ -175,6 +187,7 @@ class Trainer:
         stage.world = self.world
         self._stop = False
         self._saved = -1
+        self._spent = {"seconds": 0.0, "tokens": 0.0}
 
     def run(self) -> Result:
         """All steps that are left. Ctrl-C (or SIGTERM) ends it after the step at hand, saves, and raises
@@ -187,8 +200,8 @@ class Trainer:
         logs = Logs(self.run_folder, start or -1, self.tensorboard) if self.world.first else None
         bar = Bar(self.stage.name, start, config.steps, self.world.first and not self.quiet)
         began = time.perf_counter()
-        found: dict[str, float] = {}
-        evaluation: dict[str, float] = {}
+        found = dict(logs.train.last) if logs is not None else {}
+        evaluation = dict(logs.evaluations.last) if logs is not None else {}
         try:
             with self._interruptible():
                 if start == 0 and config.eval_every:
@@ -210,7 +223,10 @@ class Trainer:
             bar.close()
             if logs is not None:
                 logs.close()
-        return Result(config.steps, found, evaluation, time.perf_counter() - began)
+        spent = self._spent
+        flops = spent["tokens"] * self.stage.flops_per_token()
+        took = time.perf_counter() - began
+        return Result(config.steps, found, evaluation, took, spent["seconds"], spent["tokens"], flops)
 
     def _step(self, step: int, optimizer: AdamW, logs: Logs | None, bar: Bar) -> dict[str, float]:
         lr = self.stage.config.learning_rate(step)
@@ -221,6 +237,8 @@ class Trainer:
             module.train()
         found = self.stage.step(step, optimizer)
         seconds = time.perf_counter() - since
+        self._spent["seconds"] += seconds
+        self._spent["tokens"] += found.get("tokens", 0.0)
         found = {**found, "lr": lr, "seconds": seconds}
         speed = found.get("tokens", 0.0) / seconds
         if speed:
@@ -277,6 +295,7 @@ class Trainer:
         if not isinstance(state.get("stage"), dict):
             raise FormatError(f"{newest.path.name}: expected the stage's state in state.json")
         self.stage.load_state(state["stage"])
+        self._spent |= {k: float(v) for k, v in state.get("spent", {}).items() if k in self._spent}
         self._saved = newest.step
         return newest.step
 
@@ -284,7 +303,7 @@ class Trainer:
         if done == self._saved:
             return
         config = self.stage.config
-        state = {"name": self.stage.name, "stage": self.stage.state(), "dials": config.to_json()}
+        state = {"name": self.stage.name, "stage": self.stage.state(), "dials": config.to_json(), "spent": self._spent}
         checkpoint.save(self.run_folder, done, self.stage.modules, optimizer, state, config.keep, self.world)
         self._saved = done
 

@@ -11,6 +11,7 @@ import torch
 
 from gptfast.model import GPT
 from gptfast.train.dpo import DPO, DPOConfig
+from gptfast.train.lora import LoRAConfig, add_lora
 from gptfast.train.trainer import Trainer, make_optimizer
 from tests.train import oracles, tiny
 
@@ -63,11 +64,11 @@ def test_the_first_loss_is_log_2() -> None:
 def test_it_tells_answers_apart(tmp_path: Path) -> None:
     config = DPOConfig(steps=30, lr=1e-3, batch_size=16, **QUIET)
     stage = DPO(config, tiny.model(), tiny.tokenizer(), tiny.pairs(160), tiny.pairs(40, seed=1))
-    before = [p.clone() for p in stage.reference.parameters()]
+    before = [p.clone() for p in stage.reference.model.parameters()]
     found = Trainer(stage, tmp_path, quiet=True).run().evaluation
     assert found["rewards/accuracy"] >= 0.95 and found["rewards/margin"] > 0.5
     assert found["rewards/accuracy_low"] <= found["rewards/accuracy"] <= found["rewards/accuracy_high"]
-    assert all(torch.equal(a, b) for a, b in zip(before, stage.reference.parameters())), "the reference stays"
+    assert all(torch.equal(a, b) for a, b in zip(before, stage.reference.model.parameters())), "the reference stays"
 
 
 def test_the_reference_is_asked_once_or_each_time_with_one_result() -> None:
@@ -76,7 +77,7 @@ def test_the_reference_is_asked_once_or_each_time_with_one_result() -> None:
         config = DPOConfig(steps=4, lr=1e-3, batch_size=5, reference=reference, **QUIET)
         stage = DPO(config, tiny.model(), tiny.tokenizer(), tiny.pairs(7))
         asked = []
-        hook = stage.reference.norm.register_forward_hook(lambda *_, asked=asked: asked.append(1))
+        hook = stage.reference.model.norm.register_forward_hook(lambda *_, asked=asked: asked.append(1))
         optimizer = make_optimizer(stage.modules, config)
         traces.append(([stage.step(i, optimizer)["loss"] for i in range(4)], len(asked)))
         hook.remove()
@@ -92,5 +93,17 @@ def test_what_is_packed_beside_a_pair_changes_nothing() -> None:
 
 
 def test_label_smoothing_beside_a_loss_without_it() -> None:
-    with pytest.raises(ValueError, match="expected label_smoothing 0 with ipo, got 0.1"):
+    with pytest.raises(ValueError, match="expected label_smoothing 0 with ipo, got 0"):
         DPO(DPOConfig(kind="ipo", label_smoothing=0.1), tiny.model(), tiny.tokenizer(), tiny.pairs(2))
+
+
+def test_adapters_are_their_own_reference() -> None:
+    config = DPOConfig(batch_size=6, lr=1e-2, **QUIET)
+    stage = DPO(config, add_lora(tiny.model(), LoRAConfig(rank=4)), tiny.tokenizer(), tiny.pairs(6))
+    assert stage.reference.model is stage.model
+    before = stage.reference_sums(stage.pairs, range(6))
+    optimizer = make_optimizer(stage.modules, config)
+    margins = [stage.step(i, optimizer)["rewards/margin"] for i in range(8)]
+    assert margins[0] == pytest.approx(0, abs=1e-5) and margins[-1] > 0.1
+    stage._known.clear()
+    assert torch.equal(before, stage.reference_sums(stage.pairs, range(6))), "without its adapters it is what it was"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from gptfast.kernels import reason_missing
+from gptfast.train.lora import LoRAConfig, add_lora, lora_parameters, merge_lora
 from gptfast.train.packing import pack
 from gptfast.train.rollout import Rollout, inference_copy
 from gptfast.train.sequences import completion_logprobs, pack_completions
@@ -102,3 +105,22 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="expected as many completions as prompts"):
         pack_completions([[1]], [[]])
     assert pack([[1, 2]]).learnt == 1
+
+
+@pytest.mark.parametrize("llama", [False, True], ids=["gpt2", "llama"])
+def test_rollouts_with_adapters(llama: bool) -> None:
+    """They are those of the model that the adapters are merged into, today's each time."""
+    model = add_lora(tiny.model(llama=llama), LoRAConfig(rank=2))
+    rollout = Rollout(model, tiny.tokenizer())
+    for seed in (1, 2):
+        random = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in lora_parameters(model).values():
+                p.copy_(torch.randn(p.shape, generator=random) * 0.1)
+        merged = merge_lora(copy.deepcopy(model))
+        made = rollout(PROMPTS, seed=3, max_new_tokens=20)
+        assert made.responses == Rollout(merged, tiny.tokenizer())(PROMPTS, seed=3, max_new_tokens=20).responses
+        with torch.no_grad():
+            mine = completion_logprobs(model, pack_completions(made.prompts, made.responses))
+        sampled = torch.tensor([x for row in made.logprobs for x in row])
+        torch.testing.assert_close(sampled, mine, atol=1e-4, rtol=0)

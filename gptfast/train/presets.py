@@ -1,0 +1,77 @@
+"""Recipes by name: the model, the tokenizer and every stage's dials.
+
+`tiny` ends within 15 minutes on two cores: 7e13 FLOPs in all. What its numbers were chosen by stands in LOG.md. The
+others are published models with their published settings, to plan with (`gptfast plan`) or to run where that is
+possible.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from gptfast.model.config import GPTConfig
+from gptfast.model.presets import PRESETS as MODELS
+
+
+@dataclass(frozen=True)
+class RecipePreset:
+    """The model without its vocabulary's size, and each stage's dials by name."""
+
+    model: dict[str, Any]
+    vocab_size: int
+    sample_bytes: int  # of each language, that the tokenizer is trained on
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def config(self, vocab_size: int, bos_id: int | None, eos_ids: tuple[int, ...]) -> GPTConfig:
+        """The model for a tokenizer."""
+        return GPTConfig(vocab_size=vocab_size, bos_id=bos_id, eos_ids=eos_ids, **self.model)
+
+
+def _llama(n_layer: int, n_embd: int, n_head: int, ffn_dim: int, context: int, **more: Any) -> dict[str, Any]:
+    return dict(
+        family="llama", n_layer=n_layer, n_embd=n_embd, n_head=n_head, ffn_dim=ffn_dim, context=context,
+        norm="rms_norm", positions="rope", activation="swiglu", qkv_bias=False, out_bias=False, mlp_bias=False,
+    ) | more  # fmt: skip
+
+
+def _published(name: str, lr: float, batch_tokens: int, steps: int) -> RecipePreset:
+    """A GPT of Brown et al. (arXiv:2005.14165), table 2.1: its learning rate and batch, for 300 billion tokens."""
+    config = MODELS[name]
+    model = dict(
+        family=config.family, n_layer=config.n_layer, n_embd=config.n_embd, n_head=config.n_head, context=config.context
+    )
+    dials = dict(lr=lr, batch_tokens=batch_tokens, steps=steps, warmup=min(2000, steps // 100), eval_every=1000)
+    return RecipePreset(model, config.vocab_size, 64 << 20, {"pretrain": dials | {"save_every": 1000}})
+
+
+PRESETS = {
+    "tiny": RecipePreset(
+        _llama(4, 256, 4, 704, 256),
+        4096,
+        2 << 20,
+        {
+            "pretrain": dict(steps=240, batch_tokens=4096, micro_tokens=4096, lr=3e-3, warmup=20, eval_every=60),
+            "sft": dict(steps=120, batch_size=32, lr=1e-3, warmup=10, eval_every=40, save_every=40),
+            "reward": dict(steps=150, batch_size=32, lr=5e-4, warmup=10, eval_every=50, save_every=50),
+            "ppo": dict(steps=30, prompts_per_step=64, max_new_tokens=48, lr=1e-4, eval_every=10, save_every=10),
+        },
+    ),
+    # nanoGPT's settings for GPT-2 124M: half a million tokens a step, 6e-4, 300 billion tokens.
+    "gpt2-124m": _published("gpt2-124m", 6e-4, 491_520, 600_000),
+    "gpt3-125m": _published("gpt3-125m", 6e-4, 500_000, 600_000),
+    "gpt3-350m": _published("gpt3-350m", 3e-4, 500_000, 600_000),
+    "gpt3-760m": _published("gpt3-760m", 2.5e-4, 500_000, 600_000),
+    "gpt3-1.3b": _published("gpt3-1.3b", 2e-4, 1_000_000, 300_000),
+    "gpt3-2.7b": _published("gpt3-2.7b", 1.6e-4, 1_000_000, 300_000),
+    "gpt3-6.7b": _published("gpt3-6.7b", 1.2e-4, 2_000_000, 150_000),
+    "gpt3-13b": _published("gpt3-13b", 1e-4, 2_000_000, 150_000),
+    "gpt3-175b": _published("gpt3-175b", 0.6e-4, 3_200_000, 93_750),
+}
+
+
+def recipe_preset(name: str) -> RecipePreset:
+    """The preset of this name. Raises ValueError that lists the names."""
+    if name not in PRESETS:
+        raise ValueError(f"expected a preset among {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name]
