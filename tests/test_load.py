@@ -21,13 +21,13 @@ from gptfast.model import GPT, GPTConfig
 def test_garbage_collection_rests_and_is_as_before(on: bool, fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = importlib.import_module("gptfast.generate.load")
     seen: list[bool] = []
-    real = module._open
+    real = module.open_model
 
     def watched(*args: Any) -> Any:
         seen.append(gc.isenabled())
         return real(*args)
 
-    monkeypatch.setattr(module, "_open", watched)
+    monkeypatch.setattr(module, "open_model", watched)
     config = GPTConfig("gpt2", vocab_size=32, n_layer=1, n_head=1, n_embd=32, context=8)
     source: Any = "no such model" if fails else GPT(config)
     try:

@@ -1,4 +1,4 @@
-"""gptfast generate | chat | info | bench | demo."""
+"""gptfast generate | chat | info | bench | demo | data | train | recipe | export | plan."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ import typer
 
 import gptfast
 from gptfast.cli.console import out, reported, settings, waiting, write
+from gptfast.cli.data import data
+from gptfast.cli.export import export
+from gptfast.cli.plan import plan
+from gptfast.cli.train import recipe, train
 from gptfast.generate import DraftModel, Generation, LanguageModel, load
 
 app = typer.Typer(
@@ -283,3 +287,10 @@ def demo(
     if threads is not None:
         torch.set_num_threads(threads)
     run(model, question)
+
+
+app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
+app.command()(recipe)
+app.command()(export)
+app.command()(plan)
+app.add_typer(data, name="data")

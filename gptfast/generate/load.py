@@ -51,7 +51,7 @@ def load(
     if kv_cache is not None and kv_cache not in CACHE_DTYPES:
         raise ValueError(f"load: expected kv_cache None or one of {', '.join(CACHE_DTYPES)}, got {kv_cache!r}")
     with _uncollected():
-        model, found, name = _open(name_or_path, weights)
+        model, found, name = open_model(name_or_path, weights)
     if device is not None:
         model = model.to(device)
     model.activations, model.backend = activations, backend
@@ -61,7 +61,11 @@ def load(
     return lm
 
 
-def _open(source: str | os.PathLike[str] | nn.Module, weights: str | None) -> tuple[GPT, Tokenizer | None, str]:
+def open_model(
+    source: str | os.PathLike[str] | nn.Module, weights: str | None = None
+) -> tuple[GPT, Tokenizer | None, str]:
+    """The model with its matrices as parameters (or quantised, as stored), its tokenizer and its name: what `load`
+    makes a LanguageModel of. Arguments and errors as there."""
     if isinstance(source, GPT):
         if weights is not None:
             raise ValueError("load: a GPT has its weights already: expected weights=None")

@@ -219,9 +219,7 @@ class Recipe:
 
     def _train(self, stage: Stage) -> dict[str, Any]:
         """Trains and says how it went: figures of the last step and evaluation, tokens and seconds of all steps."""
-        result: Result = Trainer(
-            stage, self.out / stage.name, tensorboard=self.tensorboard, quiet=self.quiet
-        ).run()
+        result: Result = Trainer(stage, self.out / stage.name, tensorboard=self.tensorboard, quiet=self.quiet).run()
         return {"train": result.train, "evaluation": result.evaluation, "steps": result.steps, "flops": result.flops,
                 "tokens": result.tokens, "step_seconds": result.step_seconds,
                 "seconds_before": max(0.0, result.step_seconds - result.seconds)}  # fmt: skip

@@ -119,9 +119,7 @@ def checks(found: dict[str, Any]) -> list[Check]:
     out.append(Check("SFT: the same in a second turn", second["value"], ">= 0.95", second["value"] >= 0.95,
                      f"{second['low']:.3f}-{second['high']:.3f}, n = {second['n']}"))  # fmt: skip
     reward, bayes = found["reward"], found["reward"]["naive_bayes"]
-    note = (
-        f"{reward['accuracy_low']:.3f}-{reward['accuracy_high']:.3f}; naive Bayes {bayes['low']:.3f}-{bayes['high']:.3f}"
-    )
+    note = f"{reward['accuracy_low']:.3f}-{reward['accuracy_high']:.3f}; Bayes {bayes['low']:.3f}-{bayes['high']:.3f}"
     out.append(Check("reward model: held-out accuracy", reward["accuracy"], f">= {bayes['value']:.3f} (naive Bayes)",
                      reward["accuracy"] >= bayes["value"], note))  # fmt: skip
     ppo = found["ppo"]
@@ -158,17 +156,18 @@ def _cell(text: str) -> str:
 
 def summary(found: dict[str, Any]) -> str:
     """What ran, where, how long."""
-    m = found["machine"]
+    m, tokens = found["machine"], found["stages"]["pretrain"]["tokens"]
     kept = sum(c["met"] for c in found["checks"])
     return (
-        f"{found['parameters']:,} parameters, {found['stages']['pretrain']['tokens']:,.0f} tokens of text, all stages in "
-        f"{found['minutes']:.1f} minutes on {m['cores']} cores of {m['cpu']} ({m['isa']} kernels, {m['threads']} threads, "
-        f"torch {found['versions']['torch']}). {kept} of {len(found['checks'])} promises kept."
+        f"{found['parameters']:,} parameters, {tokens:,.0f} tokens of text, all stages in {found['minutes']:.1f} minutes "
+        f"on {m['cores']} cores of {m['cpu']} ({m['isa']} kernels, {m['threads']} threads, torch "
+        f"{found['versions']['torch']}). {kept} of {len(found['checks'])} promises kept."
     )
 
 
 def tables(found: dict[str, Any]) -> list[tuple[str, Sequence[str], list[list[str]]]]:
     """(title, head, rows) of everything that is read in rows."""
+    languages = [str(LANGUAGES.get(lang, lang)) for lang in found["pretrain"]["bits_per_byte"]]
     promised = [
         [c["name"], f"{c['value']:.3f}", c["bar"], "yes" if c["met"] else "NO", c["note"]] for c in found["checks"]
     ]
@@ -198,7 +197,7 @@ def tables(found: dict[str, Any]) -> list[tuple[str, Sequence[str], list[list[st
     said = [[s["language"], s["prompt"], s["base"], s["sft"], s["ppo"]] for s in found["samples"]]
     return [
         ("What was promised", ("figure", "value", "bar", "kept", "95% interval"), promised),
-        ("Bits per byte of held-out text", ("", *(LANGUAGES.get(lang, lang) for lang in bits)), compared),
+        ("Bits per byte of held-out text", ("", *languages), compared),
         ("Fine-tuning: nats a token of held-out answers", ("", "before", "after"), tuned),
         ("PPO, on held-out prompts", ("", "SFT", "PPO"), changed),
         ("Side by side", ("", "prompt", "base", "SFT", "PPO"), said),
@@ -293,7 +292,9 @@ def _draw_reward(axes: Any, run: Path, found: dict[str, Any]) -> None:
     rows = read_table(run / "evaluations.csv")
     steps = [r["step"] for r in rows]
     axes.plot(steps, [r["accuracy"] for r in rows], "C2o-", label="held-out pairs")
-    axes.fill_between(steps, [r["accuracy_low"] for r in rows], [r["accuracy_high"] for r in rows], color="C2", alpha=0.15)
+    axes.fill_between(
+        steps, [r["accuracy_low"] for r in rows], [r["accuracy_high"] for r in rows], color="C2", alpha=0.15
+    )
     axes.axhline(found["reward"]["naive_bayes"]["value"], color="C3", ls="--", lw=1, label="naive Bayes")
     axes.set(title="Reward model", xlabel="step", ylabel="accuracy", ylim=(0.4, 1))
 

@@ -94,7 +94,7 @@ def test_going_on_is_bit_equal(whole: Path, tmp_path: Path, at: int) -> None:
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(tmp_path: Path, kills: int) -> None:
     """A process that gets SIGKILL, saves included, always goes on; the loss of every step is the uncut run's."""
-    dials = dict(steps=20 * kills, save_every=1, eval_every=0, log_every=1)
+    dials: dict[str, Any] = dict(steps=20 * kills, save_every=1, eval_every=0, log_every=1)
     Trainer(pretrain(**dials), tmp_path / "whole", quiet=True).run()
     moments, run = random.Random(7), tmp_path / "cut"
     killed = 0
