@@ -123,8 +123,8 @@ def bits_per_byte(
     model: GPT, tokenizer: Tokenizer, documents: Sequence[Sequence[int]], most_tokens: int = 0, row: int = 8192
 ) -> float:
     """Bits that the model needs for a byte of these documents: each token after a document's first is predicted, from
-    at most the model's context; where a document is longer, a quarter of the context is seen before the first token that
-    counts. most_tokens: stop after so many; 0 = all."""
+    at most the model's context; where a document is longer, a quarter of the context stands before the first token
+    that counts. most_tokens: stop after so many; 0 = all."""
     context, overlap = model.config.context, max(1, model.config.context // 4)
     sequences: list[tuple[list[int], int]] = []  # tokens, how many of their targets don't count
     seen = 0

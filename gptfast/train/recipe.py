@@ -45,6 +45,7 @@ ASKED = {
     "zh": ("你是谁？", "什么是ai", "你喜欢音乐吗", "讲个笑话", "你好"),
 }
 STAGES = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate")
+CONFIGS = {"pretrain": PretrainConfig, "sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
 RATED = ("snippets",)  # what the reward model and PPO's prompts are made of
 MORE_TEXT = ("snippets", "amazon", "nyt", "tweets")  # English of today, beside the speeches
 
@@ -87,10 +88,8 @@ class Recipe:
         if file.is_file():
             theirs = read_json(file)
             if theirs != json.loads(json.dumps(mine)):
-                raise ValueError(
-                    f"{self.out} holds a run of preset {theirs.get('preset')!r} with seed {theirs.get('seed')} or other "
-                    f"dials: give another folder"
-                )
+                was = f"preset {theirs.get('preset')!r} with seed {theirs.get('seed')}"
+                raise ValueError(f"{self.out} holds a run of {was} or other dials: give another folder")
             return
         self.out.mkdir(parents=True, exist_ok=True)
         if any(self.out.iterdir()):
@@ -163,7 +162,7 @@ class Recipe:
 
     def _pretrain(self) -> dict[str, Any]:
         tokenizer = self.tokenizer()
-        config = self._config(PretrainConfig, "pretrain")
+        config = self._config("pretrain")
         tokens, starts = tokenise(tokenizer, [t.text for t in self.texts("train")], tokenizer.bos_id)
         held = self.texts("validation")
         heldout = {
@@ -181,23 +180,21 @@ class Recipe:
         asked: Sequence[list[Message]] = [
             [{"role": "user", "content": text}] for texts in ASKED.values() for text in texts
         ]
-        config = self._config(SFTConfig, "sft")
+        config = self._config("sft")
         return self._train(SFT(config, model, tokenizer, self.chats("train"), self.chats("validation"), asked))
 
     def _reward(self) -> dict[str, Any]:
         tokenizer = self.tokenizer()
         model = RewardModel(self.model("pretrain"), self.seed)
         pairs = {split: data.preferences(RATED, split, self.seed) for split in ("train", "validation")}
-        found = self._train(
-            Reward(self._config(RewardConfig, "reward"), model, tokenizer, pairs["train"], pairs["validation"])
-        )
+        found = self._train(Reward(self._config("reward"), model, tokenizer, pairs["train"], pairs["validation"]))
         bayes = pairwise_accuracy(NaiveBayes(data.rated(RATED, "train")), pairs["validation"])
         return found | {"pairs": {k: len(v) for k, v in pairs.items()}, "naive_bayes": bayes._asdict()}
 
     def _ppo(self) -> dict[str, Any]:
         tokenizer, model = self.tokenizer(), self.model("sft")
         reward = RewardModel.from_folder(self.out / "reward" / "model")
-        config = self._config(PPOConfig, "ppo")
+        config = self._config("ppo")
         prompts, held = self.prompts("train"), self.prompts("validation")
         self.normalise(reward, model, tokenizer, config.max_new_tokens)
         return self._train(PPO(config, model, tokenizer, prompts, reward, heldout=held))
@@ -214,7 +211,8 @@ class Recipe:
 
         return evaluate(self)
 
-    def _config(self, cls: Any, stage: str) -> Any:
+    def _config(self, stage: str) -> Any:
+        cls: Any = CONFIGS[stage]
         return from_mapping(cls, {"seed": self.seed, **self.dials[stage]}, f"preset {self.name}, {stage}")
 
     def _train(self, stage: Stage) -> dict[str, Any]:

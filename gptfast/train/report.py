@@ -159,7 +159,7 @@ def summary(found: dict[str, Any]) -> str:
     m, tokens = found["machine"], found["stages"]["pretrain"]["tokens"]
     kept = sum(c["met"] for c in found["checks"])
     return (
-        f"{found['parameters']:,} parameters, {tokens:,.0f} tokens of text, all stages in {found['minutes']:.1f} minutes "
+        f"{found['parameters']:,} parameters, {tokens:,.0f} tokens of text, all in {found['minutes']:.1f} minutes "
         f"on {m['cores']} cores of {m['cpu']} ({m['isa']} kernels, {m['threads']} threads, torch "
         f"{found['versions']['torch']}). {kept} of {len(found['checks'])} promises kept."
     )
