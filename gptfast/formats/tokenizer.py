@@ -203,6 +203,18 @@ class Tokenizer:
             raise ValueError("expected a tokenizer with a BOS token for add_bos=True, got one without")
         return [self.bos_id, *ids] if with_bos and self.bos_id is not None else ids
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode(text, add_bos=False)` of each text, by all cores. Raises ValueError as there."""
+        found: list[list[int]] = []
+        for first in range(0, len(texts), 256):  # what the library returns is much larger than the ids
+            some = list(texts[first : first + 256])
+            try:
+                encoded = self._plain.encode_batch(some, add_special_tokens=False)
+            except (TypeError, UnicodeEncodeError):
+                return found + [self.encode(text, add_bos=False) for text in texts[first:]]  # says which and why
+            found += [e.ids for e in encoded]
+        return found
+
     def token_bytes(self, id: int) -> bytes:
         """The bytes that a token stands for; for a special token, those of its name; b"" beyond the vocabulary.
 

@@ -16,16 +16,19 @@ from gptfast.model.presets import PRESETS as MODELS
 
 @dataclass(frozen=True)
 class RecipePreset:
-    """The model without its vocabulary's size, and each stage's dials by name."""
+    """The model without its vocabulary's size, what the reward model has otherwise, and each stage's dials by name."""
 
     model: dict[str, Any]
     vocab_size: int
     sample_bytes: int  # of each language, that the tokenizer is trained on
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reward_model: dict[str, Any] = field(default_factory=dict)
 
-    def config(self, vocab_size: int, bos_id: int | None, eos_ids: tuple[int, ...]) -> GPTConfig:
+    def config(
+        self, vocab_size: int, bos_id: int | None, eos_ids: tuple[int, ...], changes: dict[str, Any] | None = None
+    ) -> GPTConfig:
         """The model for a tokenizer."""
-        return GPTConfig(vocab_size=vocab_size, bos_id=bos_id, eos_ids=eos_ids, **self.model)
+        return GPTConfig(vocab_size=vocab_size, bos_id=bos_id, eos_ids=eos_ids, **(self.model | (changes or {})))
 
 
 def _llama(n_layer: int, n_embd: int, n_head: int, ffn_dim: int, context: int, **more: Any) -> dict[str, Any]:
@@ -47,15 +50,30 @@ def _published(name: str, lr: float, batch_tokens: int, steps: int) -> RecipePre
 
 PRESETS = {
     "tiny": RecipePreset(
-        _llama(4, 256, 4, 704, 256),
+        _llama(4, 192, 3, 512, 256),
         4096,
         2 << 20,
         {
-            "pretrain": dict(steps=240, batch_tokens=4096, micro_tokens=4096, lr=3e-3, warmup=20, eval_every=60),
-            "sft": dict(steps=120, batch_size=32, lr=1e-3, warmup=10, eval_every=40, save_every=40),
-            "reward": dict(steps=150, batch_size=32, lr=5e-4, warmup=10, eval_every=50, save_every=50),
-            "ppo": dict(steps=30, prompts_per_step=64, max_new_tokens=48, lr=1e-4, eval_every=10, save_every=10),
+            "pretrain": dict(
+                steps=1000, batch_tokens=1024, lr=3e-3, warmup=40, eval_every=250, save_every=250, eval_tokens=8000
+            ),
+            "sft": dict(steps=250, batch_size=24, lr=1.5e-3, warmup=20, eval_every=125, save_every=125),
+            "reward": dict(steps=400, batch_size=64, lr=3e-3, warmup=20, beta2=0.99, eval_every=100, save_every=200),
+            "ppo": dict(
+                steps=40,
+                prompts_per_step=48,
+                max_new_tokens=40,
+                lr=2e-4,
+                epochs=2,
+                minibatches=4,
+                eval_every=20,
+                save_every=10,
+                eval_prompts=48,
+            ),
         },
+        # Small, and from random weights: it learns which words people like sooner than the language model's last
+        # token learns to look back at them (LOG.md).
+        dict(n_layer=1, n_head=2, n_embd=128, ffn_dim=256, dropout=0.2),
     ),
     # nanoGPT's settings for GPT-2 124M: half a million tokens a step, 6e-4, 300 billion tokens.
     "gpt2-124m": _published("gpt2-124m", 6e-4, 491_520, 600_000),

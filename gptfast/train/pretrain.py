@@ -115,7 +115,7 @@ def tokenise(tokenizer: Tokenizer, texts: Sequence[str], start: int | None) -> t
 def encode_all(tokenizer: Tokenizer, texts: Sequence[str], start: int | None) -> list[list[int]]:
     """Each text's ids behind the start token (None: no start token); special tokens' characters are text."""
     before = [] if start is None else [start]
-    return [before + tokenizer.encode(text, add_bos=False) for text in texts]
+    return [before + ids for ids in tokenizer.encode_all(texts)]
 
 
 @torch.no_grad()

@@ -32,7 +32,8 @@ from gptfast.train.packing import Corpus, seed_of, shuffled
 from gptfast.train.ppo import PPO, PPOConfig
 from gptfast.train.presets import RecipePreset, recipe_preset
 from gptfast.train.pretrain import Pretrain, PretrainConfig, encode_all, tokenise
-from gptfast.train.reward import Reward, RewardConfig, RewardModel
+from gptfast.train.ranked import Answer, Ranked, RankedConfig
+from gptfast.train.reward import RewardModel
 from gptfast.train.rollout import Rollout
 from gptfast.train.sft import SFT, SFTConfig
 from gptfast.train.tokenizer import prompt as opened
@@ -45,7 +46,7 @@ ASKED = {
     "zh": ("你是谁？", "什么是ai", "你喜欢音乐吗", "讲个笑话", "你好"),
 }
 STAGES = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate")
-CONFIGS = {"pretrain": PretrainConfig, "sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
+CONFIGS = {"pretrain": PretrainConfig, "sft": SFTConfig, "reward": RankedConfig, "ppo": PPOConfig}
 RATED = ("snippets",)  # what the reward model and PPO's prompts are made of
 MORE_TEXT = ("snippets", "amazon", "nyt", "tweets")  # English of today, beside the speeches
 
@@ -154,7 +155,9 @@ class Recipe:
         tokenizer = train_tokenizer(texts, self.out / "tokenizer", self.preset.vocab_size, self.preset.sample_bytes)
         found: dict[str, Any] = {"vocab_size": tokenizer.vocab_size}
         held = self.texts("validation")
-        found["baselines"] = by_language([t for t in texts if t.source in data.default_sources("text")], held)
+        found["baselines"] = by_language(
+            [t for t in texts if t.source in data.default_sources("text")], held, primed=False
+        )
         for language in sorted({t.language for t in held}):
             some = "".join(t.text for t in held if t.language == language)[:200_000]
             found[f"bytes_per_token_{language}"] = len(some.encode()) / len(tokenizer.encode(some, add_bos=False))
@@ -185,11 +188,15 @@ class Recipe:
 
     def _reward(self) -> dict[str, Any]:
         tokenizer = self.tokenizer()
-        model = RewardModel(self.model("pretrain"), self.seed)
-        pairs = {split: data.preferences(RATED, split, self.seed) for split in ("train", "validation")}
-        found = self._train(Reward(self._config("reward"), model, tokenizer, pairs["train"], pairs["validation"]))
-        bayes = pairwise_accuracy(NaiveBayes(data.rated(RATED, "train")), pairs["validation"])
-        return found | {"pairs": {k: len(v) for k, v in pairs.items()}, "naive_bayes": bayes._asdict()}
+        torch.manual_seed(seed_of("reward", self.seed))
+        ends = tuple(tokenizer.eos_ids)
+        backbone = GPT(self.preset.config(tokenizer.vocab_size, tokenizer.bos_id, ends, self.preset.reward_model))
+        rated, held = data.rated(RATED, "train"), data.preferences(RATED, "validation", self.seed)
+        questions = {chat.messages[-1]["content"]: chat.messages[:-1] for chat in data.chats(RATED, "train")}
+        answers = [Answer(questions[r.text], r.text, r.score) for r in rated if r.text in questions]
+        found = self._train(Ranked(self._config("reward"), RewardModel(backbone, self.seed), tokenizer, answers, held))
+        bayes = pairwise_accuracy(NaiveBayes(rated), held)
+        return found | {"answers": len(answers), "pairs": len(held), "naive_bayes": bayes._asdict()}
 
     def _ppo(self) -> dict[str, Any]:
         tokenizer, model = self.tokenizer(), self.model("sft")

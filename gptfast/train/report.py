@@ -88,6 +88,7 @@ def collect(recipe: Recipe) -> dict[str, Any]:
         "reward": {
             **stages["reward"]["evaluation"],
             "naive_bayes": stages["reward"]["naive_bayes"],
+            "answers": stages["reward"]["answers"],
             "pairs": stages["reward"]["pairs"],
         },
         "ppo": evaluated["ppo"],

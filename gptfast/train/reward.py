@@ -278,12 +278,24 @@ class Reward(Stage):
         return scores[0::2], scores[1::2]
 
     def export(self, folder: Path) -> None:
-        """Normalised on the held-out answers (or the first 256 pairs'), until somebody normalises it on a policy's."""
-        pairs = self.heldout or self.pairs
-        some = range(min(256, len(pairs)))
-        answers = [a for i in some for a in (pairs.chosen[i], pairs.rejected[i])]
-        self.model.normalise([pairs.prompts[i] for i in some for _ in (0, 1)], answers)
+        """Normalised on the held-out answers (or some of those learnt from), until somebody normalises it on a
+        policy's."""
+        if self.heldout is not None:
+            self.model.normalise(*_answers(self.heldout))
+        else:
+            self.model.normalise(*self._some())
         self.model.save_folder(folder / "model", self.tokenizer)
+
+    def _some(self) -> tuple[list[list[int]], list[list[int]]]:
+        """Prompts and answers that it learns from."""
+        return _answers(self.pairs)
+
+
+def _answers(pairs: Pairs) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and answers of the first 256 pairs."""
+    some = range(min(256, len(pairs)))
+    answers = [a for i in some for a in (pairs.chosen[i], pairs.rejected[i])]
+    return [pairs.prompts[i] for i in some for _ in (0, 1)], answers
 
 
 class Pairs:

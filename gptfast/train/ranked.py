@@ -1,0 +1,125 @@
+"""A reward model from ratings: a step compares every answer of its batch with every other.
+
+    loss = mean over pairs i, j of the batch with score_i - score_j >= least of -log sigmoid(r_i - r_j)
+           + centring * mean of r^2
+
+Ouyang et al. (arXiv:2203.02155), section 3.5, train on all comparisons of a prompt's answers at once; here the prompts
+of a batch ask for the same in other words, so that all of its answers are compared. n answers cost n forward passes and
+give up to n (n - 1) / 2 pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptfast.formats.tokenizer import Tokenizer
+from gptfast.train.config import dial
+from gptfast.train.optim import AdamW
+from gptfast.train.packing import Order, Packed, pack, seed_of
+from gptfast.train.parallel import Runner
+from gptfast.train.prompts import Pair, Prompt, completion_ids, prompt_ids
+from gptfast.train.reward import Pairs, Reward, RewardConfig, RewardModel
+from gptfast.train.trainer import check_finite
+
+
+class Answer(NamedTuple):
+    """An answer and how good people found it, in any unit."""
+
+    prompt: Prompt
+    text: str
+    score: float
+
+
+@dataclass(frozen=True)
+class RankedConfig(RewardConfig):
+    """Dials of a reward model that learns from ratings; batch_size counts answers."""
+
+    batch_size: int = dial(64, "answers of one optimiser step, each compared with each", least=2)
+    least: float = dial(0.5, "how far two ratings must be apart to be compared", least=0)
+    centring: float = dial(0.001, "pulls scores towards 0: the weight of their mean square", least=0)
+
+
+class Ranked(Reward):
+    """Trains a reward model on rated answers.
+
+    answers  what it learns from; those longer than the model's context are left out
+    heldout  pairs for the figures, as Reward has them
+    """
+
+    name = "reward"
+    config: RankedConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    _runner: Runner | None = None
+
+    def __init__(
+        self,
+        config: RankedConfig,
+        model: RewardModel,
+        tokenizer: Tokenizer,
+        answers: Sequence[Answer],
+        heldout: Sequence[Pair] = (),
+    ) -> None:
+        self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.modules = {"model": model}
+        longest = model.backbone.config.context
+        rows = [
+            (prompt_ids(a.prompt, tokenizer), completion_ids(a.prompt, a.text, tokenizer), a.score) for a in answers
+        ]
+        rows = [row for row in rows if len(row[0]) + len(row[1]) <= longest]
+        if len(rows) < 2:
+            raise ValueError(f"reward: expected answers within {longest} tokens, got {len(rows)} among {len(answers)}")
+        self.sequences = [prompt + answer for prompt, answer, _ in rows]
+        self.ratings = torch.tensor([score for *_, score in rows])
+        self.heldout = Pairs(heldout, tokenizer, longest) if heldout else None
+        self.normal = ([prompt for prompt, *_ in rows[:256]], [answer for _, answer, _ in rows[:256]])
+        self.order = Order(len(rows), config.seed, "reward")
+
+    def compare(self, packed: Packed, first: int, others: Tensor, ratings: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch's loss as a function of these sequences' scores, which stand at `first` among all scores (n,); the
+        others' come without gradients. And the scores."""
+        mine = self.model.raw(packed)
+        scores = torch.cat([others[:first], mine, others[first + len(mine) :]])
+        apart = ratings[:, None] - ratings[None]
+        counts = ((apart >= self.config.least) & (apart > 0)).float()
+        losses = F.softplus(scores[None] - scores[:, None]) * counts
+        loss = losses.sum() / counts.sum().clamp(min=1)
+        return loss + self.config.centring * scores.square().mean(), scores.detach()
+
+    def step(self, step: int, optimizer: AdamW) -> dict[str, float]:
+        rows = self.order.batch(step, self.config.batch_size)
+        ratings = self.ratings[rows]
+        torch.manual_seed(seed_of("dropout", self.config.seed, step, self.world.rank))
+        optimizer.zero_grad(set_to_none=True)
+        if self._runner is None:
+            self._runner = self.world.runner(self.modules, self.compare)
+        first, end = (len(rows) * r // self.world.size for r in (self.world.rank, self.world.rank + 1))
+        packed = pack([self.sequences[i] for i in rows[first:end]])
+        with self._runner.part(last=True):
+            loss, scores = self._runner(packed, first, self._others(packed, first, len(rows)), ratings)
+            (loss * self.world.size).backward()
+        check_finite(float(loss.detach()), step)
+        optimizer.step()
+        apart = ratings[:, None] > ratings[None]
+        right = ((scores[:, None] > scores[None]) & apart).sum() / apart.sum().clamp(min=1)
+        found = {"loss": float(loss.detach()), "accuracy": float(right), "grad_norm": float(optimizer.grad_norm or 0)}
+        return found | {"tokens": float(sum(len(self.sequences[i]) for i in rows))}
+
+    @torch.no_grad()
+    def _others(self, packed: Packed, first: int, n: int) -> Tensor:
+        """All scores of the batch, of which the other processes' are used, (n,) fp32."""
+        scores = torch.zeros(n)
+        if self.world.size > 1:
+            import torch.distributed as dist
+
+            mine = self.model.raw(packed)
+            scores[first : first + len(mine)] = mine
+            dist.all_reduce(scores)
+        return scores
+
+    def _some(self) -> tuple[list[list[int]], list[list[int]]]:
+        return self.normal
