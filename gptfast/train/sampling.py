@@ -9,6 +9,7 @@ from typing import Any
 from gptfast.formats.tokenizer import Tokenizer
 from gptfast.generate import LanguageModel
 from gptfast.model import GPT, convert
+from gptfast.train.lora import adapted, merged_copy
 from gptfast.train.packing import seed_of
 
 
@@ -42,7 +43,10 @@ def answers(
 
 
 def save_model(model: GPT, tokenizer: Tokenizer, folder: Path) -> None:
-    """A Hugging Face folder with the weights and the tokenizer, which `gptfast.load` and transformers read."""
+    """A Hugging Face folder with the weights and the tokenizer, which `gptfast.load` and transformers read.
+    Adapters are merged into the weights that are written; the model keeps them apart."""
+    if adapted(model):
+        model = merged_copy(model)
     extra: dict[str, Any] = {"tokenizer.json": tokenizer.to_json(), "tokenizer_config.json": tokenizer.to_config()}
     ends = sorted(tokenizer.eos_ids)
     if ends:
