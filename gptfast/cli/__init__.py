@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-# PyTorch's idle OpenMP threads spin on the cores that our kernels' threads want next: a training step of 512 tokens took
-# 254 ms so, and 198 ms where they sleep (Zen 3, 2 cores). They read this when torch is loaded, which is later.
+# Between two of its ops PyTorch's idle OpenMP threads spin, on cores that our kernels' threads could have: a training
+# step of 512 tokens took 254 ms so, and 198 ms where they sleep (Zen 3, 2 cores). Read when torch is loaded: later.
 TRAINING = ("train", "recipe")
 
 
