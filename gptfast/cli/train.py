@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +23,13 @@ def train(
     """Run one stage of training. `gptfast train STAGE --help` lists its dials."""
     from gptfast.train.run import main
 
-    raise typer.Exit(main(stage, context.args))
+    code = main(stage, context.args)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # PyTorch's own teardown of DDP on gloo can lock up: a thread is joined with Python's lock held.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise typer.Exit(code)
 
 
 @reported

@@ -202,7 +202,10 @@ def _process(rank: int, size: int, kind: str, run: str, meet: str, steps: int, f
     world = World(rank, size, kind)
     stage = pretrain(steps=steps, dropout=0.0, family=family)
     Trainer(stage, Path(run), quiet=True, world=world).run()
-    dist.destroy_process_group()
+    # No teardown: a DDP reducer that holds the last reference to a gloo group joins its thread with Python's lock held,
+    # which that thread may be waiting for (PyTorch 2.13).
+    dist.barrier()
+    os._exit(0)
 
 
 def _together(size: int, kind: str, run: Path, steps: int, family: str = "gpt2") -> None:
