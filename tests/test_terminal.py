@@ -194,6 +194,7 @@ def test_a_chat_remembers_what_was_typed(session: Callable[..., Session], tmp_pa
     second.until(b"> ")
     second.type(b"/sta\t\r")
     second.until(b"1 answers, 1 tokens")
+    second.until(b"> ")  # before that the terminal would swallow what ends the input
     second.type(b"\x04")
     assert second.end()[1] == 0
     assert file.read_text().count("what I once asked") == 2
