@@ -1,6 +1,6 @@
 """Recipes by name: the model, the tokenizer and every stage's dials.
 
-`tiny` ends within 15 minutes on two cores: 7e13 FLOPs in all. What its numbers were chosen by stands in LOG.md. The
+`tiny` is meant to end within 15 minutes on two cores. What its numbers were chosen by stands in LOG.md. The
 others are published models with their published settings, to plan with (`gptfast plan`) or to run where that is
 possible.
 """
