@@ -24,10 +24,12 @@ from gptfast.kernels.triton.attention_arguments import (
 from gptfast.kernels.triton.attention_backward import attention_backward, supports_attention_backward
 from gptfast.kernels.triton.attention_kvcache import attention_kvcache, supports_attention_kvcache
 from gptfast.kernels.triton.attention_scores import (
+    LN2,
     LOG2E,
     SIZES,
     bounds,
     finish,
+    held,
     keys_at,
     place,
     seen,
@@ -54,11 +56,15 @@ def _walk(
     element, seed_low, seed_high, stream_id, drop_below, keep_scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_TERMS: tl.constexpr, USE_SOFTCAP: tl.constexpr,
-    USE_DROPOUT: tl.constexpr, IS_BY_FOURS: tl.constexpr, IS_EXACT: tl.constexpr, IS_EDGE: tl.constexpr,
+    USE_DROPOUT: tl.constexpr, IS_BY_FOURS: tl.constexpr, IS_EXACT: tl.constexpr, JOINS: tl.constexpr,
+    IS_EDGE: tl.constexpr,
 ):  # fmt: skip
     """The keys' blocks from first to last, one after another."""
     for start in range(first, last, BLOCK_N):
         tile_k = keys_at(k, k_desc, b, start, hk, Sk, k_row, D, BLOCK_N, BLOCK_D, IS_EDGE)
+        # Copies that follow one another are waited for together.
+        if JOINS:
+            tile_v = keys_at(v, v_desc, b, start, hk, Sk, v_row, D, BLOCK_N, BLOCK_D, IS_EDGE)
         s = tl.dot(tile_q, tl.trans(tile_k), input_precision="ieee")
         j = start + tl.arange(0, BLOCK_N)[None, :]
         inside = seen(i, j, shift, Sq, Sk, left, right, HAS_LEFT, HAS_RIGHT)
@@ -84,7 +90,8 @@ def _walk(
                 BLOCK_N,
             )
             p = tl.where(keep, p * keep_scale, 0.0)
-        tile_v = keys_at(v, v_desc, b, start, hk, Sk, v_row, D, BLOCK_N, BLOCK_D, IS_EDGE)
+        if not JOINS:
+            tile_v = keys_at(v, v_desc, b, start, hk, Sk, v_row, D, BLOCK_N, BLOCK_D, IS_EDGE)
         acc = tl.dot(p.to(tile_v.dtype), tile_v, acc, input_precision="ieee")
     return acc, m, l
 
@@ -98,6 +105,7 @@ def _attention_kernel(
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_TERMS: tl.constexpr, USE_SOFTCAP: tl.constexpr,
     USE_DROPOUT: tl.constexpr, IS_BY_FOURS: tl.constexpr, IS_EXACT: tl.constexpr,
+    HOLDS_Q: tl.constexpr, JOINS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Grid: (heads x batch, blocks), or (heads, blocks of all sequences). The last blocks of a causal call have the
     most keys and begin first."""
@@ -130,9 +138,14 @@ def _attention_kernel(
         bias += batch * bias_b + h * bias_h
     i = first + tl.arange(0, BLOCK_M)[:, None]
     tile_q = tile_at(q, first, Sq, q_row, D, BLOCK_M, BLOCK_D, True)
+    if HOLDS_Q:
+        tile_q = held(tile_q, Sq)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    l = tl.zeros((BLOCK_M,), tl.float32)
-    m = l - float("inf")
+    m = tl.zeros((BLOCK_M,), tl.float32) - float("inf")
+    if COLUMNS > 1:
+        l = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
+    else:
+        l = tl.zeros((BLOCK_M,), tl.float32)
     to_natural = scale
     if HAS_TERMS:
         to_natural = 1.0
@@ -150,8 +163,12 @@ def _attention_kernel(
                 acc, m, l, tile_q, k, v, k_desc, v_desc, b, h // G, i, low, high, shift, Sq, Sk, k_row, v_row, left,
                 right, scale, softcap, to_log2, slope, mask, bias, mask_i, mask_j, bias_i, bias_j,
                 element, seed_low, seed_high, stream_id, drop_below, keep_scale, D, BLOCK_M, BLOCK_N, BLOCK_D,
-                HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, USE_DROPOUT, IS_BY_FOURS, IS_EXACT, part != 1,
+                HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, USE_DROPOUT, IS_BY_FOURS, IS_EXACT, JOINS, part != 1,
             )  # fmt: skip
+    if COLUMNS > 1:
+        l = tl.sum(l, 1)
+    if not IS_EXACT:
+        to_natural = LN2
     result, logs = finish(acc, m, l, sink, to_natural)
     row = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -199,10 +216,11 @@ def attention(
     out = empty(q.shape, q.dtype, q)
     heads = (H, Sq) if varlen else (q.shape[0], H, Sq)
     lse = empty(heads, torch.float32, q) if return_lse else None
-    tile = tiles.attention(D, q.dtype, arch(q))
     terms = shared(q, k, mask, bias, alibi_slopes, causal, scale, window, softcap, cu_seqlens_q)
+    plain = not terms["HAS_TERMS"] and mask is None and not dropout_p
+    tile = tiles.attention(D, q.dtype, arch(q), plain)
     dropout = dropout_arguments(dropout_p, int(seed), stream)
-    BLOCK = [1, tile.blocks["BLOCK_N"], 1, tile.blocks["BLOCK_D"]]
+    BLOCK = [1, 1, tile.blocks["BLOCK_N"], tile.blocks["BLOCK_D"]]
     descriptors = (described(k, BLOCK), described(v, BLOCK))
     launch(
         *(

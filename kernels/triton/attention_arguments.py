@@ -53,12 +53,14 @@ def grid(q: Tensor, BLOCK: int, cu: Tensor | None, H: int | None = None) -> tupl
 
 def described(t: Tensor, block: list[int]) -> TensorDescriptor | None:
     """What Hopper and later copy blocks of (B, S, H, D) by, without addresses in registers; None where it can't be: its
-    addresses and strides are multiples of 16 bytes. Sequences end to end would be read beyond their own end."""
+    addresses and strides are multiples of 16 bytes. Sequences end to end would be read beyond their own end. It is one
+    of (B, H, S, D): leading dimensions of 1 drop out of a block, and copies of two tensors share a barrier."""
     if not arch(t).startswith("sm_") or int(arch(t)[3:]) < 90 or t.dim() != 4 or t.element_size() != 2:
         return None
     steps = t.stride()[:-1]
     if t.numel() == 0 or t.data_ptr() % 16 or any(n <= 0 or n % 8 for n in steps):
         return None
+    t = t.transpose(1, 2)
     return TensorDescriptor(t, list(t.shape), list(t.stride()), block)
 
 

@@ -321,7 +321,7 @@ def attention_backward(
     N = 0 if cu_seqlens_q is None else len(cu_seqlens_q) - 1
     rest = (mask, bias, floats(alibi_slopes), edges(cu_seqlens_q), edges(cu_seqlens_k), N, Sq, Sk, H, H // Hk)
     tile = tiles.attention_dq(D, q.dtype, arch(q))
-    block = [1, tile.blocks["BLOCK_N"], 1, tile.blocks["BLOCK_D"]]
+    block = [1, 1, tile.blocks["BLOCK_N"], tile.blocks["BLOCK_D"]]
     launch(
         *(_attention_dq_kernel, grid(q, tile.blocks["BLOCK_M"], cu_seqlens_q)),
         *(
@@ -346,7 +346,7 @@ def attention_backward(
         tile=tile,
     )
     tile = tiles.attention_dkdv(D, q.dtype, arch(q))
-    block = [1, tile.blocks["BLOCK_M"], 1, tile.blocks["BLOCK_D"]]
+    block = [1, 1, tile.blocks["BLOCK_M"], tile.blocks["BLOCK_D"]]
     launch(
         *(_attention_dkdv_kernel, grid(k, tile.blocks["BLOCK_N"], cu_seqlens_k)),
         *(dout, lse, delta, norm, q, k, v, described(q, block), described(dout, block), dk, dv, *rest),

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from gptfast.kernels.triton import arch, cdiv, empty, launch, tiles
 from gptfast.kernels.triton.attention_arguments import edges, floats, refuses, strides, with_rows
-from gptfast.kernels.triton.attention_scores import LOG2E, bounds, finish, seen, soften, with_terms
+from gptfast.kernels.triton.attention_scores import LN2, LOG2E, bounds, finish, seen, soften, with_terms
 
 SIZES = ["Sq", "H", "G", "left", "right", "scale", "softcap", "splits", "table_stride"]
 
@@ -210,6 +210,8 @@ def _chunk_kernel(
         )
         acc = tl.dot(p.to(values.dtype), values, acc, input_precision="ieee")
     if IS_WHOLE:
+        if not IS_EXACT:
+            to_natural = scale * 0.0 + LN2
         result, logs = finish(acc, m, l, sink, to_natural)
         to = out + ((batch * Sq + i) * H + h)[:, None] * D + d[None, :]
         tl.store(to, result.to(out.dtype.element_ty), mask=(r < R)[:, None] & (d < D)[None, :])
@@ -224,7 +226,7 @@ def _chunk_kernel(
 
 @triton.jit(do_not_specialize=["Sq", "H", "G", "splits", "scale"])
 def _merge_kernel(
-    sums, levels, weights, lengths, pads, sinks, out, lse, Sq, H, G, splits, new, to_natural,
+    sums, levels, weights, lengths, pads, sinks, out, lse, Sq, H, G, splits, new, to_log2, to_natural,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Grid: (batch x queries x heads). The chunks BLOCK_S at a time, a number that nothing changes."""
@@ -242,7 +244,6 @@ def _merge_kernel(
     acc = tl.zeros((1, BLOCK_D), tl.float32)
     l = tl.zeros((1,), tl.float32)
     m = l - float("inf")
-    to_log2 = to_natural * LOG2E
     for start in range(0, used, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         at = part + s.to(tl.int64) * R
@@ -369,9 +370,13 @@ def attention_kvcache(
         tile=tile,
     )
     if many:
+        units = (1.0, math.log(2))  # of levels, as soften() leaves them, to powers of two and of e
+        if q.dtype == torch.float32:
+            natural = 1.0 if terms else scale
+            units = (natural / math.log(2), natural)
         launch(
             *(_merge_kernel, (B * Sq * H,), sums, levels, weights, lengths, pads, sinks, out, lse),
-            *(Sq, H, H // Hk, splits, new, 1.0 if terms else scale),
+            *(Sq, H, H // Hk, splits, new, *units),
             D=D,
             BLOCK_D=tile.blocks["BLOCK_D"],
             CHUNK=chunk,

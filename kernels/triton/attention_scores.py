@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 SIZES = ["Sq", "Sk", "H", "G", "lse_head", "mask_b", "bias_b", "left", "right", "scale", "softcap"]
 
 
@@ -67,21 +68,31 @@ def with_terms(s, i, j, shift, inside, scale, softcap, slope, bias, bias_i, bias
 
 @triton.jit
 def soften(acc, m, l, s, to_log2, IS_EDGE: tl.constexpr, IS_EXACT: tl.constexpr):
-    """One step of the softmax over blocks: (acc rescaled, m, l, p) with p = 2^((s - m) to_log2), m the maxima so far.
+    """One step of the softmax over blocks: (acc rescaled, m, l, p), p the exponentials of s less m, the maxima so far.
 
-    IS_EXACT subtracts before it scales, which holds for scores of any size; without it one fused multiply-add does
-    both, and scores beyond 2^27 may overflow. IS_EDGE: a row may have seen nothing yet.
+    IS_EXACT subtracts before it scales by to_log2, which holds for scores of any size; without it m is kept in powers
+    of two, one fused multiply-add does both, and scores beyond 2^27 may overflow. IS_EDGE: a row may have seen nothing
+    yet. l (rows) is the sum of p; as (rows, columns) it is one of every so many columns each, to be added up in the
+    end: the threads that share a row then need not meet in every step.
     """
-    larger = tl.maximum(m, tl.max(s, 1))
+    most = tl.max(s, 1)
+    if not IS_EXACT:
+        most *= to_log2
+    larger = tl.maximum(m, most)
     level = larger
     if IS_EDGE:
         level = tl.where(larger == float("-inf"), 0.0, larger)
-    alpha = tl.exp2((m - level) * to_log2)
     if IS_EXACT:
+        alpha = tl.exp2((m - level) * to_log2)
         p = tl.exp2((s - level[:, None]) * to_log2)
     else:
-        p = tl.exp2(s * to_log2 - (level * to_log2)[:, None])
-    return acc * alpha[:, None], larger, l * alpha + tl.sum(p, 1), p
+        alpha = tl.exp2(m - level)
+        p = tl.exp2(s * to_log2 - level[:, None])
+    if len(l.shape) == 1:
+        l = l * alpha + tl.sum(p, 1)
+    else:
+        l = l * alpha[:, None] + tl.sum(tl.reshape(p, (p.shape[0], p.shape[1] // l.shape[1], l.shape[1])), 1)
+    return acc * alpha[:, None], larger, l, p
 
 
 @triton.jit
@@ -148,10 +159,20 @@ def tile_at(x, row, S, stride, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: 
 
 
 @triton.jit
+def held(tile, S):
+    """tile (rows, D), of 16-bit numbers, where a product's first operand may come from registers: a matrix instruction
+    then reads half as much shared memory. Triton puts there only what another product gave: this one is never made."""
+    x = tile.to(tl.float32)
+    for _step in range(S >> 31):
+        x = tl.dot(tl.zeros((x.shape[0], 16), tile.dtype), tl.zeros((16, x.shape[1]), tile.dtype), x)
+    return x.to(tile.dtype)
+
+
+@triton.jit
 def keys_at(x, desc, b, row, h, S, stride, D: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
             IS_EDGE: tl.constexpr):  # fmt: skip
-    """tile_at(), through a descriptor of the whole tensor (B, S, H, D) where there is one."""
+    """tile_at(), through a descriptor of the whole tensor (B, H, S, D) where there is one."""
     if desc is None:
         return tile_at(x, row, S, stride, D, BLOCK_S, BLOCK_D, IS_EDGE)
     else:
-        return desc.load([b, row, h, 0]).reshape(BLOCK_S, BLOCK_D)
+        return desc.load([b, h, row, 0]).reshape(BLOCK_S, BLOCK_D)

@@ -209,16 +209,20 @@ def sequence_tile(T: int) -> Tile:
 # --- attention
 
 
-def attention(D: int, dtype: torch.dtype, arch: str) -> Tile:
+def attention(D: int, dtype: torch.dtype, arch: str, plain: bool = True) -> Tile:
     """D = 128: 128 rows by 8 warps hold 64 sums, 64 scores and 32 packed probabilities in each thread, of 255
-    registers; 2 stages of 128 keys and values are 128 KiB of shared memory beside 32 KiB of queries. The order of
-    summation is that of BLOCK_N, which no architecture changes."""
+    registers; 2 stages of 128 keys and values are 128 KiB of shared memory beside 32 KiB of queries. Hopper holds the
+    queries in 32 registers more, unless terms of scores need them (not `plain`): read from shared memory with 64 keys
+    they would take all of its 128 bytes a clock. The order of summation is that of BLOCK_N, which no architecture
+    changes, in COLUMNS sums of a row: 8, a matrix instruction's, of which a thread has two."""
     BLOCK_D = bounded(next_power_of_2(D), 16, 256)
     if dtype.itemsize == 4:
         blocks = {"BLOCK_M": 64 if BLOCK_D <= 64 else 32, "BLOCK_N": 32 if BLOCK_D <= 128 else 16}
-        return Tile(num_warps=8, num_stages=2, blocks={**blocks, "BLOCK_D": BLOCK_D})
+        return Tile(8, 2, {**blocks, "BLOCK_D": BLOCK_D, "HOLDS_Q": 0, "JOINS": 0, "COLUMNS": 1})
     blocks = {"BLOCK_M": 128, "BLOCK_N": 64 if BLOCK_D <= 128 else 32, "BLOCK_D": BLOCK_D}
-    return Tile(num_warps=8, num_stages=3 if BLOCK_D <= 128 else 2, blocks=blocks)
+    hopper = arch == "sm_90"
+    more = {"HOLDS_Q": int(hopper and plain and BLOCK_D <= 128), "JOINS": int(hopper), "COLUMNS": 8 if hopper else 1}
+    return Tile(num_warps=8, num_stages=3 if BLOCK_D <= 128 else 2, blocks={**blocks, **more})
 
 
 def attention_dq(D: int, dtype: torch.dtype, arch: str) -> Tile:
