@@ -16,7 +16,7 @@ from gptfast.kernels.triton import arch, cdiv, empty, launch, tiles
 from gptfast.kernels.triton.attention_arguments import edges, floats, refuses, strides, with_rows
 from gptfast.kernels.triton.attention_scores import LN2, LOG2E, bounds, finish, seen, soften, with_terms
 
-SIZES = ["Sq", "H", "G", "left", "right", "scale", "softcap", "splits", "table_stride"]
+SIZES = ["Sq", "H", "G", "left", "right", "scale", "softcap", "splits", "room", "table_stride"]
 
 
 @triton.jit
@@ -28,9 +28,20 @@ def _slot(slot, row, table, PAGE: tl.constexpr, there):
         return tl.load(table + slot // PAGE, mask=there, other=0).to(tl.int64), slot % PAGE
 
 
-@triton.jit(do_not_specialize=["Sq", "table_stride"])
+@triton.jit
+def _held(lengths, pads, b, new, room):
+    """(keys of a sequence, the first slots that are left out), both no more than there is room for: under a CUDA graph
+    lengths come from the device and nobody has looked at them."""
+    total = tl.minimum(tl.maximum(tl.load(lengths + b), 0) + new, room)
+    pad = 0
+    if pads is not None:
+        pad = tl.minimum(tl.maximum(tl.load(pads + b), 0), total)
+    return total - pad, pad
+
+
+@triton.jit(do_not_specialize=["Sq", "table_stride", "room", "positions"])
 def _append_kernel(
-    q, turned, k, v, k_cache, v_cache, k_scale, v_scale, cos, sin, lengths, rows, table, Sq, H, Hk,
+    q, turned, k, v, k_cache, v_cache, k_scale, v_scale, cos, sin, lengths, rows, table, Sq, H, Hk, room, positions,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     kc_batch, kc_row, kc_head, vc_batch, vc_row, vc_head, ks_batch, ks_row, ks_head, vs_batch, vs_row, vs_head,
     table_stride,
@@ -51,6 +62,8 @@ def _append_kernel(
     position = length + t
     if k is None:
         position -= Sq
+    fits = (length >= 0) & (length + t < room)
+    position = tl.minimum(tl.maximum(position, 0), positions - 1)
     if kind == 2:
         if turned is not None:
             at = q + batch * q_batch + t.to(tl.int64) * q_row + h * q_head
@@ -63,7 +76,8 @@ def _append_kernel(
         own = table
         if table is not None:
             own = table + batch * table_stride
-        row, slot = _slot(length + t, row, own, PAGE, True)
+        row, slot = _slot(length + t, row, own, PAGE, fits)
+        there = d < tl.where(fits, D, 0)
         if kind == 0:
             at = k + batch * k_batch + t.to(tl.int64) * k_row + h * k_head
             if cos is None:
@@ -74,12 +88,12 @@ def _append_kernel(
                     .to(k.dtype.element_ty)
                     .to(tl.float32)
                 )
-            _keep(x, d, inside, k_cache, k_scale, row * kc_batch + slot * tl.cast(kc_row, tl.int64) + h * kc_head,
+            _keep(x, d, there, fits, k_cache, k_scale, row * kc_batch + slot * tl.cast(kc_row, tl.int64) + h * kc_head,
                   row * ks_batch + slot * tl.cast(ks_row, tl.int64) + h * ks_head)  # fmt: skip
         else:
             at = v + batch * v_batch + t.to(tl.int64) * v_row + h * v_head
             x = tl.load(at + d, mask=inside, other=0.0).to(tl.float32)
-            _keep(x, d, inside, v_cache, v_scale, row * vc_batch + slot * tl.cast(vc_row, tl.int64) + h * vc_head,
+            _keep(x, d, there, fits, v_cache, v_scale, row * vc_batch + slot * tl.cast(vc_row, tl.int64) + h * vc_head,
                   row * vs_batch + slot * tl.cast(vs_row, tl.int64) + h * vs_head)  # fmt: skip
 
 
@@ -101,7 +115,7 @@ def _turned(x, d, inside, cos, sin, position, HALF: tl.constexpr, IS_INTERLEAVED
 
 
 @triton.jit
-def _keep(x, d, inside, cache, scale, at, scale_at):
+def _keep(x, d, inside, fits, cache, scale, at, scale_at):
     """x (D) to its place in a cache; as int8 with its scale."""
     if scale is None:
         tl.store(cache + at + d, x.to(cache.dtype.element_ty), mask=inside)
@@ -113,7 +127,7 @@ def _keep(x, d, inside, cache, scale, at, scale_at):
         whole = (whole + 12582912.0) - 12582912.0  # 1.5 * 2^23: to nearest even
         tl.store(cache + at + d, tl.where(usable, whole, 0.0).to(tl.int8), mask=inside)
         unusable = tl.where(most < 1, 0.0, float("nan"))
-        tl.store(scale + scale_at, tl.where(usable, tl.div_rn(most, 127.0), unusable))
+        tl.store(scale + scale_at, tl.where(usable, tl.div_rn(most, 127.0), unusable), mask=fits)
 
 
 @triton.jit
@@ -134,7 +148,7 @@ def _kept(cache, scale, row, slot, there, batch_stride, row_stride, s_batch, s_r
 @triton.jit(do_not_specialize=SIZES)
 def _chunk_kernel(
     q, k_cache, v_cache, k_scale, v_scale, lengths, rows, pads, table, slopes, sinks, out, lse, sums, levels, weights,
-    Sq, H, G, left, right, scale, softcap, splits, new, q_batch, q_row, q_head,
+    Sq, H, G, left, right, scale, softcap, splits, new, room, q_batch, q_row, q_head,
     kc_batch, kc_row, kc_head, vc_batch, vc_row, vc_head, ks_batch, ks_row, ks_head, vs_batch, vs_row, vs_head,
     table_stride, slopes_batch,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
@@ -148,10 +162,7 @@ def _chunk_kernel(
     b = tl.program_id(0) // Hk
     split = tl.program_id(2)
     batch = b.to(tl.int64)
-    pad = 0
-    if pads is not None:
-        pad = tl.load(pads + b)
-    Sk = tl.load(lengths + b) + new - pad
+    Sk, pad = _held(lengths, pads, b, new, room)
     if not IS_WHOLE:  # noqa: SIM102
         if split * CHUNK >= Sk:
             return
@@ -224,9 +235,9 @@ def _chunk_kernel(
         tl.store(weights + part, l, mask=r < R)
 
 
-@triton.jit(do_not_specialize=["Sq", "H", "G", "splits", "scale"])
+@triton.jit(do_not_specialize=["Sq", "H", "G", "splits", "room"])
 def _merge_kernel(
-    sums, levels, weights, lengths, pads, sinks, out, lse, Sq, H, G, splits, new, to_log2, to_natural,
+    sums, levels, weights, lengths, pads, sinks, out, lse, Sq, H, G, splits, new, room, to_log2, to_natural,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Grid: (batch x queries x heads). The chunks BLOCK_S at a time, a number that nothing changes."""
@@ -234,9 +245,7 @@ def _merge_kernel(
     token = tl.program_id(0) // H
     b, i = token // Sq, token % Sq
     batch = b.to(tl.int64)
-    Sk = tl.load(lengths + b) + new
-    if pads is not None:
-        Sk -= tl.load(pads + b)
+    Sk, _pad = _held(lengths, pads, b, new, room)
     used = tl.cdiv(Sk, CHUNK)
     d = tl.arange(0, BLOCK_D)
     R = Sq * G
@@ -326,7 +335,7 @@ def attention_kvcache(
         heads = (0 if k is None else 2 * Hk) + (0 if cos is None else H)
         launch(
             *(_append_kernel, (B * Sq, heads), q, turned, k, v, k_cache, v_cache, k_scale, v_scale),
-            *(floats(cos), floats(sin), lengths, rows, table, Sq, H, Hk),
+            *(floats(cos), floats(sin), lengths, rows, table, Sq, H, Hk, room, 1 if cos is None else len(cos)),
             **strides(q=q, k=q if k is None else k, v=q if v is None else v),
             **caches,
             D=D,
@@ -354,7 +363,7 @@ def attention_kvcache(
     launch(
         *(_chunk_kernel, (B * Hk, cdiv(R, tile.blocks["BLOCK_M"]), splits)),
         *(q, k_cache, v_cache, k_scale, v_scale, lengths, rows, pads, table, floats(alibi_slopes), sinks, out, lse),
-        *(sums, levels, weights, Sq, H, H // Hk, window[0], right, scale, float(softcap), splits, new),
+        *(sums, levels, weights, Sq, H, H // Hk, window[0], right, scale, float(softcap), splits, new, room),
         **strides(q=q),
         **caches,
         table_stride=0 if table is None else table.shape[1],
@@ -376,7 +385,7 @@ def attention_kvcache(
             units = (natural / math.log(2), natural)
         launch(
             *(_merge_kernel, (B * Sq * H,), sums, levels, weights, lengths, pads, sinks, out, lse),
-            *(Sq, H, H // Hk, splits, new, *units),
+            *(Sq, H, H // Hk, splits, new, room, *units),
             D=D,
             BLOCK_D=tile.blocks["BLOCK_D"],
             CHUNK=chunk,

@@ -24,12 +24,13 @@ def tanh(x):
 
 @triton.jit
 def seen(i, j, shift, Sq, Sk, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """Which keys j the queries i may attend to, of those that there are."""
-    inside = (i < Sq) & (j < Sk)
+    """Which keys j the queries i may attend to, of those that there are: one comparison of a pair, or two."""
+    last = tl.zeros_like(i) + (Sk - 1)
+    if HAS_RIGHT:
+        last = tl.minimum(last, i + (shift + right))
+    inside = j <= tl.where(i < Sq, last, -1)
     if HAS_LEFT:
         inside &= j >= i + (shift - left)
-    if HAS_RIGHT:
-        inside &= j <= i + (shift + right)
     return inside
 
 

@@ -108,3 +108,33 @@ def test_an_interpreted_process_takes_tensors_of_the_cpu() -> None:
     )
     automatic, explicit = said(code, TRITON_INTERPRET="1").split()
     assert automatic in ("cpu", "reference") and explicit == "triton"
+
+
+@needs_triton
+@pytest.mark.parametrize("int8", [False, True])
+def test_lengths_beyond_a_cache_write_and_read_nothing_there(int8: bool) -> None:
+    """Under a CUDA graph nobody looks at lengths before a kernel does."""
+    from gptfast.kernels.triton.attention_kvcache import attention_kvcache
+
+    device = where.device
+    i = Inputs(torch.float32, "full caches", device)
+    B, room, Hk, D = 3, 300, 1, 16
+    q, k, v = i.randn(B, 1, 2, D), i.randn(B, 1, Hk, D), i.randn(B, 1, Hk, D)
+    caches = [i.randn(B, room, Hk, D) for _ in range(2)]
+    scales: list[Any] = [None, None]
+    if int8:
+        caches = [(100 * t).clamp(-127, 127).to(torch.int8) for t in caches]
+        scales = [torch.full((B, room, Hk), 0.01, device=device) for _ in range(2)]
+    before = [t.clone() for t in caches]
+    terms: dict[str, Any] = dict(
+        k_scale=scales[0], v_scale=scales[1], block_table=None, causal=True, scale=None, window=(-1, -1), softcap=0.0,
+        alibi_slopes=None, sinks=None, cos=None, sin=None, interleaved=False, cache_batch_idx=None, cache_leftpad=None,
+        return_lse=False,
+    )  # fmt: skip
+    lengths = torch.tensor([room - 1, room, 5000], dtype=torch.int32, device=device)
+    found = attention_kvcache(q, *caches, lengths, k=k, v=v, **terms)
+    for cache, old in zip(caches, before):
+        assert not torch.equal(cache[0, -1], old[0, -1])
+        assert torch.equal(cache[0, :-1], old[0, :-1]) and torch.equal(cache[1:], old[1:])
+    expected = attention_kvcache(q, *caches, torch.full_like(lengths, room), k=None, v=None, **terms)
+    assert torch.equal(found, expected)
