@@ -63,8 +63,36 @@ def test_layer_norm_moves_no_byte_twice(C: int) -> None:
     [kernel] = [c for c in aot.survey([f"layer_norm {C} bf16"], ["sm_90"]) if c.kernel == "_layer_norm_kernel"][:1]
     r = kernel.resources
     assert r is not None
+    assert not r["loops"]  # each access is made once
     assert bytes_of(r["loads"], r["threads"]) == 4 * C * 2
     assert bytes_of(r["stores"], r["threads"]) == 2 * C * 2
+    assert set(r["loads"]) == set(r["stores"]) == {"128"}
+
+
+# Triton's tutorial 06, its kernel with descriptors (fp16, causal, 128x64, D = 128, 8 warps, 3 stages), compiled by
+# Triton 3.9.0 in the same way: instructions outside of its loops, of a full block, of a masked one.
+TUTORIAL = (961, 362, 469)
+
+
+def test_attention_on_hopper_issues_less_than_triton_s_tutorial() -> None:
+    [forward, *_] = [c for c in aot.survey(["attention 128 bf16"], ["sm_90"]) if c.kernel == "_attention_kernel"]
+    assert (forward.options["BLOCK_M"], forward.options["BLOCK_N"], forward.options["num_warps"]) == ("128", "64", "8")
+    r = forward.resources
+    assert r is not None
+    full, masked = r["loops"]
+    # 64 x 64 x 128 and 64 x 128 x 64 of a group of four warps, by 16: 8 and 4 of wgmma; keys and values by TMA.
+    assert full["HGMMA"] == masked["HGMMA"] == 12 and full["UTMALDG"] == masked["UTMALDG"] == 2
+    assert sass.slots(full) <= 340
+    once = r["instructions"] - sass.slots(full) - sass.slots(masked)
+    for S in (2048, 4096, 16384):
+        assert issued(S, once, sass.slots(full), sass.slots(masked)) <= issued(S, *TUTORIAL)
+
+
+def issued(S: int, once: int, full: int, masked: int) -> int:
+    """Instructions of a warp for each block of 128 queries, together: of a causal head of S tokens, whose useful FLOPs
+    are the same for any kernel."""
+    blocks = S // 128
+    return blocks * (once + 2 * masked) + full * blocks * (blocks - 1)
 
 
 def bytes_of(widths: dict[str, int], threads: int) -> int:
@@ -111,6 +139,20 @@ def test_the_disassembly_is_read_right() -> None:
     assert (
         sass.TENSOR.match("HGMMA.64x64x16.F32.BF16") and sass.TENSOR.match("UTCHMMA") and not sass.TENSOR.match("HFMA2")
     )
+
+
+def test_loops_are_found() -> None:
+    """One in another: the inner one counts. A wait goes on after the program's end, and is no loop."""
+
+    def code(*lines: str) -> str:
+        return "\n".join(f"        /*{16 * n:04x}*/   {x} ;" if x[0] != "." else x for n, x in enumerate(lines))
+
+    work = ["FADD R0, R0, R1"] * 20
+    text = code(
+        ".L_x_0:", *work, ".L_x_1:", *work, "@!P2 BRA `(.L_x_3)", ".L_x_2:", "MUFU.EX2 R1, R1", "@P0 BRA `(.L_x_1)",
+        "@P1 BRA `(.L_x_0)", "EXIT", ".L_x_3:", "@!P2 BRA `(.L_x_3)", "BRA `(.L_x_2)",
+    )  # fmt: skip
+    assert sass.loops(text) == [{"FADD": 20, "BRA": 2, "MUFU": 1}]
 
 
 @pytest.mark.parametrize(

@@ -164,3 +164,22 @@ def test_a_missing_extra_is_named() -> None:
 
 def test_wrong_usage() -> None:
     assert b"No such option" in gptfast("generate", "--nonsense", code=2).stderr
+
+
+def test_kernels_says_what_is_wrong(fails: Callable[..., str]) -> None:
+    pytest.importorskip("triton")
+    assert "expected --arch of sm_80, sm_90" in (said := fails("kernels", "-a", "sm_61")) and "got sm_61" in said
+    assert 'got "tanh"' in fails("kernels", "tanh")
+
+
+def test_kernels_without_triton_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, fails: Callable[..., str]) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "pip install 'gptfast-kernels[triton]'" in fails("kernels")
+
+
+def test_kernels_lists_what_a_call_launches() -> None:
+    pytest.importorskip("triton")
+    [line] = gptfast("kernels", "swiglu 1536 bf16", "-a", "sm_80", "--json").stdout.decode().splitlines()[:1]
+    found = json.loads(line)
+    assert (found["arch"], found["kernel"], found["error"]) == ("sm_80", "_gated_kernel", None)
+    assert found["resources"]["spills"] == 0 < found["resources"]["registers"]

@@ -15,6 +15,7 @@ import gptfast
 from gptfast.cli.console import out, reported, settings, waiting, write
 from gptfast.cli.data import data
 from gptfast.cli.export import export
+from gptfast.cli.kernels import kernels
 from gptfast.cli.plan import plan
 from gptfast.cli.train import recipe, train
 from gptfast.generate import DraftModel, Generation, LanguageModel, load
@@ -293,4 +294,5 @@ app.command(add_help_option=False, context_settings={"allow_extra_args": True, "
 app.command()(recipe)
 app.command()(export)
 app.command()(plan)
+app.command()(kernels)
 app.add_typer(data, name="data")

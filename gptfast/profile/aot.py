@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -84,19 +85,30 @@ def survey(names: Iterable[str], archs: Iterable[str] = TARGETS) -> Iterator[Com
     """compile_call() for all of them, in processes of their own; one that dies costs the call that it died of."""
     left = [(name, arch) for arch in archs for name in names]
     while left:
-        worker = subprocess.Popen(
-            [sys.executable, "-c", WORKER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        said, complaint = worker.communicate(json.dumps(left))
-        for line in said.splitlines():
-            if line.startswith("done "):
-                left.pop(0)
-            elif line.startswith("{"):
-                yield Compiled(**json.loads(line))
+        with tempfile.TemporaryFile("w+") as complaints:
+            worker = subprocess.Popen(
+                [sys.executable, "-c", WORKER],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=complaints,
+                text=True,
+            )
+            assert worker.stdin is not None and worker.stdout is not None
+            try:
+                with worker.stdin:
+                    worker.stdin.write(json.dumps(left))
+                for line in worker.stdout:
+                    if line.startswith("done "):
+                        left.pop(0)
+                    elif line.startswith("{"):
+                        yield Compiled(**json.loads(line))
+            finally:
+                worker.stdout.close()
+                if sys.exc_info()[0] is not None:  # who reads this has enough
+                    worker.kill()
+                worker.wait()
+            complaints.seek(0)
+            complaint = complaints.read()
         if worker.returncode and left:
             name, arch = left.pop(0)
             yield Compiled(name, arch, "", {}, None, f"the compiler died ({worker.returncode}): {complaint[-2000:]}")

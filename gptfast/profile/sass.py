@@ -7,7 +7,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ SM = {
 }
 AMD_SHARED = 64  # KiB of LDS, of a CDNA 3 compute unit and of one program there
 TENSOR = re.compile(r"^([HIQBOD]G?MMA|UTC\w*MMA)")
+LABEL = re.compile(r"^(\.L_[\w$.]+):")
+SHORTEST = 16  # instructions of a loop that is more than a wait
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_.]+)?)\s*([^;]*);")
 
 
@@ -40,6 +42,14 @@ class Resources:
     occupancy: float  # resident warps, of those that an SM has room for
     limit: str  # what keeps it from being higher: "registers", "shared", "warps"
     fits: bool  # its shared memory is what the machine has
+    # The loops without loops of their own, in the order of the code: the instructions of one turn by name, "HGMMA".
+    # Every instruction takes an issue slot of its warp.
+    loops: list[dict[str, int]] = field(default_factory=list)
+
+
+def slots(loop: dict[str, int]) -> int:
+    """Issue slots of one warp in one turn of a loop."""
+    return sum(loop.values())
 
 
 def resources(compiled: Any, arch: str) -> Resources:
@@ -69,7 +79,29 @@ def _nvidia(compiled: Any, arch: str) -> Resources:
         occupancy=occupancy,
         limit=limit,
         fits=shared <= SM[arch][2] << 10,
+        loops=loops(text),
     )
+
+
+def loops(text: str) -> list[dict[str, int]]:
+    """Resources.loops of a listing. A loop is what lies between a branch backwards and its target. What holds the
+    end of the program is none: there a wait that took longer returns to where it was left."""
+    body: list[tuple[str, str]] = []  # name, operands
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if label := LABEL.match(line):
+            labels[label[1]] = len(body)
+        elif found := INSTRUCTION.search(line):
+            body.append((found[1], found[2]))
+    ends = {n for n, (name, _) in enumerate(body) if name == "EXIT"}
+    spans = []
+    for n, (name, operands) in enumerate(body):
+        target = re.search(r"(\.L_[\w$.]+)", operands) if name.startswith("BRA") else None
+        first = labels.get(target[1], n + 1) if target else n + 1
+        if n - first >= SHORTEST and not any(first <= end <= n for end in ends):
+            spans.append((first, n))
+    inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    return [dict(Counter(name.partition(".")[0] for name, _ in body[first : last + 1])) for first, last in inner]
 
 
 def _disassembled(cubin: bytes) -> tuple[str, str]:

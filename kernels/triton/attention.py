@@ -32,7 +32,7 @@ from gptfast.kernels.triton.attention_scores import (
     held,
     keys_at,
     place,
-    seen,
+    seen_by_rows,
     soften,
     tile_at,
     with_terms,
@@ -67,7 +67,7 @@ def _walk(
             tile_v = keys_at(v, v_desc, b, start, hk, Sk, v_row, D, BLOCK_N, BLOCK_D, IS_EDGE)
         s = tl.dot(tile_q, tl.trans(tile_k), input_precision="ieee")
         j = start + tl.arange(0, BLOCK_N)[None, :]
-        inside = seen(i, j, shift, Sq, Sk, left, right, HAS_LEFT, HAS_RIGHT)
+        inside = seen_by_rows(i, j, shift, Sq, Sk, left, right, HAS_LEFT, HAS_RIGHT)
         if HAS_TERMS:
             s, _ = with_terms(s, i, j, shift, inside, scale, softcap, slope, bias, bias_i, bias_j, USE_SOFTCAP)
         if mask is not None:

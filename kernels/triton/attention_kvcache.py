@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from gptfast.kernels.triton import arch, cdiv, empty, launch, tiles
 from gptfast.kernels.triton.attention_arguments import edges, floats, refuses, strides, with_rows
-from gptfast.kernels.triton.attention_scores import LN2, LOG2E, bounds, finish, seen, soften, with_terms
+from gptfast.kernels.triton.attention_scores import LN2, LOG2E, bounds, finish, seen_by_rows, soften, with_terms
 
 SIZES = ["Sq", "H", "G", "left", "right", "scale", "softcap", "splits", "room", "table_stride"]
 
@@ -211,7 +211,7 @@ def _chunk_kernel(
             k_cache, k_scales, row, slot, there, kc_batch, kc_row, ks_batch, ks_row, d, D, BLOCK_D, tile_q.dtype
         )
         s = tl.dot(tile_q, tl.trans(keys), input_precision="ieee")
-        inside = seen(i[:, None], j[None, :], shift, Sq, Sk, left, right, HAS_LEFT, HAS_RIGHT)
+        inside = seen_by_rows(i[:, None], j[None, :], shift, Sq, Sk, left, right, HAS_LEFT, HAS_RIGHT)
         if HAS_TERMS:
             s, _ = with_terms(s, i[:, None], j[None, :], shift, inside, scale, softcap, slope, None, 0, 0, USE_SOFTCAP)
         s = tl.where(inside, s, float("-inf"))

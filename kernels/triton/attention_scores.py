@@ -24,7 +24,19 @@ def tanh(x):
 
 @triton.jit
 def seen(i, j, shift, Sq, Sk, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """Which keys j the queries i may attend to, of those that there are: one comparison of a pair, or two."""
+    """Which keys j the queries i may attend to, of those that there are."""
+    inside = (i < Sq) & (j < Sk)
+    if HAS_LEFT:
+        inside &= j >= i + (shift - left)
+    if HAS_RIGHT:
+        inside &= j <= i + (shift + right)
+    return inside
+
+
+@triton.jit
+def seen_by_rows(i, j, shift, Sq, Sk, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+    """seen() by a comparison of each pair, or two: queries are rows, of which a thread has few and can keep the last
+    key of each."""
     last = tl.zeros_like(i) + (Sk - 1)
     if HAS_RIGHT:
         last = tl.minimum(last, i + (shift + right))
