@@ -62,6 +62,7 @@ def _walk(
     """The keys' blocks from first to last, one after another."""
     for start in range(first, last, BLOCK_N):
         tile_k = keys_at(k, k_desc, b, start, hk, Sk, k_row, D, BLOCK_N, BLOCK_D, IS_EDGE)
+        tile_v = tile_k
         # Copies that follow one another are waited for together.
         if JOINS:
             tile_v = keys_at(v, v_desc, b, start, hk, Sk, v_row, D, BLOCK_N, BLOCK_D, IS_EDGE)

@@ -132,9 +132,9 @@ def test_lengths_beyond_a_cache_write_and_read_nothing_there(int8: bool) -> None
         return_lse=False,
     )  # fmt: skip
     lengths = torch.tensor([room - 1, room, 5000], dtype=torch.int32, device=device)
-    found = attention_kvcache(q, *caches, lengths, k=k, v=v, **terms)
+    found = attention_kvcache(q, caches[0], caches[1], lengths, k=k, v=v, **terms)
     for cache, old in zip(caches, before):
         assert not torch.equal(cache[0, -1], old[0, -1])
         assert torch.equal(cache[0, :-1], old[0, :-1]) and torch.equal(cache[1:], old[1:])
-    expected = attention_kvcache(q, *caches, torch.full_like(lengths, room), k=None, v=None, **terms)
-    assert torch.equal(found, expected)
+    expected = attention_kvcache(q, caches[0], caches[1], torch.full_like(lengths, room), k=None, v=None, **terms)
+    assert isinstance(found, torch.Tensor) and isinstance(expected, torch.Tensor) and torch.equal(found, expected)
