@@ -1,4 +1,4 @@
-"""The recipe's tokenizer: byte-level BPE trained on equal bytes of each language and source, and conversations as ids with a mask.
+"""The recipe's tokenizer: byte-level BPE on equal bytes of each language and source; conversations as ids with a mask.
 
 BPE (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909) over bytes (GPT-2) has no unknown characters. Text is cut
 as GPT-4's tokenizer cuts it, but with each digit by itself, so that a small vocabulary isn't spent on numbers.
