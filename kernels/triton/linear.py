@@ -78,9 +78,9 @@ def _linear_kernel(
 @triton.jit
 def _centred(nibbles, TYPE: tl.constexpr):
     """4-bit q as q - 8. Numbers of 16 bits by way of one whose last bits are q: a conversion would take longer."""
-    if TYPE == tl.bfloat16:
+    if TYPE == tl.bfloat16:  # noqa: SIM300
         return (nibbles.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0
-    elif TYPE == tl.float16:
+    elif TYPE == tl.float16:  # noqa: SIM300
         return (nibbles.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True) - 1032.0
     else:
         return nibbles.to(TYPE) - 8.0

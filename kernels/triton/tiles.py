@@ -212,8 +212,8 @@ def linear_quantised(M: int, arch: str) -> Tile:
 
 
 def _one_instruction(blocks: dict[str, int], arch: str) -> dict[str, int]:
-    """AMD's compiler takes another matrix instruction, of another order, for a wide tile than for a narrow one unless it
-    is told which."""
+    """AMD's compiler takes another matrix instruction, of another order, for a wide tile than for a narrow one unless
+    it is told which."""
     return blocks | ({"matrix_instr_nonkdim": 16} if arch.startswith("gfx") else {})
 
 
