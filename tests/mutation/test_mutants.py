@@ -61,7 +61,8 @@ MUTANTS = [
         *("accumulated-in-bf16", "linear.py"),
         'part = tl.dot(w.to(TYPE), v.to(TYPE), part, input_precision="ieee")',
         'part = tl.dot(w.to(TYPE), v.to(TYPE), part, input_precision="ieee").to(tl.bfloat16).to(tl.float32)',
-        *(f"{CONFORMANCE}[linear-7x5x577+bias-bfloat16]", r"max \|error\|"),
+        "tests/ops/test_triton.py::test_sums_of_16_bit_numbers_are_fp32[linear-17x48x3072-bfloat16]",
+        r"assert .*all\(\)",
     ),
 ]
 
