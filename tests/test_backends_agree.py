@@ -50,14 +50,15 @@ def backends() -> list[str]:
 
 def check_tokens(made: GPT, prompts: list[list[int]], **settings: Any) -> None:
     """Each backend writes the reference's tokens, and of the first text its logits are within the tolerance that the
-    reference's own rounding gives: what could make another token of an equal draw is no larger."""
+    reference's own rounding gives (but for int8 activations, which round what differs in its last bit otherwise)."""
     made = made.eval()
     wanted = LanguageModel(on("reference", made)).generate(prompts, **settings)
     assert len({token for g in wanted for token in g.token_ids}) > 3, "a model that writes one token shows little"
     text = torch.tensor([prompts[0] + wanted[0].token_ids])
+    quantised = any(isinstance(getattr(module, "weight", None), QuantizedWeight) for module in made.modules())
     with torch.no_grad():
         plain = on("reference", made)(text)
-        exact = on("reference", made).double().logits(text) if made.weight_bytes() == 4 * _elements(made) else None
+        exact = None if quantised else on("reference", made).double().logits(text)
     for backend in backends():
         mine = on(backend, made)
         found = LanguageModel(mine).generate(prompts, **settings)
@@ -66,10 +67,6 @@ def check_tokens(made: GPT, prompts: list[list[int]], **settings: Any) -> None:
             with torch.no_grad():
                 logits = mine(text.to(mine.device)).cpu()
             assert (logits.double() - exact).abs().max().item() <= tolerance(plain, exact), backend
-
-
-def _elements(made: GPT) -> int:
-    return sum(p.numel() for p in made.parameters())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -87,8 +84,9 @@ def test_quantised_weights_give_the_same_tokens(kind: str) -> None:
     """With activations rounded to int8, as they are unless asked otherwise."""
     made = model("llama", 1)
     for module in made.modules():
-        if isinstance(module, Linear) and isinstance(module.weight, torch.Tensor) and module.in_features % GROUP == 0:
-            module.set_weight(QuantizedWeight.quantize(module.weight.detach(), kind))
+        weight = getattr(module, "weight", None)
+        if isinstance(module, Linear) and isinstance(weight, torch.Tensor) and module.in_features % GROUP == 0:
+            module.set_weight(QuantizedWeight.quantize(weight.detach(), kind))
     check_tokens(made, [PROMPT], max_new_tokens=10, temperature=0)
 
 

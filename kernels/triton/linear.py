@@ -134,6 +134,7 @@ def _linear_quantised_kernel(
             else:
                 first_half = (q.to(tl.float32) - 128.0).to(TYPE)
                 second_half = (tl.load(of_q + group + 256, mask=there, other=0).to(tl.float32) - 128.0).to(TYPE)
+            scale = tl.full((BLOCK_R,), 1.0, tl.float32)
             if IS_INT8:
                 scale, low, high = _rounded(low.to(tl.float32), high.to(tl.float32))
                 d *= scale[None, :]
