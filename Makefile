@@ -1,7 +1,7 @@
 PY := .venv/bin/python
 PIP := $(PY) -m pip install -q -c constraints/cpu.txt
 
-.PHONY: demo test test-all test-triton test-triton-all test-aot gpu-check build lint bench bench-peers format clean
+.PHONY: demo test test-all test-triton test-triton-all test-mutants test-aot gpu-check build lint bench bench-peers format clean
 demo: build .venv/.model
 	$(PY) -m gptfast demo
 # Two test processes share the cores: idle OpenMP threads must not spin on them.
@@ -13,11 +13,14 @@ test-all: build .venv/.model
 	$(PY) -m pytest -n 2
 	$(MAKE) test-triton-all
 # Triton's kernels, interpreted: a process of their own, for Triton reads the variable when it is imported.
-INTERPRETED = TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/interpreter tests/ops/test_conformance.py tests/ops/test_gradients.py tests/ops/test_triton.py
+INTERPRETED = TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/interpreter tests/ops/test_conformance.py tests/ops/test_gradients.py tests/ops/test_triton.py tests/test_backends_agree.py
 test-triton: build
 	$(INTERPRETED) -m "not slow"
 test-triton-all: build
 	$(INTERPRETED)
+# Bugs put into copies of the kernels, each of which the suite must find.
+test-mutants: build
+	$(PY) -m pytest -n 2 tests/mutation
 # Triton's kernels as they ship, compiled for GPUs that aren't here: everything, where `make test` takes a sample.
 test-aot: build
 	$(PY) -m pytest -n 2 tests/test_aot.py

@@ -80,7 +80,9 @@ def here(op: Op, arguments: dict[str, Any]) -> dict[str, Any]:
 
 # Ops whose interpreted cases take seconds each: in `make test` a case is run in one dtype, the dtypes in turn;
 # `make test-triton-all` runs all.
-PATIENT = frozenset(["sample", "attention", "attention_kvcache", "token_kl", "value_loss", "linear_cross_entropy"])
+PATIENT = frozenset(
+    ["sample", "attention", "attention_kvcache", "linear", "token_kl", "value_loss", "linear_cross_entropy"]
+)
 
 
 def waits(op: Op, number: int, dtype: torch.dtype) -> bool:

@@ -341,7 +341,13 @@ def _replayable(model: GPT, cache: KVCache) -> bool:
     scaling = model.config.rope_scaling or {}
     if scaling.get("rope_type") == "longrope":  # its tables change where the text becomes long
         return cache.capacity <= scaling.get("original_max_position_embeddings", model.config.context)
-    return model.device.type == "cpu" and not model.training and reason_missing("cpu") is None
+    return model.device.type == "cpu" and not model.training and recordable(model.backend)
+
+
+def recordable(backend: str | None) -> bool:
+    """Whether ops on the CPU's tensors, asked of this backend, are the CPU's kernels, which alone write their launches
+    down: those of an interpreted backend would be missing from a plan."""
+    return (backend or os.environ.get("GPTFAST_BACKEND") or "cpu") == "cpu" and reason_missing("cpu") is None
 
 
 def _pointers(cache: KVCache) -> list[int]:

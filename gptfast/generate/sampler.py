@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.generate.replay import NotReplayable, Recorded
-from gptfast.kernels import reason_missing
+from gptfast.generate.replay import NotReplayable, Recorded, recordable
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 
@@ -57,7 +56,7 @@ class Sampler:
         self.seeds = torch.tensor(list(seeds), dtype=torch.int64, device=device)
         self.steps = torch.zeros_like(self.seeds)
         # Whether a step is one call of ops.sample and nothing else, which can be recorded.
-        self.steady = not processors and device.type == "cpu" and reason_missing("cpu") is None
+        self.steady = not processors and device.type == "cpu" and recordable(backend)
         self._place: tuple[Any, ...] | None = None  # of the last logits
         self._recorded: Recorded | None = None
         self.arguments = {name: _by_row(name, value, device) for name, value in parameters.items()}

@@ -18,16 +18,18 @@ activations="int8", quantised weights only: x is first rounded to int8 in each g
     m * (scale * sum(q_x)).
     Error: |y - y_exact| <= sum over groups of scale / 2 * sum |w|; for normal x the root mean square is 0.6% of y's.
 
-Orders of summation, constants of this page. Float weights: K in chunks of 768, added in order; in a chunk as many
-partial sums as the machine has lanes (k mod lanes), added by halves. Packed float weights: chunks of 192 k, added in
-order; inside a chunk in order too, so that the last bits differ from those of the same weights unpacked. A float weight
-that is the transpose of a (K, N) one: likewise with chunks of 96 k, and nothing is copied, which suits few rows.
-Quantised weights: groups of 32 k, added in order; inside a group in order too (exact). Neither the number of rows or
-of threads nor a row's place in x changes a bit.
+Orders of summation, constants of this page. On the CPU, float weights: K in chunks of 768, added in order; in a chunk
+as many partial sums as the machine has lanes (k mod lanes), added by halves. Packed float weights: chunks of 192 k,
+added in order; inside a chunk in order too, so that the last bits differ from those of the same weights unpacked. A
+float weight that is the transpose of a (K, N) one: likewise with chunks of 96 k, and nothing is copied, which suits few
+rows. Quantised weights: groups of 32 k, added in order; inside a group in order too (exact). In Triton, chunks of 256 k
+(fp32), 1,024 (16-bit numbers) or 512 (quantised weights, by groups of 32, added in order), added in order; inside of
+them the order of the machine's matrix instructions. Neither the number of rows or of threads nor a row's place in x
+changes a bit.
 
 Where a gradient is wanted, or PyTorch traces the call, a float weight's product has the orders that
-gptfast/ops/linear_gradients.py says; under autocast, and on GPUs, it is PyTorch's own. Quantised and packed weights
-give gradients to x and bias alone.
+gptfast/ops/linear_gradients.py says; under autocast, and on GPUs unless a backend is asked for, it is PyTorch's own.
+Quantised and packed weights give gradients to x and bias alone.
 """
 
 from __future__ import annotations

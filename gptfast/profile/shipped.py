@@ -11,6 +11,7 @@ import torch
 
 from gptfast import ops
 from gptfast.ops.spec import Inputs, Op, leaves, outputs
+from gptfast.quantize import QuantizedWeight
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Make = Callable[[Inputs], dict[str, Any]]
@@ -77,6 +78,13 @@ def _linear_cross_entropy(V: int, C: int, i: Inputs) -> dict[str, Any]:
     return {"x": i.randn(64, C), "weight": i.randn(V, C), "target": i.randint(0, V, (64,))}
 
 
+def _linear(M: int, kind: str, activations: str, i: Inputs) -> dict[str, Any]:
+    """A kind of "" is a float weight of x's dtype."""
+    weight = i.randn(256, 2048, dtype=torch.float32 if kind else None)
+    quantised = QuantizedWeight.quantize(weight, kind) if kind else weight
+    return {"x": i.randn(M, 2048), "weight": quantised, "bias": i.randn(256), "activations": activations}
+
+
 def _case(name: str, case: str, i: Inputs) -> dict[str, Any]:
     """One of a page's own cases."""
     return next(c for c in ops.pages()[name].cases() if c.name == case).make(i)
@@ -100,6 +108,13 @@ CALLS: dict[str, tuple[str, Make]] = {  # op, arguments
     "sample greedy": ("sample", partial(_sample, 128256, {"temperature": 0.0})),
     "sample top_k top_p": ("sample", partial(_sample, 128256, {"top_k": 50, "top_p": 0.95})),
     "cross_entropy 128256": ("cross_entropy", partial(_cross_entropy, 128256)),
+    **{f"linear {M}": ("linear", partial(_linear, M, "", "exact")) for M in (1, 64)},
+    **{
+        f"linear {M} {kind} {how}": ("linear", partial(_linear, M, kind, how))
+        for M in (1, 64)
+        for kind in ("q8_0", "q4_0", "q4_1")
+        for how in ("exact", "int8")
+    },
     "linear_cross_entropy": ("linear_cross_entropy", partial(_linear_cross_entropy, 4096, 512)),
     "token_logprobs": ("token_logprobs", partial(_case, "token_logprobs", "512-4096x512-return_entropyTrue")),
     "token_kl": ("token_kl", partial(_case, "token_kl", "256-4096x512x256")),

@@ -188,6 +188,40 @@ def product_tile(M: int, N: int, itemsize: int, adds: bool, arch: str) -> Tile:
     return Tile(8, bounded(limits(arch).shared // stage, 2, 4 if arch != "sm_80" else 3), blocks)
 
 
+SPLIT_ROWS = 8  # up to which linear's chunks of K are programs of their own: their sums are 1/4 of 4-bit weights then
+
+
+def linear(M: int, itemsize: int, arch: str) -> Tile:
+    """64 outputs are the least that Hopper's matrix instruction has, 16 rows what loads and stores of one warp fill.
+    CHUNK is the order of summation: of fp32 as long as a plain sum stays accurate, of 16-bit numbers 16 blocks of K."""
+    few = M <= 16
+    if itemsize == 4:  # no tensor cores: 8 or 32 sums, and as many of all chunks, in the registers of each thread
+        blocks = {"BLOCK_N": 64, "BLOCK_R": 16 if few else 64, "BLOCK_K": 32, "CHUNK": 256}
+        return Tile(4 if few else 8, 2, _one_instruction(blocks, arch))
+    blocks = {"BLOCK_N": 64 if few else 128, "BLOCK_R": 16 if few else 128, "BLOCK_K": 64, "CHUNK": 1024}
+    stage = (blocks["BLOCK_N"] + blocks["BLOCK_R"]) * blocks["BLOCK_K"] * itemsize
+    return Tile(4 if few else 8, bounded(limits(arch).shared // stage, 1, 4), _one_instruction(blocks, arch))
+
+
+def linear_quantised(M: int, arch: str) -> Tile:
+    """Three tiles of sums (a group's, a chunk's, all) are in registers: 32 of each in 256 threads. A chunk of 512 makes
+    512 programs of one row and a matrix of 4096 x 4096: four on each of an H100's SMs."""
+    few = M <= 16
+    blocks = {"BLOCK_N": 64 if few else 128, "BLOCK_R": 16 if few else 64, "CHUNK": 512}
+    return Tile(4 if few else 8, 3, _one_instruction(blocks, arch))
+
+
+def _one_instruction(blocks: dict[str, int], arch: str) -> dict[str, int]:
+    """AMD's compiler takes another matrix instruction, of another order, for a wide tile than for a narrow one unless
+    it is told which."""
+    return blocks | ({"matrix_instr_nonkdim": 16} if arch.startswith("gfx") else {})
+
+
+def linear_merge(N: int) -> Tile:
+    """4 values to a thread of 128, so that a chunk's sums come 16 bytes at a time."""
+    return Tile(4, blocks={"BLOCK": bounded(next_power_of_2(N), 64, 512)})
+
+
 def vocabulary_tile(V: int) -> Tile:
     """A row's columns at a time: 16 for each thread of 8 warps."""
     block = bounded(next_power_of_2(V), 64, 4096)

@@ -13,7 +13,7 @@ import torch
 from gptfast import ops
 from gptfast.bench.check import check
 from gptfast.kernels import reason_missing
-from gptfast.ops.spec import Inputs, double, gradients, tolerance, upstream
+from gptfast.ops.spec import Inputs, double, gradients, map_tensors, outputs, tolerance, upstream
 from tests import where
 from tests.ops import test_conformance
 
@@ -71,6 +71,30 @@ def test_a_row_that_many_places_took() -> None:
         got["weight"][0].cpu().double(), exact, rtol=0, atol=300 * 2**-24 * given[0].abs().sum().item()
     )
     assert not got["weight"][1].any()
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda t: str(t).removeprefix("torch."))
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        *(("linear", "17x48x3072"), ("linear", "7x70x576-q4_0"), ("linear", "8x33x160-q4_1+bias")),
+        *((name, "2x3x64") for name in ("layer_norm", "rms_norm", "swiglu")),
+    ],
+)
+def test_sums_of_16_bit_numbers_are_fp32(name: str, case: str, dtype: torch.dtype) -> None:
+    """Of each element: half a unit of its own last place, and what the same sums in fp32 may be wrong by. The largest
+    error of all elements, which conformance looks at, is so much rounding that it hides sums of 8 bits."""
+    op = ops.pages()[name]
+    [arguments] = [c.arguments(dtype) for c in op.cases() if c.name == case]
+    exact = outputs(op.reference(**double(arguments)))
+    wide = map_tensors(lambda t: t.float() if t.is_floating_point() else t, arguments)
+    plain = outputs((op.plain or op.baseline or op.reference)(**wide))
+    got = test_conformance.call(op, arguments, "triton")
+    for y, e, p in zip(got, exact, plain, strict=True):
+        slack = tolerance(p, e)
+        unit = torch.finfo(dtype).eps * 2.0 ** (e.abs() + slack).log2().floor()
+        assert ((y.double() - e).abs() <= unit / 2 + slack).all()
 
 
 def said(code: str, **env: str) -> str:
