@@ -48,13 +48,13 @@ class Iteration:
             torch.randint(recipe.vocab_size, (int(torch.randint(8, 25, (), generator=draw)),), generator=draw).tolist()
             for _ in range(4 * prompts)
         ]
-        dials = recipe.stages.get("ppo", {}) | dict(prompts_per_step=prompts, max_new_tokens=new)
-        config = PPOConfig(**(dials | dict(missing_end_penalty=0.0)))
+        dials: dict[str, Any] = dict(prompts_per_step=prompts, max_new_tokens=new, missing_end_penalty=0.0)
+        config = PPOConfig(**(recipe.stages.get("ppo", {}) | dials))
         self.stage = PPO(config, policy, _bytes(), ids, RewardModel(judge))
         self.optimizer = make_optimizer(self.stage.modules, config)
         self.optimizer.backend = backend
         self.steps = 0
-        self.spent = dict.fromkeys(("forward", "adamw"), 0.0)
+        self.spent: dict[str, float] = {"forward": 0.0, "adamw": 0.0}
         self.stage.loss = self._timed("forward", self.stage.loss)
         self.optimizer.step = self._timed("adamw", self.optimizer.step)
 

@@ -51,7 +51,7 @@ class Dropout(NamedTuple):
 
 def _chosen(x: Tensor, rows: Tensor | None, backend: str | None) -> Tensor:
     """x (1, T, C) -> (1, M, C): these of its tokens, by the op whose gradient is made quickly."""
-    return x if rows is None else ops.embedding(rows[None], x[0], backend=backend)
+    return x if rows is None else ops.embedding(rows[None], x.flatten(0, 1), backend=backend)
 
 
 def _drop(dropout: Dropout | None) -> dict[str, Any]:
@@ -346,7 +346,7 @@ class Block(Layer):
         else:
             h, stream = self.attention_norm(branch, stream, dropout and dropout.on(at))
         h = self.attention(h, tables, cache, layer, dropout and dropout.on(at + 1), cu_seqlens, rows)
-        stream = _chosen(stream, rows, self.backend)
-        h, stream = self.mlp_norm(h, stream, dropout and dropout.on(at + 2))
+        assert stream is not None
+        h, stream = self.mlp_norm(h, _chosen(stream, rows, self.backend), dropout and dropout.on(at + 2))
         assert stream is not None
         return self.mlp(h), stream
