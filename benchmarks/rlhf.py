@@ -1,65 +1,81 @@
-"""An iteration of PPO (rollouts, the models' looks at them, 4 epochs of 4 minibatches) of a small GPT-2: on the kernels
-and on the reference ops, in turns in one process, from the same weights.
+"""An iteration of PPO as a recipe's preset has it (rollouts, the models' looks at them, epochs of minibatches), from
+random weights: on the kernels and on the reference ops, in turns in one process, from the same weights.
 
-Policy, reference, value and reward model have one size; answers have up to 48 tokens.
+Prompts are 8 to 24 random tokens and no answer ends before the last token, so that both do the same work. Learning is
+told apart into its forward passes, backward passes and AdamW. Processor seconds, of all threads, say more than the
+clock's where others use the machine, but count what waiting threads spin. How they wait is OMP_WAIT_POLICY, which
+`gptfast train` sets to PASSIVE, and a row says it.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from gptfast.bench import ratio, threads_set
 from gptfast.bench.record import append_csv, results_file
 from gptfast.bench.timing import SETTLE_S, Spread
 from gptfast.formats.tokenizer import Tokenizer
-from gptfast.model import GPT, GPTConfig
+from gptfast.model import GPT
 from gptfast.train.ppo import PPO, PPOConfig
+from gptfast.train.presets import recipe_preset
 from gptfast.train.reward import RewardModel
 from gptfast.train.trainer import make_optimizer
 
 OURS, REFERENCE = "gptfast", "reference ops"
-PARTS = ("time/rollout", "time/look", "time/learn")
+BACKENDS = {OURS: None, REFERENCE: "reference"}
+PARTS = ("rollout", "look", "forward", "backward", "adamw")
 
 
 class Iteration:
     """PPO as its trainer drives it, one iteration a call."""
 
-    def __init__(self, backend: str | None, layers: int, width: int, vocabulary: int, prompts: int, new: int) -> None:
+    def __init__(self, backend: str | None, preset: str, prompts: int, new: int) -> None:
         torch.manual_seed(0)
-        sizes: dict[str, Any] = dict(vocab_size=vocabulary, n_layer=layers, n_head=width // 64, n_embd=width)
-        config = GPTConfig("gpt2", context=256, **sizes)
-        models = [GPT(config) for _ in range(2)]
-        for model in models:
-            model.backend = backend
+        recipe = recipe_preset(preset)
+        policy = GPT(recipe.config(recipe.vocab_size, None, ()))
+        judge = GPT(recipe.config(recipe.vocab_size, None, (), recipe.reward_model))
+        policy.backend = judge.backend = backend  # the reference and the value model are copies
         draw = torch.Generator().manual_seed(1)
         ids = [
-            torch.randint(vocabulary, (int(torch.randint(8, 25, (), generator=draw)),), generator=draw).tolist()
+            torch.randint(recipe.vocab_size, (int(torch.randint(8, 25, (), generator=draw)),), generator=draw).tolist()
             for _ in range(4 * prompts)
         ]
         dials: dict[str, Any] = dict(prompts_per_step=prompts, max_new_tokens=new, missing_end_penalty=0.0)
-        self.stage = PPO(PPOConfig(**dials), models[0], _bytes(), ids, RewardModel(models[1]))
-        for module in self.stage.value.modules():
-            if isinstance(module, GPT):
-                module.backend = backend
-        self.optimizer = make_optimizer(self.stage.modules, self.stage.config)
+        config = PPOConfig(**(recipe.stages.get("ppo", {}) | dials))
+        self.stage = PPO(config, policy, _bytes(), ids, RewardModel(judge))
+        self.optimizer = make_optimizer(self.stage.modules, config)
         self.optimizer.backend = backend
         self.steps = 0
+        self.spent: dict[str, float] = {"forward": 0.0, "adamw": 0.0}
+        self.stage.loss = self._timed("forward", self.stage.loss)
+        self.optimizer.step = self._timed("adamw", self.optimizer.step)
+
+    def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            made = function(*arguments)
+            self.spent[name] += time.perf_counter() - start
+            return made
+
+        return run
 
     def __call__(self) -> dict[str, float]:
-        for module in self.stage.modules.values():
-            assert isinstance(module, nn.Module)
-            module.train()
+        """The trainer's figures, and the seconds of the iteration and of its parts."""
+        self.spent = dict.fromkeys(self.spent, 0.0)
+        start, processor = time.perf_counter(), time.process_time()
         found = self.stage.step(self.steps, self.optimizer)
+        found |= {"seconds": time.perf_counter() - start, "cpu": time.process_time() - processor}
         self.steps += 1
-        return found
+        found |= self.spent | {part: found[f"time/{part}"] for part in ("rollout", "look", "learn")}
+        return found | {"backward": found["learn"] - self.spent["forward"] - self.spent["adamw"]}
 
 
 def _bytes() -> Tokenizer:
@@ -73,34 +89,39 @@ def _bytes() -> Tokenizer:
     return Tokenizer(fast)
 
 
-def measure(rounds: int, **sizes: int) -> list[dict[str, Any]]:
+def measure(rounds: int, preset: str, prompts: int, new: int) -> list[dict[str, Any]]:
     """One row for each contender: seconds an iteration, where they go, how many times as fast as the reference."""
-    contenders = {OURS: Iteration(None, **sizes), REFERENCE: Iteration("reference", **sizes)}
-    first = {name: call() for name, call in contenders.items()}
+    made = {name: Iteration(backend, preset, prompts, new) for name, backend in BACKENDS.items()}
+    first = {name: call() for name, call in made.items()}
     apart = abs(first[OURS]["policy/loss"] - first[REFERENCE]["policy/loss"])
     if first[OURS]["objective/length"] != first[REFERENCE]["objective/length"] or apart > 1e-3:
         raise RuntimeError(f"expected the same iteration of both, got policy losses {apart} apart")
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    parts: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in made}
     for i in range(rounds):
-        for name in sorted(contenders, reverse=bool(i % 2)):
+        for name in sorted(made, reverse=bool(i % 2)):
             time.sleep(SETTLE_S)
-            start = time.perf_counter()
-            parts[name].append(contenders[name]())
-            times[name].append(time.perf_counter() - start)
-    rows = []
-    for name in contenders:
-        over = ratio(times[REFERENCE], times[name])
-        row: dict[str, Any] = {"contender": name, **sizes, "threads": torch.get_num_threads()}
-        row["seconds"] = round(Spread.of(times[name]).median, 3)
-        row |= {f"{p.partition('/')[2]}_s": round(Spread.of([x[p] for x in parts[name]]).median, 3) for p in PARTS}
-        row |= {
-            "over_reference": round(over.median, 3),
-            "over_low": round(over.low, 3),
-            "over_high": round(over.high, 3),
-        }
-        rows.append(row)
-    return rows
+            found[name].append(made[name]())
+    return [_row(name, found, preset=preset, prompts=prompts, new=new) for name in made]
+
+
+def _row(name: str, found: dict[str, list[dict[str, float]]], **sizes: Any) -> dict[str, Any]:
+    def times(key: str, of: str = name) -> list[float]:
+        return [iteration[key] for iteration in found[of]]
+
+    row: dict[str, Any] = {"contender": name, **sizes, "threads": torch.get_num_threads(), "rounds": len(found[name])}
+    row["waiting"] = os.environ.get("OMP_WAIT_POLICY", "default").lower()
+    row["seconds"] = round(Spread.of(times("seconds")).median, 3)
+    row |= {f"{part}_s": round(Spread.of(times(part)).median, 3) for part in (*PARTS, "learn", "cpu")}
+    for key, column in (
+        ("seconds", "over"),
+        ("rollout", "rollout"),
+        ("look", "look"),
+        ("learn", "learn"),
+        ("cpu", "cpu"),
+    ):
+        over = ratio(times(key, REFERENCE), times(key))
+        row |= {f"{column}_{end}": round(getattr(over, end), 3) for end in ("median", "low", "high")}
+    return row
 
 
 def show(rows: Sequence[dict[str, Any]], title: str) -> None:
@@ -110,30 +131,37 @@ def show(rows: Sequence[dict[str, Any]], title: str) -> None:
 
     table = Table(title=title, title_justify="left")
     table.add_column("PPO iteration")
-    for heading in ("s", "rollouts", "looks", "learning", "over reference"):
+    for heading in ("s", "rollouts", "looks", "forward", "backward", "AdamW", "processor s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        over = f"{row['over_reference']:.2f}x ({row['over_low']:.2f}-{row['over_high']:.2f})"
-        seconds = [f"{row[key]:.2f}" for key in ("seconds", "rollout_s", "look_s", "learn_s")]
-        table.add_row(row["contender"], *seconds, over)
+        seconds = [f"{row[key]:.2f}" for key in ("seconds", *(f"{part}_s" for part in PARTS), "cpu_s")]
+        table.add_row(row["contender"], *seconds)
     Console(width=140).print(table)
+    ours = rows[0]
+    for what, column in (
+        ("iteration", "over"),
+        ("rollouts", "rollout"),
+        ("looks", "look"),
+        ("learning", "learn"),
+        ("processor", "cpu"),
+    ):
+        spread = f"({ours[f'{column}_low']:.2f}-{ours[f'{column}_high']:.2f})"
+        print(f"{what:>10}: {ours[f'{column}_median']:.2f}x the reference ops {spread}")
 
 
 def main(argv: Sequence[str] = ()) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks rlhf", description=__doc__)
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--preset", default="tiny", help="a recipe's: its models and PPO's dials")
     parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--new", type=int, default=48)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--new", type=int, default=40)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--csv", nargs="?", const="", help="append to results/<machine>/rlhf.csv, or to this file")
     o = parser.parse_args(argv)
     with threads_set(o.threads):
-        sizes = dict(layers=o.layers, width=o.width, vocabulary=o.vocabulary, prompts=o.prompts, new=o.new)
-        rows = measure(o.rounds, **sizes)
-    show(rows, f"{o.prompts} prompts x {o.new} tokens, {o.layers} layers of {o.width}, {o.threads} threads")
+        rows = measure(o.rounds, o.preset, o.prompts, o.new)
+    waiting = rows[0]["waiting"]
+    show(rows, f"{o.preset}: {o.prompts} prompts x {o.new} tokens, {o.threads} threads, idle ones wait: {waiting}")
     if o.csv is not None:
         append_csv(Path(o.csv) if o.csv else results_file("rlhf"), rows)
     return 0

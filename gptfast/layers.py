@@ -49,6 +49,11 @@ class Dropout(NamedTuple):
         return {"dropout_p": self.p, "seed": self.seed, "stream": self.stream}
 
 
+def _chosen(x: Tensor, rows: Tensor | None, backend: str | None) -> Tensor:
+    """x (1, T, C) -> (1, M, C): these of its tokens, by the op whose gradient is made quickly."""
+    return x if rows is None else ops.embedding(rows[None], x.flatten(0, 1), backend=backend)
+
+
 def _drop(dropout: Dropout | None) -> dict[str, Any]:
     return {} if dropout is None else dropout.arguments()
 
@@ -277,9 +282,11 @@ class Attention(Layer):
         layer: int = 0,
         dropout: Dropout | None = None,
         cu_seqlens: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """tables: cos and sin (S, R/2) of the positions from 0, or None. cache: its k[layer] and v[layer] are used.
-        cu_seqlens (n + 1,) int32: the one row of x is n sequences side by side, and tables has a row for each token."""
+        cu_seqlens (n + 1,) int32: the one row of x is n sequences side by side, and tables has a row for each token.
+        rows (M,) int64: which tokens' results are wanted, where B = 1; all tokens are attended to."""
         B, T, _ = x.shape
         H, Hk = self.n_head, self.n_kv_head
         heads = self.qkv(x).view(B, T, H + 2 * Hk, self.head_dim)
@@ -304,7 +311,7 @@ class Attention(Layer):
                 packed = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
             options = packed | _drop(dropout)
             mixed = ops.attention(q, k, v, causal=True, window=self.window, backend=self.backend, **options)
-        return self.out(mixed.reshape(B, T, H * self.head_dim))
+        return self.out(_chosen(mixed.reshape(B, T, H * self.head_dim), rows, self.backend))
 
 
 class Block(Layer):
@@ -329,14 +336,17 @@ class Block(Layer):
         layer: int = 0,
         dropout: Dropout | None = None,
         cu_seqlens: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """dropout: its streams 3 layer, + 1 and + 2 serve the branch that comes in, the attention and its branch."""
+        """dropout: its streams 3 layer, + 1 and + 2 serve the branch that comes in, the attention and its branch.
+        rows: as Attention has them; the MLP runs on these alone."""
         at = 3 * layer
         if stream is None:
             h, stream = self.attention_norm(branch), branch
         else:
             h, stream = self.attention_norm(branch, stream, dropout and dropout.on(at))
-        h = self.attention(h, tables, cache, layer, dropout and dropout.on(at + 1), cu_seqlens)
-        h, stream = self.mlp_norm(h, stream, dropout and dropout.on(at + 2))
+        h = self.attention(h, tables, cache, layer, dropout and dropout.on(at + 1), cu_seqlens, rows)
+        assert stream is not None
+        h, stream = self.mlp_norm(h, _chosen(stream, rows, self.backend), dropout and dropout.on(at + 2))
         assert stream is not None
         return self.mlp(h), stream

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
+from gptfast import ops
+from gptfast.layers import Block
 from gptfast.model import GPT, GPTConfig
 from gptfast.ops.spec import tolerance
 
@@ -209,6 +211,41 @@ def test_packed_sequences_are_as_if_alone(name: str) -> None:
     compiled = torch.compile(model.loss, backend="aot_eager", fullgraph=True)
     again = compiled(ids, torch.cat(targets)[None], cu_seqlens=cu_seqlens)
     torch.testing.assert_close(again, packed, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tokens_without_a_target_skip_the_last_mlp(name: str) -> None:
+    """Losses and log-probabilities keep their bits, gradients their values."""
+    model = make(name).eval()
+    g = torch.Generator().manual_seed(4)
+    cu_seqlens = torch.tensor([0, 5, 6, 40], dtype=torch.int32)
+    ids, targets = torch.randint(0, 97, (1, 40), generator=g), torch.randint(0, 97, (1, 40), generator=g)
+    targets[:, torch.randperm(40, generator=g)[:23]] = -100
+    rows = (targets[0] != -100).nonzero()[:, 0]
+    all_states = model.hidden(ids, cu_seqlens=cu_seqlens)
+    torch.testing.assert_close(model.hidden(ids, cu_seqlens=cu_seqlens, rows=rows), all_states[:, rows], rtol=0, atol=0)
+
+    wanted, entropy = ops.token_logprobs(all_states, model.head_weight(), targets, return_entropy=True)
+    wanted.sum().backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    seen: list[int] = []
+    block = model.blocks[-1]
+    assert isinstance(block, Block)
+    hook = block.mlp.register_forward_hook(lambda module, given, made: seen.append(given[0].shape[1]))
+    found = model.logprobs(ids, targets, cu_seqlens=cu_seqlens, return_entropy=True)
+    found[0].sum().backward()
+    torch.testing.assert_close(found, (wanted, entropy), rtol=0, atol=0)
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected.get(n), rtol=1e-4, atol=1e-6)
+    model.loss(ids, targets, cu_seqlens=cu_seqlens)
+    assert seen == [17, 17]
+    each = model.loss(ids, targets, cu_seqlens=cu_seqlens, reduction="none")
+    mean = model.loss(ids, targets, cu_seqlens=cu_seqlens)
+    torch.testing.assert_close(mean, each.sum() / 17, rtol=1e-6, atol=0)
+    hook.remove()
+    with pytest.raises(ValueError, match="expected rows"):
+        model.hidden(ids, rows=rows)
 
 
 def test_packing_says_what_is_wrong() -> None:

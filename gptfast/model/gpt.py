@@ -26,6 +26,7 @@ from gptfast.layers import (
     project,
 )
 from gptfast.model.config import GPTConfig
+from gptfast.ops.library import traced
 from gptfast.ops.rope import rope_tables
 from gptfast.quantize import PackedWeight, QuantizedWeight
 
@@ -105,7 +106,11 @@ class GPT(nn.Module):
         added to them (gptfast.train.lora).
         """
         weight, bias = self._head_for("loss", ids, targets)
-        x = self.hidden(ids, cu_seqlens=cu_seqlens).flatten(0, 1)
+        each = options.get("reduction", "mean") == "none"  # a loss for every token
+        rows = None if each else _wanted(targets, cu_seqlens, options.get("ignore_index", -100))
+        x = self.hidden(ids, cu_seqlens=cu_seqlens, rows=rows).flatten(0, 1)
+        if rows is not None:
+            targets = targets[:, rows]
         return ops.linear_cross_entropy(x, weight, targets.flatten(), bias=bias, backend=self._backend, **options)
 
     def logprobs(
@@ -119,8 +124,17 @@ class GPT(nn.Module):
         Raises ValueError where shapes don't fit.
         """
         weight, bias = self._head_for("logprobs", ids, targets)
-        x = self.hidden(ids, cu_seqlens=cu_seqlens)
-        return ops.token_logprobs(x, weight, targets, bias=bias, backend=self._backend, **options)
+        rows = _wanted(targets, cu_seqlens, options.get("ignore_index", -100))
+        x = self.hidden(ids, cu_seqlens=cu_seqlens, rows=rows)
+        wanted = targets if rows is None else targets[:, rows]
+        found = ops.token_logprobs(x, weight, wanted, bias=bias, backend=self._backend, **options)
+        if rows is None:
+            return found
+        made = [
+            torch.zeros(targets.shape, dtype=f.dtype, device=f.device).index_copy(1, rows, f)
+            for f in (found if isinstance(found, tuple) else (found,))
+        ]
+        return (made[0], made[1]) if isinstance(found, tuple) else made[0]
 
     def _head_for(self, name: str, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         """The head's weight and bias, for what needs them without the logits."""
@@ -144,12 +158,20 @@ class GPT(nn.Module):
         last: Tensor | None = None,
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """What the head turns into logits, (B, T, C) or (B, C) with `last`; arguments as in `forward` and `logits`.
 
         cu_seqlens (n + 1,) int32: the one row of ids (1, T) is n sequences side by side, of the tokens
             cu_seqlens[i] .. cu_seqlens[i + 1] - 1. Each begins at position 0, and none sees another
+        rows (M,) int64: which tokens of that row are wanted; the result is (1, M, C), and what follows the last block's
+            attention runs on these alone. Their bits are those that they have among all
+
+        Raises ValueError where the tokens don't fit, and for rows without cu_seqlens.
         """
+        if rows is not None and (cu_seqlens is None or rows.dim() != 1 or rows.dtype != torch.int64):
+            got = f"{tuple(rows.shape)} {rows.dtype}" + " without cu_seqlens" * (cu_seqlens is None)
+            raise ValueError(f"GPT: expected rows (M,) int64 of packed sequences, got {got}")
         if ids.dim() != 2 or ids.dtype != torch.int64:
             raise ValueError(f"GPT: expected ids (B, T) int64, got {tuple(ids.shape)} {ids.dtype}")
         if cu_seqlens is not None:
@@ -170,7 +192,8 @@ class GPT(nn.Module):
             tables = (tables[0][positions[0]], tables[1][positions[0]])
         stream: Tensor | None = None
         for layer, block in enumerate(self.blocks):
-            x, stream = block(x, stream, tables, cache, layer, dropout, cu_seqlens)
+            wanted = rows if layer == len(self.blocks) - 1 else None
+            x, stream = block(x, stream, tables, cache, layer, dropout, cu_seqlens, wanted)
         assert stream is not None
         if last is not None:
             rows = torch.arange(ids.shape[0], device=ids.device)
@@ -327,6 +350,15 @@ class GPT(nn.Module):
         from gptfast.model import convert
 
         convert.save_gguf(self, path, kind)
+
+
+def _wanted(targets: Tensor, cu_seqlens: Tensor | None, ignored: int) -> Tensor | None:
+    """Which tokens of packed sequences have a target, (M,) int64. None where nearly all or none have one, or values
+    can't be read: all are computed then."""
+    if cu_seqlens is None or traced(targets):
+        return None
+    rows = (targets[0] != ignored).nonzero().squeeze(1)
+    return rows if 0 < 8 * len(rows) <= 7 * targets.shape[1] else None
 
 
 def _positions(ids: Tensor, cache: Cache | None) -> Tensor:

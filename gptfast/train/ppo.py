@@ -106,7 +106,7 @@ class PPO(Online):
             return self._values(packed).detach().split(list(lengths))
 
     def _values(self, packed: Packed) -> Tensor:
-        return self.value.scores(packed.ids[None], packed.cu_seqlens)[0][learnt(packed)]
+        return self.value.scores(packed.ids[None], packed.cu_seqlens, learnt(packed).nonzero()[:, 0])[0]
 
     def advantages(self, experience: Experience) -> tuple[Tensor, Tensor, dict[str, float]]:
         """Advantages and returns (n, longest) fp32, 0 behind an answer's end, and what their parts were."""

@@ -61,10 +61,11 @@ class Scorer(nn.Module):
         if backbone.head is not None:
             backbone.head.requires_grad_(False)
 
-    def scores(self, ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """A number at every token of packed sequences, ids (1, T) -> (1, T) fp32."""
+    def scores(self, ids: Tensor, cu_seqlens: Tensor, rows: Tensor | None = None) -> Tensor:
+        """A number at every token of packed sequences, ids (1, T) -> (1, T) fp32; with rows (M,) int64 at these alone,
+        (1, M), which spares much of the last block."""
         self.score.backend = self.backbone.backend
-        return self.score(self.backbone.hidden(ids, cu_seqlens=cu_seqlens))[..., 0].float()
+        return self.score(self.backbone.hidden(ids, cu_seqlens=cu_seqlens, rows=rows))[..., 0].float()
 
     def save_folder(self, path: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> None:
         """Writes config.json, safetensors and, where one is given, the tokenizer."""
@@ -125,7 +126,7 @@ class RewardModel(Scorer):
 
     def raw(self, packed: Packed) -> Tensor:
         """The number at each sequence's last token as the head gives it, (n,) fp32."""
-        return self.scores(packed.ids[None], packed.cu_seqlens)[0][packed.last]
+        return self.scores(packed.ids[None], packed.cu_seqlens, packed.last)[0]
 
     @torch.no_grad()
     def rewards(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:

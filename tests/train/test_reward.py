@@ -130,6 +130,8 @@ def test_saved_and_loaded(llama: bool, kind: type, tmp_path: Path) -> None:
     loaded = kind.from_folder(tmp_path)
     with torch.no_grad():
         assert torch.equal(model.scores(ids, cu), loaded.scores(ids, cu))
+        some = torch.tensor([6, 9, 19])
+        assert torch.equal(model.scores(ids, cu, some), model.scores(ids, cu)[:, some])
     if kind is RewardModel:
         assert float(loaded.std) != 1
         assert torch.equal(model.rewards([[1, 2]], [[3]]), loaded.rewards([[1, 2]], [[3]]))
