@@ -30,12 +30,13 @@ import torch
 from torch import Tensor, nn
 
 from gptfast.formats.extras import need
-from gptfast.formats.files import FormatError, read_json
+from gptfast.formats.files import REPLACING, FormatError, read_json
 from gptfast.train.optim import MOMENTS, AdamW, local
 from gptfast.train.parallel import World
 
 FORMAT = 1
 NAME = re.compile(r"step-(\d{8,})")
+PART = re.compile(r"\.step-\d{8,}\.part")
 CHUNK = 4 << 20
 
 
@@ -110,10 +111,7 @@ def save(
         _remove(path)  # of an earlier run of the same steps
         os.replace(temporary, path)
         _flush(folder)
-        for old in checkpoints(run)[:-keep]:
-            _remove(old.path)
-        for left in folder.glob(".step-*.part"):  # of a process that was killed
-            _remove(left)
+        tidy(run, keep)
 
     why = ""
     try:
@@ -134,6 +132,20 @@ def save(
                 _remove(temporary)
         raise
     return Checkpoint(step, path)
+
+
+def tidy(run: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints, and what a process that was killed left half written or removed."""
+    folder = run / "checkpoints"
+    for old in checkpoints(run)[:-keep]:
+        _remove(old.path)
+    for path in list(folder.iterdir()) if folder.is_dir() else ():
+        if PART.fullmatch(path.name) or (NAME.fullmatch(path.name) and not (path / "DONE").is_file()):
+            _remove(path)
+    for place in (run, run / "model"):
+        for path in place.glob(".*.part"):
+            if REPLACING.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
 
 def latest(run: Path) -> Checkpoint | None:
