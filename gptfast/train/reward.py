@@ -76,6 +76,7 @@ class Scorer(nn.Module):
         head = {HEAD + name: p.detach() for name, p in self.score.named_parameters()}
         extra: dict[str, Any] = {}
         if tokenizer is not None:
+            config["pad_token_id"] = tokenizer.pad_id  # which transformers finds the last token by
             extra = {"tokenizer.json": tokenizer.to_json(), "tokenizer_config.json": tokenizer.to_config()}
             if tokenizer.chat_template is not None:
                 extra["chat_template.jinja"] = tokenizer.chat_template

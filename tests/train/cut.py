@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,8 @@ def work(job: dict[str, Any]) -> None:
     run = Path(job["run"])
     count = watch(str(run), job["last"])
     Trainer(made, run, quiet=True).run()
-    changes = count[0]
-    (run.parent / f"{run.name}-changes").write_text(str(changes))
+    found = {"changes": count[0], "cpu_seconds": time.process_time()}
+    (run.parent / f"{run.name}.json").write_text(json.dumps(found))
 
 
 def main() -> None:
