@@ -26,7 +26,7 @@ from gptfast.generate.load import open_model
 from gptfast.train.logs import read_table
 from gptfast.train.lora import load_adapter, merged_copy
 
-DIALS = {"steps": 30, "batch-size": 4, "lora-rank": 8, "lr": 5e-4, "warmup": 2, "eval-every": 0, "eval-pairs": 32,
+DIALS = {"steps": 30, "batch-size": 12, "lora-rank": 8, "lr": 5e-4, "warmup": 2, "eval-every": 0, "eval-pairs": 32,
          "log-every": 1, "save-every": 10}  # fmt: skip
 TOLERANCE = 1e-3  # of a logit: what SmolLM2's are compared with stored ones by
 CHAT = [
@@ -94,7 +94,7 @@ def measure(seed: int, folder: Path, source: str, dials: dict[str, Any]) -> dict
 
 
 def main(argv: Sequence[str] = ()) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks preferences", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.preferences", description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, required=True, help="where the runs go: a folder dpo-SEED for each")
     parser.add_argument("--source", default="snippets")

@@ -72,6 +72,7 @@ def save(
     Raises OSError where the disk is full or can't be written to; older checkpoints are as they were.
     """
     world = world or World()
+    world.settle(modules)
     folder = run / "checkpoints"
     path = folder / f"step-{step:08d}"
     temporary = folder / f".{path.name}.part"
@@ -90,13 +91,15 @@ def save(
         if optimizer is not None:
             files["optimizer" + end] = _moments(modules, optimizer)
         for name, tensors in files.items():
-            _save_tensors(tensors, temporary / name)
+            # What isn't cut (buffers) is the same in every process: the first one's is enough.
+            mine = tensors if world.first else {n: t for n, t in tensors.items() if local(t) is not t}
+            _save_tensors(mine, temporary / name)
         if world.first:
             text = json.dumps({"format": FORMAT, "step": step, **state}, indent=1) + "\n"
             (temporary / "state.json").write_text(text, encoding="utf-8")
-        mine = [*files, "state.json"] if world.first else list(files)
-        sums = {name: _sha256(temporary / name) for name in mine}
-        for name in mine:
+        written = [*files, "state.json"] if world.first else list(files)
+        sums = {name: _sha256(temporary / name) for name in written}
+        for name in written:
             _flush(temporary / name)
         (temporary / f"sums-{world.rank}").write_text(json.dumps(sums), encoding="utf-8")
 
@@ -135,7 +138,7 @@ def save(
 
 
 def tidy(run: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints, and what a process that was killed left half written or removed."""
+    """Removes all but the newest `keep` checkpoints, and what a killed process left half written or half removed."""
     folder = run / "checkpoints"
     for old in checkpoints(run)[:-keep]:
         _remove(old.path)

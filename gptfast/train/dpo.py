@@ -153,7 +153,9 @@ class DPO(Stage):
     def export(self, folder: Path) -> None:
         from gptfast.train.sampling import save_model
 
-        save_model(self.model, self.tokenizer, folder / "model")
+        model = self.whole(self.model)
+        if model is not None and self.world.first:
+            save_model(model, self.tokenizer, folder / "model")
 
 
 def _pack(pairs: Pairs, rows: Sequence[int]) -> Packed:

@@ -281,11 +281,12 @@ class Reward(Stage):
     def export(self, folder: Path) -> None:
         """Normalised on the held-out answers (or some of those learnt from), until somebody normalises it on a
         policy's."""
-        if self.heldout is not None:
-            self.model.normalise(*_answers(self.heldout))
-        else:
-            self.model.normalise(*self._some())
-        self.model.save_folder(folder / "model", self.tokenizer)
+        config = self.model.backbone.config
+        model = self.world.whole(self.model, lambda: RewardModel(GPT(config, device="meta")))
+        if model is None or not self.world.first:
+            return
+        model.normalise(*(_answers(self.heldout) if self.heldout is not None else self._some()))
+        model.save_folder(folder / "model", self.tokenizer)
 
     def _some(self) -> tuple[list[list[int]], list[list[int]]]:
         """Prompts and answers that it learns from."""

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_training import stage
+from tiny_training import stage, trace
 from torch.multiprocessing.spawn import spawn
 
 from gptfast.train.parallel import World
 from gptfast.train.ppo import PPO
-from gptfast.train.trainer import Stage, make_optimizer
+from gptfast.train.trainer import Stage, Trainer, make_optimizer
 
 STEPS, PROCESSES = 3, 2
 
@@ -63,3 +64,33 @@ def test_two_processes_compute_what_one_does(kind: str) -> None:
         assert len(set(alone)) == STEPS, f"{name} learns nothing"
         apart = max(abs(g - w) for g, w in zip(got[name], alone, strict=True))
         assert apart <= 1e-5, f"{name}: {got[name]} against {alone}"
+
+
+def saving(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=PROCESSES)
+    for name in EVALUATED:
+        made = stage(name, dropout=0.0, **CUT)
+        Trainer(made, Path(folder) / name, world=World(rank, PROCESSES, "fsdp"), quiet=True).run()
+    dist.barrier()
+    os._exit(0)
+
+
+EVALUATED = ("reward", "dpo")
+CUT = {"steps": 4, "save_every": 2, "eval_every": 2, "log_every": 1}
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
+def test_what_two_sharded_processes_save_after_an_evaluation_goes_on_in_one() -> None:
+    """A forward pass without a backward one leaves parameters of FSDP2 whole, which must not be saved as parts."""
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(saving, args=(folder,), nprocs=PROCESSES)
+        for name in EVALUATED:
+            run, alone = Path(folder) / name, Path(folder) / f"{name}-alone"
+            Trainer(stage(name, dropout=0.0, **CUT), alone, quiet=True).run()
+            for file in ("config.json", "model.safetensors"):
+                assert (run / "model" / file).is_file()
+            shutil.rmtree(run / "checkpoints" / "step-00000004")
+            Trainer(stage(name, dropout=0.0, **CUT), run, quiet=True).run()
+            both = [[float(loss) for _, loss in trace(r)] for r in (run, alone)]
+            assert max(abs(a - b) for a, b in zip(*both, strict=True)) <= 1e-5
