@@ -1,4 +1,4 @@
-"""The recipe's tokenizer: byte-level BPE trained on equal bytes of each language, and conversations as ids with a mask.
+"""The recipe's tokenizer: byte-level BPE trained on equal bytes of each language and source, and conversations as ids with a mask.
 
 BPE (Sennrich et al. 2016, https://arxiv.org/abs/1508.07909) over bytes (GPT-2) has no unknown characters. Text is cut
 as GPT-4's tokenizer cuts it, but with each digit by itself, so that a small vocabulary isn't spent on numbers.
@@ -43,25 +43,33 @@ LARGEST = 1 << 18
 
 
 def balanced(texts: Iterable[Text], sample_bytes: int) -> list[str]:
-    """As many bytes of each language: `sample_bytes`, or all of the language that has the least.
+    """As many bytes of each language: `sample_bytes`, or all of the language that has the least. Within a language as
+    many of each source; what a short one can't give comes from the others in equal parts.
 
-    Documents are taken in an order given by their hash, so that the sample depends on the set of texts alone, not on
-    their order or source. The last one of a language is cut between two characters.
+    A long source doesn't drown the others' words: each source's documents are taken in an order given by their hash, so
+    that the sample depends on the set of texts alone, not on their order. The last one is cut between two characters.
     """
-    by_language: dict[str, set[str]] = defaultdict(set)
+    by_language: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for text in texts:
-        by_language[text.language].add(text.text)
-    sizes = {language: sum(len(t.encode()) for t in found) for language, found in by_language.items()}
-    limit = min([sample_bytes, *sizes.values()])
+        by_language[text.language][text.source].add(text.text)
+    sizes = {
+        language: {source: sum(len(t.encode()) for t in found) for source, found in sources.items()}
+        for language, sources in by_language.items()
+    }
+    limit = min([sample_bytes, *(sum(found.values()) for found in sizes.values())])
     sample = []
-    for _, found in sorted(by_language.items()):
+    for language, sources in sorted(by_language.items()):
         left = limit
-        for text in sorted(found, key=lambda t: (number(t), t)):
-            data = text.encode()[:left]
-            sample.append(data.decode("utf-8", "ignore"))
-            left -= len(data)
-            if left == 0:
-                break
+        smallest_first = sorted(sources, key=lambda source: (sizes[language][source], source))
+        for i, source in enumerate(smallest_first):
+            part = min(left // (len(sources) - i), sizes[language][source])
+            left -= part
+            for text in sorted(sources[source], key=lambda t: (number(t), t)):
+                data = text.encode()[:part]
+                sample.append(data.decode("utf-8", "ignore"))
+                part -= len(data)
+                if part == 0:
+                    break
     return sample
 
 

@@ -16,6 +16,7 @@
 
 #include "dispatch.h"
 #include "memory.h"
+#include "openmp.h"
 
 namespace py = pybind11;
 
@@ -280,6 +281,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", &isa, "The instruction set in use.");
   m.def("isas", &isas, "The instruction sets this machine can run, the narrowest first.");
   m.def("use_isa", &use_isa, py::arg("name"), "Use another instruction set's kernels from now on.");
+  m.def("shares_cores", &shares_cores, "Whether PyTorch's idle threads sleep for ours: see openmp.h.");
+  m.def("let_share", &let_share, py::arg("want"), "Whether launches may make them sleep, from now on.");
   m.def("output", &output, py::arg("shape"), py::arg("code"), py::arg("bits"),
         "A DLPack capsule of an uninitialised tensor, whose memory is kept for the next one.");
   m.def(

@@ -12,6 +12,8 @@
 #include <system_error>
 #include <thread>
 
+#include "openmp.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -253,6 +255,7 @@ void start(Body body, const void* args, int threads, uint64_t phases, bool wait,
     Team& team;
     ~Free() { team.busy.store(false, std::memory_order_release); }
   } free{mine};
+  share_cores();
   mine.grow(threads);
   mine.run(body, args, threads < mine.size ? threads : mine.size, phases, wait, trace);
 }
