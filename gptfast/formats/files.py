@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,10 @@ def read_json(path: Path, limit: int = 256 << 20) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FormatError(f"{path.name}: expected a JSON object, got {type(value).__name__}")
     return value
+
+
+# The temporary names of `replacing`, which a process that is killed leaves behind.
+REPLACING = re.compile(r"\..+\.[0-9a-f]{16}\.part")
 
 
 @contextmanager

@@ -30,12 +30,13 @@ import torch
 from torch import Tensor, nn
 
 from gptfast.formats.extras import need
-from gptfast.formats.files import FormatError, read_json
+from gptfast.formats.files import REPLACING, FormatError, read_json
 from gptfast.train.optim import MOMENTS, AdamW, local
 from gptfast.train.parallel import World
 
 FORMAT = 1
 NAME = re.compile(r"step-(\d{8,})")
+PART = re.compile(r"\.step-\d{8,}\.part")
 CHUNK = 4 << 20
 
 
@@ -71,6 +72,7 @@ def save(
     Raises OSError where the disk is full or can't be written to; older checkpoints are as they were.
     """
     world = world or World()
+    world.settle(modules)
     folder = run / "checkpoints"
     path = folder / f"step-{step:08d}"
     temporary = folder / f".{path.name}.part"
@@ -89,13 +91,15 @@ def save(
         if optimizer is not None:
             files["optimizer" + end] = _moments(modules, optimizer)
         for name, tensors in files.items():
-            _save_tensors(tensors, temporary / name)
+            # What isn't cut (buffers) is the same in every process: the first one's is enough.
+            mine = tensors if world.first else {n: t for n, t in tensors.items() if local(t) is not t}
+            _save_tensors(mine, temporary / name)
         if world.first:
             text = json.dumps({"format": FORMAT, "step": step, **state}, indent=1) + "\n"
             (temporary / "state.json").write_text(text, encoding="utf-8")
-        mine = [*files, "state.json"] if world.first else list(files)
-        sums = {name: _sha256(temporary / name) for name in mine}
-        for name in mine:
+        written = [*files, "state.json"] if world.first else list(files)
+        sums = {name: _sha256(temporary / name) for name in written}
+        for name in written:
             _flush(temporary / name)
         (temporary / f"sums-{world.rank}").write_text(json.dumps(sums), encoding="utf-8")
 
@@ -110,10 +114,7 @@ def save(
         _remove(path)  # of an earlier run of the same steps
         os.replace(temporary, path)
         _flush(folder)
-        for old in checkpoints(run)[:-keep]:
-            _remove(old.path)
-        for left in folder.glob(".step-*.part"):  # of a process that was killed
-            _remove(left)
+        tidy(run, keep)
 
     why = ""
     try:
@@ -134,6 +135,20 @@ def save(
                 _remove(temporary)
         raise
     return Checkpoint(step, path)
+
+
+def tidy(run: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints, and what a killed process left half written or half removed."""
+    folder = run / "checkpoints"
+    for old in checkpoints(run)[:-keep]:
+        _remove(old.path)
+    for path in list(folder.iterdir()) if folder.is_dir() else ():
+        if PART.fullmatch(path.name) or (NAME.fullmatch(path.name) and not (path / "DONE").is_file()):
+            _remove(path)
+    for place in (run, run / "model"):
+        for path in place.glob(".*.part"):
+            if REPLACING.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
 
 def latest(run: Path) -> Checkpoint | None:

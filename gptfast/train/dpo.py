@@ -50,6 +50,7 @@ class DPOConfig(StageConfig):
     reference: str = dial(
         "once", "when the reference is asked: once for each pair, or at each step", choices=("once", "step")
     )
+    eval_pairs: int = dial(0, "held-out pairs that an evaluation looks at; 0 = all", least=0)
 
 
 class DPO(Stage):
@@ -138,7 +139,7 @@ class DPO(Stage):
     def evaluate(self, step: int) -> dict[str, float]:
         if self.heldout is None:
             return {}
-        n, means = len(self.heldout), Means()
+        n, means = min(self.config.eval_pairs or len(self.heldout), len(self.heldout)), Means()
         right, size = 0, max(1, self.config.batch_size)
         for start in range(0, n, size):
             rows = list(range(start, min(start + size, n)))
@@ -152,7 +153,9 @@ class DPO(Stage):
     def export(self, folder: Path) -> None:
         from gptfast.train.sampling import save_model
 
-        save_model(self.model, self.tokenizer, folder / "model")
+        model = self.whole(self.model)
+        if model is not None and self.world.first:
+            save_model(model, self.tokenizer, folder / "model")
 
 
 def _pack(pairs: Pairs, rows: Sequence[int]) -> Packed:

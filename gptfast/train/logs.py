@@ -5,14 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gptfast.formats.extras import need
 from gptfast.formats.files import replacing
+
+PATIENCE = 2.0  # seconds before a wait is explained
+T = TypeVar("T")
 
 
 class Table:
@@ -129,23 +133,10 @@ class Bar:
     """A line at the foot of a terminal: step, loss, speed, time left. Nothing where stderr isn't a terminal."""
 
     def __init__(self, name: str, start: int, steps: int, shown: bool = True) -> None:
-        self._progress: Any = None
         self.start, self.steps, self._since = start, steps, time.perf_counter()
-        if not shown or not sys.stderr.isatty():
+        self._progress = _progress() if shown else None
+        if self._progress is None:
             return
-        try:
-            console, progress = need("rich.console", "cli"), need("rich.progress", "cli")
-        except ImportError:
-            return
-        self._progress = progress.Progress(
-            progress.TextColumn("[bold]{task.description}"),
-            progress.BarColumn(None),
-            progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-            progress.TextColumn("{task.fields[status]}", style="dim"),
-            progress.TimeRemainingColumn(),
-            console=console.Console(stderr=True),
-            transient=True,
-        )
         self._task = self._progress.add_task(name, total=steps, completed=start, status="")
         self._progress.start()
 
@@ -164,3 +155,41 @@ class Bar:
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
+
+
+def _progress() -> Any:
+    """rich's Progress on stderr; None where that isn't a terminal, or another process speaks for all."""
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+        return None
+    try:
+        console, progress = need("rich.console", "cli"), need("rich.progress", "cli")
+    except ImportError:
+        return None
+    return progress.Progress(
+        progress.TextColumn("[bold]{task.description}"),
+        progress.BarColumn(None),
+        progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+        progress.TextColumn("{task.fields[status]}", style="dim"),
+        progress.TimeRemainingColumn(),
+        console=console.Console(stderr=True),
+        transient=True,
+    )
+
+
+def patiently(items: Sequence[T], about: str) -> Iterator[T]:
+    """The items, and on a terminal how far they are once they take longer than PATIENCE."""
+    since, shown, task = time.perf_counter(), None, None
+    try:
+        for i, item in enumerate(items):
+            if shown is None and time.perf_counter() - since > PATIENCE:
+                since = float("inf")  # asked once
+                shown = _progress()
+                if shown is not None:
+                    task = shown.add_task(about, total=len(items), status="")
+                    shown.start()
+            if shown is not None:
+                shown.update(task, completed=i)
+            yield item
+    finally:
+        if shown is not None:
+            shown.stop()

@@ -8,6 +8,7 @@ computes a part of it, and the loss is divided by what the whole batch learns, s
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -57,6 +58,8 @@ class World:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+        # Said at each step, of outputs that are views, where something writes into one in place: nothing of ours does.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(self.device.type, (self.size,))
         for module in modules.values():
             for part in module.modules():
@@ -66,6 +69,14 @@ class World:
             for method in FORWARDS:
                 if hasattr(module, method):
                     register_fsdp_forward_method(module, method)
+
+    def settle(self, modules: Mapping[str, nn.Module]) -> None:
+        """FSDP2: cuts again what a forward pass without a backward one has left whole, a module's outermost parameters.
+        Before anything looks at them."""
+        if self.size > 1 and self.kind == "fsdp":
+            for module in modules.values():
+                sharded: Any = module
+                sharded.reshard()
 
     def runner(self, modules: Mapping[str, nn.Module], function: Callable[..., Any]) -> Runner:
         """The function, which calls these modules, such that its backward pass leaves the mean of all processes'

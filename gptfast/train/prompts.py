@@ -8,7 +8,8 @@ from typing import Any, Protocol, cast
 
 from gptfast.formats.tokenizer import Tokenizer
 from gptfast.train.data.types import Message
-from gptfast.train.tokenizer import conversation
+from gptfast.train.logs import patiently
+from gptfast.train.tokenizer import answer
 from gptfast.train.tokenizer import prompt as opened
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -50,16 +51,15 @@ def prompt_ids(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
     return opened(tokenizer, messages_of(prompt))
 
 
-def completion_ids(prompt: Prompt, text: str, tokenizer: Tokenizer) -> list[int]:
+def completion_ids(prompt: Prompt, text: str, tokenizer: Tokenizer, opened: Sequence[int] | None = None) -> list[int]:
     """The token ids of an assistant's answer as fine-tuning taught it to write: its text and the mark that ends its
-    turn. Behind a prompt of plain ids, or without a chat template: the text's and the tokenizer's end token."""
+    turn. Behind a prompt of plain ids, or without a chat template: the text's and the tokenizer's end token. opened:
+    prompt_ids of the prompt, where they are known."""
     if tokenizer.chat_template is None or (not isinstance(prompt, str) and _is_ids(prompt)):
         end = tokenizer.eos_id if tokenizer.eos_id is not None else min(tokenizer.eos_ids, default=None)
         return tokenizer.encode(text, add_bos=False) + ([] if end is None else [end])
-    messages = messages_of(prompt)
-    ids, mask = conversation(tokenizer, [*messages, {"role": "assistant", "content": text}])
-    first = len(prompt_ids(prompt, tokenizer))
-    return [token for token, learnt in zip(ids[first:], mask[first:]) if learnt]
+    before = prompt_ids(prompt, tokenizer) if opened is None else opened
+    return answer(tokenizer, [*messages_of(prompt), {"role": "assistant", "content": text}], before)
 
 
 def _is_ids(prompt: Any) -> bool:
@@ -105,9 +105,13 @@ def pair_ids(
     left.
     """
     prompts, chosen, rejected, margins = list[list[int]](), list[list[int]](), list[list[int]](), list[float]()
-    for pair in pairs:
-        prompt = prompt_ids(pair.prompt, tokenizer)
-        both = [completion_ids(pair.prompt, text, tokenizer) for text in (pair.chosen, pair.rejected)]
+    known: dict[str, list[int]] = {}  # a few prompts ask for thousands of pairs
+    for pair in patiently(pairs, "reading pairs"):
+        asked = repr(pair.prompt)
+        if asked not in known:
+            known[asked] = prompt_ids(pair.prompt, tokenizer)
+        prompt = known[asked]
+        both = [completion_ids(pair.prompt, text, tokenizer, prompt) for text in (pair.chosen, pair.rejected)]
         if len(prompt) + max(map(len, both)) <= longest and prompt and all(both):
             prompts.append(prompt)
             chosen.append(both[0])

@@ -77,6 +77,7 @@ class Scorer(nn.Module):
         head = {HEAD + name: p.detach() for name, p in self.score.named_parameters()}
         extra: dict[str, Any] = {}
         if tokenizer is not None:
+            config["pad_token_id"] = tokenizer.pad_id  # which transformers finds the last token by
             extra = {"tokenizer.json": tokenizer.to_json(), "tokenizer_config.json": tokenizer.to_config()}
             if tokenizer.chat_template is not None:
                 extra["chat_template.jinja"] = tokenizer.chat_template
@@ -281,11 +282,12 @@ class Reward(Stage):
     def export(self, folder: Path) -> None:
         """Normalised on the held-out answers (or some of those learnt from), until somebody normalises it on a
         policy's."""
-        if self.heldout is not None:
-            self.model.normalise(*_answers(self.heldout))
-        else:
-            self.model.normalise(*self._some())
-        self.model.save_folder(folder / "model", self.tokenizer)
+        config = self.model.backbone.config
+        model = self.world.whole(self.model, lambda: RewardModel(GPT(config, device="meta")))
+        if model is None or not self.world.first:
+            return
+        model.normalise(*(_answers(self.heldout) if self.heldout is not None else self._some()))
+        model.save_folder(folder / "model", self.tokenizer)
 
     def _some(self) -> tuple[list[list[int]], list[list[int]]]:
         """Prompts and answers that it learns from."""

@@ -21,6 +21,7 @@ from gptfast.formats.tokenizer import Tokenizer
 from gptfast.model import GPT
 from gptfast.train.config import StageConfig, dial
 from gptfast.train.data import Chat, Message
+from gptfast.train.logs import patiently
 from gptfast.train.packing import Order, Packed, pack
 from gptfast.train.pretrain import next_token_loss, training_flops
 from gptfast.train.sampling import answers, save_model
@@ -101,7 +102,7 @@ class SFT(Supervised):
 def examples(tokenizer: Tokenizer, chats: Sequence[Chat], context: int) -> list[tuple[list[int], list[bool]]]:
     """Each conversation's ids and which of them are learnt, cut at the context; those with nothing to learn are out."""
     found = []
-    for chat in chats:
+    for chat in patiently(chats, "reading conversations"):
         ids, mask = conversation(tokenizer, chat.messages)
         ids, mask = ids[:context], mask[:context]
         if any(mask):

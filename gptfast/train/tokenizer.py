@@ -167,16 +167,38 @@ def conversation(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) ->
         if message["role"] != "assistant":
             continue
         start = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True)
-        through = tokenizer.apply_chat_template(messages[: i + 1], add_generation_prompt=False)
+        last = i + 1 == len(messages)
+        through = ids if last else tokenizer.apply_chat_template(messages[: i + 1], add_generation_prompt=False)
         if through[: len(start)] != start or ids[: len(through)] != through:
-            raise ValueError(
-                f"expected a chat template that writes message {i + 1} the same whatever follows it, got another: "
-                f"a mask of what the assistant wrote can't be made"
-            )
-        ends = [at for at in range(len(start), len(through)) if through[at] in tokenizer.eos_ids]
-        end = ends[-1] + 1 if ends else len(through)
+            raise ValueError(_unsteady(i + 1))
+        end = _end(tokenizer, through, len(start))
         mask[len(start) : end] = [True] * (end - len(start))
     return ids, mask
+
+
+def answer(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], opened: Sequence[int]) -> list[int]:
+    """The ids of the assistant's text that ends a conversation and of the mark behind it: what `conversation` marks
+    there. opened: what `prompt` gives for the messages before it. Raises ValueError as `conversation` does."""
+    if tokenizer.chat_template == TEMPLATE:
+        ids, _ = _ours(tokenizer, messages)
+    else:
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
+    if ids[: len(opened)] != list(opened):
+        raise ValueError(_unsteady(len(messages)))
+    return ids[len(opened) : _end(tokenizer, ids, len(opened))]
+
+
+def _end(tokenizer: Tokenizer, ids: Sequence[int], start: int) -> int:
+    """Behind the mark that ends the turn which began at `start`; the end of the ids where there is none."""
+    ends = [at for at in range(start, len(ids)) if ids[at] in tokenizer.eos_ids]
+    return ends[-1] + 1 if ends else len(ids)
+
+
+def _unsteady(message: int) -> str:
+    return (
+        f"expected a chat template that writes message {message} the same whatever follows it, got another: "
+        f"a mask of what the assistant wrote can't be made"
+    )
 
 
 def _ours(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[bool]]:

@@ -283,6 +283,7 @@ class Trainer:
         self.world.wait()
         if self.world.first:
             self.run_folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.tidy(self.run_folder, config.keep)
             with replacing(file) as temporary:
                 content = {"stage": self.stage.name, "dials": config.to_json()}
                 temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -4,69 +4,40 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_training import tokenizer as make_tokenizer
+from tiny_training import stage, trace
 from torch.multiprocessing.spawn import spawn
 
-from gptfast.formats.chat import CHATML
-from gptfast.formats.tokenizer import Tokenizer
-from gptfast.model import GPT, GPTConfig
-from gptfast.train.data import Chat, Preference
-from gptfast.train.dpo import DPO, DPOConfig
 from gptfast.train.parallel import World
-from gptfast.train.ppo import PPO, PPOConfig
-from gptfast.train.ranked import Answer, Ranked, RankedConfig
-from gptfast.train.reward import Reward, RewardConfig, RewardModel
-from gptfast.train.sft import SFT, SFTConfig
-from gptfast.train.trainer import Stage, make_optimizer
+from gptfast.train.ppo import PPO
+from gptfast.train.trainer import Stage, Trainer, make_optimizer
 
 STEPS, PROCESSES = 3, 2
-ASK = [{"role": "user", "content": "say hello"}]
-
-
-def model(words: Tokenizer) -> GPT:
-    torch.manual_seed(4)
-    return GPT(GPTConfig("llama", words.vocab_size, 2, 4, 32, 128, norm="rms_norm", positions="rope", n_kv_head=2,
-                         activation="swiglu", eos_ids=(1,)))  # fmt: skip
 
 
 def stages() -> dict[str, Stage]:
     """Fresh ones: two calls give the same."""
-    words = make_tokenizer()
-    words.chat_template = CHATML
-    texts = [f"the cat {i} sat " + "on the mat " * (i % 5) for i in range(24)]
-    chats = [Chat([*ASK, {"role": "assistant", "content": text}], "en", "x") for text in texts]
-    pairs = [Preference(ASK, a, b, "en", "x", 1.0) for a, b in zip(texts[::2], texts[1::2])]
-    answers = [Answer(ASK, text, float(i % 7)) for i, text in enumerate(texts)]
-    common: dict[str, Any] = dict(steps=STEPS, lr=1e-3, warmup=0)
-    made: dict[str, Stage] = {
-        "sft": SFT(SFTConfig(batch_size=8, **common), model(words), words, chats),
-        "reward": Reward(RewardConfig(batch_size=6, **common), RewardModel(model(words)), words, pairs),
-        "ranked": Ranked(RankedConfig(batch_size=12, **common), RewardModel(model(words)), words, answers),
-        "dpo": DPO(DPOConfig(batch_size=6, **common), model(words), words, pairs),
-    }
-    dials: dict[str, Any] = dict(prompts_per_step=8, max_new_tokens=12, epochs=2, minibatches=2)
-    ppo = PPO(
-        PPOConfig(**common, **dials), model(words), words, [ASK, ASK * 1], lambda p, r: [float(len(x)) for x in r]
-    )
+    made = {name: stage(name, dropout=0.0, steps=STEPS) for name in ("sft", "reward", "ranked", "dpo", "ppo")}
+    ppo = made["ppo"]
+    assert isinstance(ppo, PPO)
     recorded = [ppo.gather(step) for step in range(STEPS)]
     ppo.gather = lambda step: (recorded[step][0], {})
-    return made | {"ppo": ppo}
+    return made
 
 
 def losses(world: World) -> dict[str, list[float]]:
     found = {}
-    for name, stage in stages().items():
-        stage.world = world
-        world.prepare(stage.modules)
-        optimizer = make_optimizer(stage.modules, stage.config)
-        found[name] = [stage.step(step, optimizer)["loss"] for step in range(STEPS)]
+    for name, made in stages().items():
+        made.world = world
+        world.prepare(made.modules)
+        optimizer = make_optimizer(made.modules, made.config)
+        found[name] = [made.step(step, optimizer)["loss"] for step in range(STEPS)]
     return found
 
 
@@ -93,3 +64,33 @@ def test_two_processes_compute_what_one_does(kind: str) -> None:
         assert len(set(alone)) == STEPS, f"{name} learns nothing"
         apart = max(abs(g - w) for g, w in zip(got[name], alone, strict=True))
         assert apart <= 1e-5, f"{name}: {got[name]} against {alone}"
+
+
+def saving(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=PROCESSES)
+    for name in EVALUATED:
+        made = stage(name, dropout=0.0, **CUT)
+        Trainer(made, Path(folder) / name, world=World(rank, PROCESSES, "fsdp"), quiet=True).run()
+    dist.barrier()
+    os._exit(0)
+
+
+EVALUATED = ("reward", "dpo")
+CUT = {"steps": 4, "save_every": 2, "eval_every": 2, "log_every": 1}
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
+def test_what_two_sharded_processes_save_after_an_evaluation_goes_on_in_one() -> None:
+    """A forward pass without a backward one leaves parameters of FSDP2 whole, which must not be saved as parts."""
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(saving, args=(folder,), nprocs=PROCESSES)
+        for name in EVALUATED:
+            run, alone = Path(folder) / name, Path(folder) / f"{name}-alone"
+            Trainer(stage(name, dropout=0.0, **CUT), alone, quiet=True).run()
+            for file in ("config.json", "model.safetensors"):
+                assert (run / "model" / file).is_file()
+            shutil.rmtree(run / "checkpoints" / "step-00000004")
+            Trainer(stage(name, dropout=0.0, **CUT), run, quiet=True).run()
+            both = [[float(loss) for _, loss in trace(r)] for r in (run, alone)]
+            assert max(abs(a - b) for a, b in zip(*both, strict=True)) <= 1e-5

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -89,33 +88,6 @@ def test_going_on_is_bit_equal(whole: Path, tmp_path: Path, at: int) -> None:
     assert weights(tmp_path) == weights(whole)
     for name in ("evaluations.csv", "samples.jsonl"):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
-
-
-@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(tmp_path: Path, kills: int) -> None:
-    """A process that gets SIGKILL, saves included, always goes on; the loss of every step is the uncut run's."""
-    dials: dict[str, Any] = dict(steps=20 * kills, save_every=1, eval_every=0, log_every=1)
-    Trainer(pretrain(**dials), tmp_path / "whole", quiet=True).run()
-    moments, run = random.Random(7), tmp_path / "cut"
-    killed = 0
-    while killed < kills:
-        process = start(run, **dials)
-        before = len(checkpoint.checkpoints(run)) and checkpoint.checkpoints(run)[-1].step
-        while process.poll() is None:  # it has begun to work
-            now = checkpoint.checkpoints(run)
-            if now and now[-1].step > before:
-                break
-            time.sleep(0.005)
-        time.sleep(moments.random() * 0.3)
-        if process.poll() is None:
-            process.kill()
-            killed += 1
-        process.wait()
-        assert process.returncode != 0, "it ended before it was killed often enough"
-    process = start(run, **dials)
-    assert process.wait() == 0
-    assert trace(run) == trace(tmp_path / "whole")
-    assert weights(run, 20 * kills) == weights(tmp_path / "whole", 20 * kills)
 
 
 def test_ctrl_c_saves(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from gptfast.train.data.splits import chosen, number
 from gptfast.train.data.types import Preference, Rated
+from gptfast.train.logs import patiently
 
 LEAST = 1.0  # between two means: with some twenty raters of standard deviation about 1, four standard errors
 PAIRINGS = {"train": 4, "validation": 1}  # times that each sentence may be paired
@@ -17,7 +18,8 @@ def pair(sentences: Sequence[Rated], asked: Sequence[str], seed: int, times: int
     pairs: dict[tuple[str, str], Preference] = {}
     for turn in range(times):
         free: list[Rated] = []
-        for a in sorted(sentences, key=lambda s: number(str(seed), str(turn), s.text)):
+        ordered = sorted(sentences, key=lambda s: number(str(seed), str(turn), s.text))
+        for a in patiently(ordered, "pairing sentences"):
             b = next((b for b in free if abs(a.score - b.score) >= LEAST), None)
             if b is None:
                 free.append(a)
