@@ -51,14 +51,23 @@ def _published(name: str, lr: float, batch_tokens: int, steps: int) -> RecipePre
 PRESETS = {
     "tiny": RecipePreset(
         _llama(4, 192, 3, 512, 256),
-        4096,
+        12288,
         2 << 20,
         {
             "pretrain": dict(
-                steps=1000, batch_tokens=1024, lr=3e-3, warmup=40, eval_every=250, save_every=250, eval_tokens=8000
+                steps=900, batch_tokens=1024, lr=3e-3, warmup=40, eval_every=250, save_every=250, eval_tokens=8000
             ),
-            "sft": dict(steps=360, batch_size=24, lr=1.5e-3, warmup=20, eval_every=125, save_every=125),
-            "reward": dict(steps=320, batch_size=64, lr=3e-3, warmup=20, beta2=0.99, eval_every=100, save_every=200),
+            "sft": dict(steps=330, batch_size=24, lr=1.5e-3, warmup=20, eval_every=125, save_every=125),
+            "reward": dict(
+                steps=400,
+                batch_size=64,
+                lr=3e-3,
+                warmup=20,
+                beta2=0.99,
+                hidden_tokens=0.15,
+                eval_every=100,
+                save_every=200,
+            ),
             "ppo": dict(
                 steps=34,
                 prompts_per_step=64,
@@ -75,7 +84,7 @@ PRESETS = {
         },
         # Small, and from random weights: it learns which words people like sooner than the language model's last
         # token learns to look back at them (LOG.md).
-        dict(n_layer=1, n_head=2, n_embd=128, ffn_dim=256, dropout=0.2),
+        dict(n_layer=1, n_head=2, n_embd=128, ffn_dim=256, dropout=0.3),
     ),
     # nanoGPT's settings for GPT-2 124M: half a million tokens a step, 6e-4, 300 billion tokens.
     "gpt2-124m": _published("gpt2-124m", 6e-4, 491_520, 600_000),

@@ -42,6 +42,7 @@ class RankedConfig(RewardConfig):
 
     batch_size: int = dial(64, "answers of one optimiser step, each compared with each", least=2)
     least: float = dial(0.5, "how far two ratings must be apart to be compared", least=0)
+    hidden_tokens: float = dial(0.0, "share of the tokens that are hidden at random in training", least=0, most=0.9)
     centring: float = dial(0.001, "pulls scores towards 0: the weight of their mean square", least=0)
 
 
@@ -78,6 +79,7 @@ class Ranked(Reward):
         self.heldout = Pairs(heldout, tokenizer, longest) if heldout else None
         self.normal = ([prompt for prompt, *_ in rows[:256]], [answer for _, answer, _ in rows[:256]])
         self.order = Order(len(rows), config.seed, "reward")
+        self.hidden_id = next((i for i in (tokenizer.pad_id, tokenizer.bos_id) if i is not None), 0)
 
     def compare(self, packed: Packed, first: int, others: Tensor, ratings: Tensor) -> tuple[Tensor, Tensor]:
         """The batch's loss as a function of these sequences' scores, which stand at `first` among all scores (n,); the
@@ -98,7 +100,7 @@ class Ranked(Reward):
         if self._runner is None:
             self._runner = self.world.runner(self.modules, self.compare)
         first, end = (len(rows) * r // self.world.size for r in (self.world.rank, self.world.rank + 1))
-        packed = pack([self.sequences[i] for i in rows[first:end]])
+        packed = self._hide(pack([self.sequences[i] for i in rows[first:end]]))
         with self._runner.part(last=True):
             loss, scores = self._runner(packed, first, self._others(packed, first, len(rows)), ratings)
             (loss * self.world.size).backward()
@@ -108,6 +110,15 @@ class Ranked(Reward):
         right = ((scores[:, None] > scores[None]) & apart).sum() / apart.sum().clamp(min=1)
         found = {"loss": float(loss.detach()), "accuracy": float(right), "grad_norm": float(optimizer.grad_norm or 0)}
         return found | {"tokens": float(sum(len(self.sequences[i]) for i in rows))}
+
+    def _hide(self, packed: Packed) -> Packed:
+        """Some of the text's tokens become padding, so that a score rests on more of them than the few that could be
+        learnt by heart (word dropout: Iyyer et al. 2015, section 3.2). Marks stay."""
+        if not self.config.hidden_tokens:
+            return packed
+        marks = torch.tensor(sorted(self.tokenizer.special_ids))
+        hidden = (torch.rand(len(packed.ids)) < self.config.hidden_tokens) & ~torch.isin(packed.ids, marks)
+        return packed._replace(ids=packed.ids.masked_fill(hidden, self.hidden_id))
 
     @torch.no_grad()
     def _others(self, packed: Packed, first: int, n: int) -> Tensor:
