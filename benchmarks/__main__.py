@@ -1,7 +1,7 @@
 """`python -m benchmarks`: every op case, then whole-model generation, recorded in results/<machine>/*.csv.
 
-Give a name to run one: ops, curve, gaps, generate, losses, patched, quality, rlhf, rollouts, scaling, speculation,
-start, hogged, train; what follows it are its own options.
+Give a name to run one: ops, curve, gaps, generate, losses, patched, preferences, quality, rlhf, rollouts, scaling,
+speculation, start, hogged, train; what follows it are its own options.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from benchmarks import (
     losses,
     ops,
     patched,
+    preferences,
     quality,
     rlhf,
     rollouts,
@@ -33,6 +34,7 @@ ALL = {
     "generate": generate.main,
     "losses": losses.main,
     "patched": patched.main,
+    "preferences": preferences.main,
     "quality": quality.main,
     "rlhf": rlhf.main,
     "rollouts": rollouts.main,
