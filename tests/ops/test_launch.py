@@ -149,9 +149,12 @@ def compiling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 # Elementwise, and contiguous tensors are one row to it: no order of summation, but blocks of another shape.
 SHAPELESS = ("bias_gelu", "swiglu", "geglu")
+# linear's few rows have a launch of their own for each chunk of K and one that adds: below.
 
 
-@pytest.mark.parametrize("name", [n for n, op in ops.pages().items() if op.take is not None and n not in SHAPELESS])
+@pytest.mark.parametrize(
+    "name", [n for n, op in ops.pages().items() if op.take is not None and n not in (*SHAPELESS, "linear")]
+)
 def test_a_row_alone_is_computed_by_the_code_that_computes_it_among_others(name: str, compiling: None) -> None:
     """Triton makes a constant of 1 and wider accesses of multiples of 16: of a number of rows it must do neither."""
     op = ops.pages()[name]
@@ -170,6 +173,25 @@ def test_a_row_alone_is_computed_by_the_code_that_computes_it_among_others(name:
             compared += 1
             assert alone == among, case.name
     assert compared or refused
+
+
+@pytest.mark.parametrize("K", [96, 800])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linears_rows_are_computed_by_the_code_of_their_kind(K: int, bias: bool, compiling: None) -> None:
+    """Three kinds, each the same code whatever the number of rows in it; that all have the same bits conformance
+    checks, for the order of their sums is the same."""
+    from gptfast.kernels.triton import tiles
+
+    def compiled(rows: int) -> list[Any]:
+        arguments = {"x": torch.zeros(rows, K), "weight": torch.zeros(48, K), "bias": torch.zeros(48) if bias else None}
+        return specialised(ops.pages()["linear"], arguments)
+
+    for first, *others in ((1, 2, 5, tiles.SPLIT_ROWS), (9, 13, 16), (17, 48, 64, 100)):
+        assert compiled(first) and all(compiled(n) == compiled(first) for n in others)
+    assert (compiled(1) != compiled(9)) == (K > 256)  # one chunk needs nothing added
+    for arch in ("sm_80", "sm_90", "gfx942"):
+        orders = [{b: tiles.linear(M, 4, arch).blocks[b] for b in ("BLOCK_K", "CHUNK")} for M in (1, 9, 17)]
+        assert orders[0] == orders[1] == orders[2]
 
 
 def specialised(op: Any, arguments: dict[str, Any]) -> list[Any]:
