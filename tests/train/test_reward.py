@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from gptfast.formats.files import FormatError
+from gptfast.train.optim import AdamW
+from gptfast.train.packing import pack
 from gptfast.train.prompts import call_reward, completion_ids, messages_of, prompt_ids, reward_function
+from gptfast.train.ranked import Answer, Ranked, RankedConfig
 from gptfast.train.reward import Reward, RewardConfig, RewardModel, ValueModel, wilson
 from gptfast.train.trainer import Trainer
 from gptfast.train.verify import arithmetic_answer, arithmetic_prompts, arithmetic_reward
@@ -217,3 +220,32 @@ def test_pairs_that_do_not_fit_are_left_out() -> None:
     assert len(stage.pairs) == 3
     with pytest.raises(ValueError, match="expected pairs of answers within 96 tokens, got none among 1"):
         Reward(RewardConfig(**QUIET), RewardModel(tiny.model()), tiny.tokenizer(), [long])
+
+
+def test_hidden_tokens() -> None:
+    """About the share that was asked for becomes padding, marks never; the same step hides the same."""
+    tokenizer = tiny.tokenizer()
+    answers = [
+        Answer(p.prompt, text, score) for p in tiny.pairs(12) for text, score in ((p.chosen, 1.0), (p.rejected, -1.0))
+    ]
+    stages = [
+        Ranked(
+            RankedConfig(batch_size=24, hidden_tokens=share, **QUIET),
+            RewardModel(tiny.model(), seed=1),
+            tokenizer,
+            answers,
+        )
+        for share in (0.0, 0.5, 0.5)
+    ]
+    packed = pack(stages[1].sequences)
+    assert stages[0]._hide(packed) is packed
+    torch.manual_seed(0)
+    hidden = stages[1]._hide(packed)
+    changed = hidden.ids != packed.ids
+    marks = torch.isin(packed.ids, torch.tensor(sorted(tokenizer.special_ids)))
+    assert not (changed & marks).any() and (hidden.ids[changed] == stages[1].hidden_id).all()
+    n, p = int((~marks).sum()), float(changed.sum())
+    assert n > 100 and abs(p - n / 2) < 5 * math.sqrt(n) / 2
+    optimizers = [AdamW(stage.model.parameters(), lr=1e-3) for stage in stages]
+    losses = [stage.step(1, optimizer)["loss"] for stage, optimizer in zip(stages, optimizers)]
+    assert losses[1] == losses[2] != losses[0]
