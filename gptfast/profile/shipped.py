@@ -63,7 +63,44 @@ def _norms(i: Inputs) -> dict[str, Any]:
 
 
 def _attention(Sq: int, Sk: int, H: int, Hk: int, D: int, i: Inputs, **more: Any) -> dict[str, Any]:
-    return {"q": i.randn(2, Sq, H, D), "k": i.randn(2, Sk, Hk, D), "v": i.randn(2, Sk, Hk, D), "causal": True, **more}
+    return {"q": i.randn(2, Sq, H, D), "k": i.randn(2, Sk, Hk, D), "v": i.randn(2, Sk, Hk, D), **{"causal": True, **more}}
+
+
+def _terms(D: int, terms: tuple[str, ...], fixed: dict[str, Any], i: Inputs) -> dict[str, Any]:
+    """Attention with something in its scores that isn't q . k."""
+    makers: dict[str, Callable[[], torch.Tensor]] = {
+        "bias": lambda: i.randn(1, 8, 256, 256),
+        "mask": lambda: i.rand(2, 1, 256, 256) > 0.4,
+        "alibi_slopes": lambda: i.rand(8, dtype=torch.float32),
+        "sinks": lambda: i.randn(8, dtype=torch.float32),
+    }
+    return _attention(256, 256, 8, 2, D, i, **{name: makers[name]() for name in terms}, **fixed)
+
+
+def _varlen(D: int, i: Inputs) -> dict[str, Any]:
+    edges = torch.tensor([0, 3, 131, 256], dtype=torch.int32)
+    tensors = {"q": i.randn(256, 8, D), "k": i.randn(256, 2, D), "v": i.randn(256, 2, D)}
+    return {**tensors, "cu_seqlens_q": edges, "cu_seqlens_k": edges, "causal": True}
+
+
+def _decode(Sq: int, D: int, terms: tuple[str, ...], i: Inputs) -> dict[str, Any]:
+    """New tokens of three sequences beside a cache of 1,024 slots, four chunks; "int8" is under fp32 queries."""
+    H, Hk, room, page = 8, 2, 1024, 16
+    wide = torch.float32 if "int8" in terms else None
+    caches = (3 * room // page, page, Hk, D) if "pages" in terms else (3, room, Hk, D)
+    arguments: dict[str, Any] = {"q": i.randn(3, Sq, H, D, dtype=wide)}
+    arguments |= {name: i.randn(3, Sq, Hk, D, dtype=wide) for name in ("k", "v")}
+    arguments["lengths"] = torch.tensor([5, 130, 900], dtype=torch.int32)
+    for name in ("k", "v"):
+        if "int8" in terms:
+            arguments[f"{name}_cache"] = i.randint(-127, 128, caches, torch.int8)
+            arguments[f"{name}_scale"] = i.rand(*caches[:3], dtype=torch.float32)
+        else:
+            arguments[f"{name}_cache"] = i.randn(*caches)
+    if "pages" in terms:
+        arguments["block_table"] = torch.arange(3 * room // page, dtype=torch.int32).view(3, -1)
+    angles = i.rand(room, D // 2, dtype=torch.float32)
+    return arguments | {"cos": angles.cos(), "sin": angles.sin()}
 
 
 def _sample(V: int, more: dict[str, Any], i: Inputs) -> dict[str, Any]:
@@ -90,6 +127,21 @@ def _case(name: str, case: str, i: Inputs) -> dict[str, Any]:
     return next(c for c in ops.pages()[name].cases() if c.name == case).make(i)
 
 
+TERMS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {  # of attention
+    "bias": (("bias",), {}),
+    "mask": (("mask",), {"causal": False}),
+    "alibi": (("alibi_slopes",), {}),
+    "dropout": ((), {"dropout_p": 0.1, "seed": 7}),
+    "window softcap": ((), {"window": (64, 0), "softcap": 30.0}),
+    "sinks": (("sinks",), {}),
+}
+DECODES: dict[str, tuple[int, tuple[str, ...]]] = {  # queries, terms
+    "contiguous": (1, ()),
+    "pages": (1, ("pages",)),
+    "pages prefill": (64, ("pages",)),
+    "int8": (1, ("int8",)),
+}
+NO_GRADIENT = ("bias", "sinks")  # of attention: no Triton kernel makes these
 CALLS: dict[str, tuple[str, Make]] = {  # op, arguments
     **{f"layer_norm {C}": ("layer_norm", partial(_residual, C, True)) for C in (64, 768, 4096, 8192, 16384, 65536)},
     **{f"rms_norm {C}": ("rms_norm", partial(_norm, C, False)) for C in (128, 576, 4096, 8192, 12288, 65536)},
@@ -104,6 +156,17 @@ CALLS: dict[str, tuple[str, Make]] = {  # op, arguments
     "adamw masters": ("adamw", partial(_adamw, True)),
     "gradient_norm": ("gradient_norm", _norms),
     **{f"attention {D}": ("attention", partial(_attention, 256, 256, 8, 2, D)) for D in (64, 80, 96, 128, 256)},
+    **{
+        f"attention {D} {name}": ("attention", partial(_terms, D, terms, fixed))
+        for D in (64, 128)
+        for name, (terms, fixed) in TERMS.items()
+    },
+    **{f"attention {D} varlen": ("attention", partial(_varlen, D)) for D in (64, 128)},
+    **{
+        f"decode {D} {name}": ("attention_kvcache", partial(_decode, Sq, D, terms))
+        for D in (64, 128)
+        for name, (Sq, terms) in DECODES.items()
+    },
     "sample plain": ("sample", partial(_sample, 128256, {})),
     "sample greedy": ("sample", partial(_sample, 128256, {"temperature": 0.0})),
     "sample top_k top_p": ("sample", partial(_sample, 128256, {"top_k": 50, "top_p": 0.95})),
@@ -146,8 +209,9 @@ def record_call(op: Op, arguments: dict[str, Any], arch: str) -> Iterator[Any]:
     yield from launches
     if not op.differentiable:
         return
-    asking = leaves(op, arguments)
-    wanted = [asking[name] for name in op.differentiable if isinstance(asking.get(name), torch.Tensor)]
+    given = {name: arguments[name] for name in NO_GRADIENT if op.name == "attention" and name in arguments}
+    asking = leaves(op, arguments) | given
+    wanted = [x for name in op.differentiable if isinstance(x := asking.get(name), torch.Tensor) and x.requires_grad]
     try:
         with triton.recording(arch) as launches, torch.enable_grad():
             results = [r for r in outputs(op.function(**asking, backend="triton")) if r.requires_grad]

@@ -175,11 +175,14 @@ def _attention_kernel(
     d = tl.arange(0, BLOCK_D)[None, :]
     # out is contiguous: (B, Sq, H, D) or (T, H, D)
     whole = (batch * Sq + (start_q + first)) * H + h
-    tl.store(out + whole * D + (row[:, None] * (H * D) + d), result.to(out.dtype.element_ty), mask=(i < Sq) & (d < D))
+    # Counted from the block's first row: the numbers of the rows would keep registers through the loops.
+    there = row < Sq - first
+    inside = there[:, None] & (d < D)
+    tl.store(out + whole * D + (row[:, None] * (H * D) + d), result.to(out.dtype.element_ty), mask=inside)
     if lse is not None:
         # (B, H, Sq), or (H, T)
         at = lse + (batch * H + h) * lse_head + start_q + first
-        tl.store(at + row, logs, mask=first + row < Sq)
+        tl.store(at + row, logs, mask=there)
 
 
 def supports_attention(q: Tensor, k: Tensor, v: Tensor, alibi_slopes: Tensor | None = None, **terms: Any) -> str | None:

@@ -106,7 +106,7 @@ def _attention_dq_kernel(
         bias += batch * bias_b + h * bias_h
     row = tl.arange(0, BLOCK_M)
     i = first + row[:, None]
-    there = first + row < Sq
+    there = row < Sq - first
     tile_q = tile_at(q, first, Sq, q_row, D, BLOCK_M, BLOCK_D, True)
     tile_dout = tile_at(dout, first, Sq, dout_row, D, BLOCK_M, BLOCK_D, True)
     tile_out = tile_at(out, first, Sq, out_row, D, BLOCK_M, BLOCK_D, True)
@@ -166,7 +166,7 @@ def _attention_dq_kernel(
     d = tl.arange(0, BLOCK_D)[None, :]
     whole = (batch * Sq + start_q + first) * H + h
     at = dq + whole * D + (row[:, None] * (H * D) + d)
-    tl.store(at, (acc * scale).to(dq.dtype.element_ty), mask=(i < Sq) & (d < D))
+    tl.store(at, (acc * scale).to(dq.dtype.element_ty), mask=(row < Sq - first)[:, None] & (d < D))
 
 
 @triton.jit(do_not_specialize=[*SIZES, "N", *UNSPECIALISED])
@@ -265,7 +265,7 @@ def _attention_dkdv_kernel(
     d = tl.arange(0, BLOCK_D)[None, :]
     whole = ((batch * Sk + start_k + first) * Hk + hk) * D
     at = row[:, None] * (Hk * D) + d
-    inside = (j < Sk) & (d < D)
+    inside = (row < Sk - first)[:, None] & (d < D)
     tl.store(dk + whole + at, (acc_k * scale).to(dk.dtype.element_ty), mask=inside)
     tl.store(dv + whole + at, acc_v.to(dv.dtype.element_ty), mask=inside)
 
