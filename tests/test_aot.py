@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gptfast.profile import aot, sass, shipped
+from gptfast.profile import aot, sass, shipped, table
 from tests import where
 
 pytest.importorskip("triton")
@@ -23,6 +24,7 @@ SAMPLE = {
     "sm_120": ["rms_norm 8192 bf16"],
     "gfx942": ["rms_norm 4096 bf16", "swiglu 11008 bf16"],
 }
+TABLE = Path(__file__).parent / "data" / "kernels.csv"
 EVERYTHING = [pytest.param(arch, shipped.names(), id=f"{arch}-all", marks=pytest.mark.slow) for arch in aot.TARGETS]
 # Every tensor's rows are read and written once, as wide as the machine can. What isn't a row's element: two statistics.
 ROWS = ("_layer_norm_kernel", "_bias_gelu_kernel", "_gated_kernel", "_gated_backward_kernel", "_rope_kernel")
@@ -35,6 +37,46 @@ def test_what_ships_compiles_well(arch: str, names: list[str]) -> None:
     found = list(aot.survey(names, [arch]))
     assert {c.call for c in found} == set(names)
     assert not [problem for c in found for problem in problems(c)]
+    by, kept = table.read(TABLE)
+    if by != table.compiler():
+        pytest.skip(f"the kernels compile well; {TABLE.name} was written with {by}, here is {table.compiler()}")
+    said = table.differences(kept, found)
+    assert not said, "if that is meant: gptfast kernels --table tests/data/kernels.csv\n" + "\n".join(said)
+
+
+def test_the_table_is_of_all_that_ships_and_without_spills() -> None:
+    _, kept = table.read(TABLE)
+    assert {call for call, _, _ in kept} == set(shipped.names())
+    for name in shipped.names():
+        of = [cells for (call, _, _), cells in kept.items() if call == name]
+        assert {arch for cells in of for arch in cells} == set(aot.TARGETS), name
+    assert not [(key, arch, c) for key, cells in kept.items() for arch, c in cells.items() if c.split()[1] != "0"]
+
+
+def test_a_table_says_what_changed(tmp_path: Path) -> None:
+    def compiled(call: str, arch: str, **changed: Any) -> aot.Compiled:
+        numbers = {"registers": 96, "spills": 0, "shared": 1024, "occupancy": 0.625, "limit": "registers", **changed}
+        return aot.Compiled(call, arch, "k", {}, numbers)
+
+    first, second = shipped.names()[:2]
+    file = tmp_path / "t.csv"
+    table.write(file, [compiled(first, "sm_90"), compiled(first, "sm_90", registers=40), compiled(second, "sm_80")])
+    by, kept = table.read(file)
+    assert by == table.compiler() and kept[first, "k", "1"] == {"sm_90": "96 0 1024 62.5% registers"}
+    assert not table.differences(kept, [compiled(second, "sm_80")])
+    now = [compiled(first, "sm_90", registers=128, occupancy=0.5)]
+    assert table.differences(kept, now) == [
+        f"{first}, sm_90, k 1: registers 96 -> 128, occupancy 62.5% -> 50%",
+        f"{first}, sm_90, k 2: all of it 40 0 1024 62.5% registers -> none",
+    ]
+    table.write(file, now)  # the rest stays
+    assert table.read(file)[1] == {
+        (first, "k", "1"): {"sm_90": "128 0 1024 50% registers"},
+        (second, "k", "1"): {"sm_80": "96 0 1024 62.5% registers"},
+    }
+    file.write_text("a,b\n")
+    with pytest.raises(ValueError, match="expected a table of sm_80"):
+        table.read(file)
 
 
 def problems(c: aot.Compiled) -> list[str]:

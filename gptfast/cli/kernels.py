@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,7 +15,7 @@ from rich.table import Table
 
 from gptfast.cli.console import err, fail, out, reported
 from gptfast.formats.extras import need
-from gptfast.profile import aot, sass, shipped
+from gptfast.profile import aot, sass, shipped, table
 
 
 @reported
@@ -25,6 +26,9 @@ def kernels(
         typer.Option("--arch", "-a", help=f"Of {', '.join(aot.TARGETS)}; all if not."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    into: Annotated[
+        Path | None, typer.Option("--table", help="Write registers, spills and occupancy into this table (CSV).")
+    ] = None,
 ) -> None:
     """Compile Triton's kernels for GPUs that needn't be here, and list registers, spills, KiB of shared memory,
     occupancy, matrix instructions, and the issue slots of a warp in one turn of each inner loop.
@@ -43,6 +47,8 @@ def kernels(
         found.append(compiled)
         if as_json:
             print(json.dumps(asdict(compiled)), flush=True)
+    if into is not None:
+        table.write(into, found)
     if not as_json:
         out.print(_table(found))
     if bad := [c for c in found if _complaint(c)]:
@@ -69,19 +75,19 @@ def _complaint(c: aot.Compiled) -> str:
 
 
 def _table(found: list[aot.Compiled]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    lines = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("call", "for", "kernel"):
-        table.add_column(name, no_wrap=True)
+        lines.add_column(name, no_wrap=True)
     for name in ("registers", "spills", "KiB", "occupancy", "matrix", "slots", ""):
-        table.add_column(name, justify="right", no_wrap=True)
+        lines.add_column(name, justify="right", no_wrap=True)
     for c in found:
         r = c.resources
         if r is None:
-            table.add_row(
+            lines.add_row(
                 c.call, c.arch, c.kernel, "", "", "", "", "", "", f"[red]{(c.error or '').splitlines()[-1][:60]}[/]"
             )
             continue
-        table.add_row(
+        lines.add_row(
             c.call,
             c.arch,
             c.kernel.strip("_").removesuffix("_kernel"),
@@ -93,4 +99,4 @@ def _table(found: list[aot.Compiled]) -> Table:
             " ".join(str(sass.slots(loop)) for loop in r["loops"]),
             f"[red]{_complaint(c)}[/]",
         )
-    return table
+    return lines

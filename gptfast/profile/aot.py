@@ -7,12 +7,14 @@ kernel. LLVM can abort, so the compiling is done in a process of its own.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from gptfast import kernels
@@ -56,7 +58,7 @@ def compile_launch(launch: Any, arch: str) -> Any:
 
 def compile_call(name: str, arch: str) -> Iterator[Compiled]:
     """Every kernel that a shipped call (gptfast.profile.shipped) launches, each once."""
-    from gptfast.profile import sass, shipped
+    from gptfast.profile import shipped
 
     seen = set()
     launches = shipped.record(name, arch)
@@ -77,8 +79,24 @@ def compile_call(name: str, arch: str) -> Iterator[Compiled]:
             continue
         seen.add(None if compiled is None else compiled.hash)
         options = {k: v for k, v in launch.named.items() if k.isupper() or k in ("num_warps", "num_stages")}
-        found = None if compiled is None else asdict(sass.resources(compiled, arch))
+        found = None if compiled is None else _resources(compiled, arch)
         yield Compiled(name, arch, launch.kernel.__name__, {k: str(v) for k, v in options.items()}, found, error)
+
+
+def _resources(compiled: Any, arch: str) -> dict[str, Any]:
+    """sass.resources(), kept beside the kernel in Triton's cache: the disassembler alone takes half a second, longer
+    than most kernels' compilation, and many calls share kernels."""
+    from triton.runtime.cache import get_cache_manager
+
+    from gptfast.profile import sass
+
+    reader = hashlib.sha256(Path(sass.__file__).read_bytes()).hexdigest()[:16]
+    kept, name = get_cache_manager(compiled.hash), f"resources-{reader}.json"
+    if path := kept.get_file(name):
+        return json.loads(Path(path).read_text())
+    found = asdict(sass.resources(compiled, arch))
+    kept.put(json.dumps(found), name, binary=False)
+    return found
 
 
 def survey(names: Iterable[str], archs: Iterable[str] = TARGETS) -> Iterator[Compiled]:

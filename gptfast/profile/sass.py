@@ -158,7 +158,8 @@ def _amd(compiled: Any) -> Resources:
     waves = number("Occupancy")
     return Resources(
         registers=registers,
-        spills=number(r"\.vgpr_spill_count") + number(r"\.sgpr_spill_count") + number("ScratchSize"),
+        # Scalar registers that move to lanes of vector registers (.sgpr_spill_count) reach no memory.
+        spills=len(re.findall(r"^\s+scratch_(?:load|store)_", listing, re.MULTILINE)) + (number("ScratchSize") > 0),
         shared=compiled.metadata.shared,
         threads=threads,
         instructions=len(re.findall(r"^\s+[vs]_\w+|^\s+(?:global|buffer|ds)_\w+", listing, re.MULTILINE)),

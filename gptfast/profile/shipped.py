@@ -63,7 +63,12 @@ def _norms(i: Inputs) -> dict[str, Any]:
 
 
 def _attention(Sq: int, Sk: int, H: int, Hk: int, D: int, i: Inputs, **more: Any) -> dict[str, Any]:
-    return {"q": i.randn(2, Sq, H, D), "k": i.randn(2, Sk, Hk, D), "v": i.randn(2, Sk, Hk, D), **{"causal": True, **more}}
+    return {
+        "q": i.randn(2, Sq, H, D),
+        "k": i.randn(2, Sk, Hk, D),
+        "v": i.randn(2, Sk, Hk, D),
+        **{"causal": True, **more},
+    }
 
 
 def _terms(D: int, terms: tuple[str, ...], fixed: dict[str, Any], i: Inputs) -> dict[str, Any]:

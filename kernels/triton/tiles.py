@@ -256,6 +256,10 @@ def attention(D: int, dtype: torch.dtype, arch: str, plain: bool = True) -> Tile
     blocks = {"BLOCK_M": 128, "BLOCK_N": 64 if BLOCK_D <= 128 else 32, "BLOCK_D": BLOCK_D}
     hopper = arch == "sm_90"
     more = {"HOLDS_Q": int(hopper and plain and BLOCK_D <= 128), "JOINS": int(hopper), "COLUMNS": 8 if hopper else 1}
+    if limits(arch).lanes == 64:  # 3 stages don't fit in 64 KiB, and 2 are kept in registers: 255 of 256 at D = 128
+        return Tile(num_warps=8, num_stages=1 if BLOCK_D <= 128 else 2, blocks={**blocks, **more})
+    if BLOCK_D > 128 and arch not in ("sm_90", "sm_100", "sm_103"):  # where sums and operands share 255 registers
+        blocks["BLOCK_M"] = 64
     return Tile(num_warps=8, num_stages=3 if BLOCK_D <= 128 else 2, blocks={**blocks, **more})
 
 
@@ -267,6 +271,9 @@ def attention_dq(D: int, dtype: torch.dtype, arch: str) -> Tile:
     if dtype.itemsize == 4:
         blocks = {"BLOCK_M": 32, "BLOCK_N": 32 if BLOCK_D <= 64 else 16, "BLOCK_D": BLOCK_D}
         return Tile(num_warps=8, num_stages=2, blocks=blocks)
+    if limits(arch).lanes == 64:  # from D = 80 on 255 registers are too few, and only four warps may have 512
+        blocks = {"BLOCK_M": 64, "BLOCK_N": 64 if BLOCK_D <= 128 else 32, "BLOCK_D": BLOCK_D}
+        return Tile(num_warps=8 if BLOCK_D <= 64 else 4, blocks=blocks)
     if arch == "sm_120" and BLOCK_D <= 64:  # ptxas spills with more rows, at 255 registers
         return Tile(num_warps=4, num_stages=2, blocks={"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_D": BLOCK_D})
     if arch == "sm_90" and BLOCK_D <= 128:  # two programs to a multiprocessor: 1.2x at D = 64 on an H200, 1.02x at 128
@@ -284,7 +291,12 @@ def attention_dkdv(D: int, dtype: torch.dtype, arch: str) -> Tile:
     BLOCK_D = bounded(next_power_of_2(D), 16, 256)
     if dtype.itemsize == 4:
         blocks = {"BLOCK_M": 32 if BLOCK_D <= 128 else 16, "BLOCK_N": 32, "BLOCK_D": BLOCK_D}
-        return Tile(num_warps=8, num_stages=1, blocks=blocks)
+        # D = 128: 32 sums of dk and dv in each of 256 threads spill where ptxas leaves room for two programs.
+        threads = 512 if BLOCK_D == 128 else 256
+        return Tile(num_warps=threads // 32 if limits(arch).lanes == 32 else 8, blocks=blocks)
+    if limits(arch).lanes == 64:  # as for dq; keys of which every thread has 256 sums, at D = 256 too
+        blocks = {"BLOCK_M": 32, "BLOCK_N": 64 if BLOCK_D <= 128 else 16, "BLOCK_D": BLOCK_D}
+        return Tile(num_warps=8 if BLOCK_D <= 64 else 4, blocks=blocks)
     if arch == "sm_120" and BLOCK_D <= 64:  # ptxas spills with more keys, at 255 registers
         return Tile(num_warps=4, num_stages=2, blocks={"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_D": BLOCK_D})
     if arch == "sm_90" and BLOCK_D <= 64:
