@@ -25,9 +25,11 @@ attention_kvcache: k_cache, v_cache (B', Smax, Hk, D), row b of the batch in row
 where given), or pages (pages, page, Hk, D) with block_table (B, n) int32, slot t in page block_table[b, t // page]
 (-1 = no page). lengths (B,) int32 = tokens in the cache before the call. k, v (B, Sq, Hk, D) are written in place at
 slots lengths .. lengths + Sq, and the queries are those last Sq positions; without k and v, lengths is the total. It
-never changes, and what would not fit raises before anything is written. With cos, sin (positions, R / 2) fp32, R <= D,
-q and the new k are rotated first, by their absolute position: pairs (i, i + R/2), or (2i, 2i + 1) if interleaved, to
-(x1 cos - x2 sin, x2 cos + x1 sin), rounded to the storage dtype. cache_leftpad (B,) int32: the first slots to leave
+never changes, and what would not fit raises before anything is written: except while a CUDA graph is captured, when
+nobody looks at what is on the GPU. Replayed, lengths count as 0 at least and as the cache's slots at most, and what
+lies beyond is not written; block_table and cache_batch_idx must then be right. With cos, sin (positions, R / 2) fp32, R
+<= D, q and the new k are rotated first, by their absolute position: pairs (i, i + R/2), or (2i, 2i + 1) if interleaved,
+to (x1 cos - x2 sin, x2 cos + x1 sin), rounded to the storage dtype. cache_leftpad (B,) int32: the first slots to leave
 out; key 0 is the slot after them.
 
 The caches may be of another float dtype than q, k and v: these are rounded to it, to nearest even, as they are written,

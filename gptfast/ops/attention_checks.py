@@ -129,7 +129,10 @@ def check_lengths(
     q: Tensor, cache: Tensor, lengths: Tensor, k: Tensor | None, table: Tensor | None, cos: Tensor | None,
     rows: Tensor | None, pads: Tensor | None
 ) -> None:  # fmt: skip
-    """Raises where a sequence doesn't fit its cache, or its pages, row or positions are not there."""
+    """Raises where a sequence doesn't fit its cache, or its pages, row or positions are not there. Nothing while a CUDA
+    graph is captured: then nobody may wait for what the GPU holds."""
+    if lengths.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
     op, Sq, before = "attention_kvcache", q.shape[1], lengths.tolist()
     new, least = 0 if k is None else Sq, min(before) if before else 0
     longest = (max(before) if before else 0) + new

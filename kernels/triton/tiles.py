@@ -270,7 +270,8 @@ def attention_dq(D: int, dtype: torch.dtype, arch: str) -> Tile:
     BLOCK_D = bounded(next_power_of_2(D), 16, 256)
     if dtype.itemsize == 4:
         blocks = {"BLOCK_M": 32, "BLOCK_N": 32 if BLOCK_D <= 64 else 16, "BLOCK_D": BLOCK_D}
-        return Tile(num_warps=8, num_stages=2, blocks=blocks)
+        # sm_120 has room for one program of 2 stages too, and its ptxas takes 80 registers for those, which spill.
+        return Tile(num_warps=8, num_stages=3 if arch == "sm_120" and BLOCK_D == 128 else 2, blocks=blocks)
     if limits(arch).lanes == 64:  # from D = 80 on 255 registers are too few, and only four warps may have 512
         blocks = {"BLOCK_M": 64, "BLOCK_N": 64 if BLOCK_D <= 128 else 32, "BLOCK_D": BLOCK_D}
         return Tile(num_warps=8 if BLOCK_D <= 64 else 4, blocks=blocks)
@@ -279,6 +280,8 @@ def attention_dq(D: int, dtype: torch.dtype, arch: str) -> Tile:
     if arch == "sm_90" and BLOCK_D <= 128:  # two programs to a multiprocessor: 1.2x at D = 64 on an H200, 1.02x at 128
         return Tile(num_warps=4, num_stages=3, blocks={"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": BLOCK_D})
     BLOCK_M = 128 if BLOCK_D <= 128 and arch in ("sm_100", "sm_103") else 64
+    if BLOCK_D > 128 and limits(arch).shared < 100 << 10:  # 64 rows of q and dout, and two stages, take 100 KiB
+        BLOCK_M = 32
     blocks = {"BLOCK_M": BLOCK_M, "BLOCK_N": 64 if BLOCK_D <= 128 else 32, "BLOCK_D": BLOCK_D}
     return Tile(num_warps=8, num_stages=2, blocks=blocks)
 
@@ -291,9 +294,9 @@ def attention_dkdv(D: int, dtype: torch.dtype, arch: str) -> Tile:
     BLOCK_D = bounded(next_power_of_2(D), 16, 256)
     if dtype.itemsize == 4:
         blocks = {"BLOCK_M": 32 if BLOCK_D <= 128 else 16, "BLOCK_N": 32, "BLOCK_D": BLOCK_D}
-        # D = 128: 32 sums of dk and dv in each of 256 threads spill where ptxas leaves room for two programs.
-        threads = 512 if BLOCK_D == 128 else 256
-        return Tile(num_warps=threads // 32 if limits(arch).lanes == 32 else 8, blocks=blocks)
+        # D = 128: 32 sums of dk and dv in each of 256 threads spill where ptxas leaves room for two programs. AMD's
+        # matrix instructions want tiles in more registers: four warps may have 512.
+        return Tile(4 if limits(arch).lanes == 64 else 16 if BLOCK_D == 128 else 8, blocks=blocks)
     if limits(arch).lanes == 64:  # as for dq; keys of which every thread has 256 sums, at D = 256 too
         blocks = {"BLOCK_M": 32, "BLOCK_N": 64 if BLOCK_D <= 128 else 16, "BLOCK_D": BLOCK_D}
         return Tile(num_warps=8 if BLOCK_D <= 64 else 4, blocks=blocks)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from gptfast import kernels, ops
 from gptfast.ops import dispatch
@@ -211,3 +212,33 @@ def specialised(op: Any, arguments: dict[str, Any]) -> list[Any]:
         _, specialization, options = bind(*launch.arguments, **launch.named)
         found.append((made.__name__, specialization, options))
     return found
+
+
+@pytest.mark.parametrize("captures", [False, True])
+def test_decoding_reads_nothing_from_the_gpu_while_a_graph_is_captured(
+    captures: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of a GPU that isn't there, whose values nobody can read."""
+    import gptfast.kernels.triton as triton
+
+    monkeypatch.setattr(kernels, "reason_missing", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captures)
+    with FakeTensorMode(), triton.recording("sm_90") as launches:
+
+        def numbers(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device="cuda")
+
+        q, k, cache = numbers(3, 1, 8, 64), numbers(3, 1, 2, 64), numbers(12, 16, 2, 64)
+        lengths, pages = numbers(3, dtype=torch.int32), numbers(3, 4, dtype=torch.int32)
+        angles = numbers(64, 32, dtype=torch.float32)
+
+        def decode() -> torch.Tensor:
+            terms = {"k": k, "v": k, "block_table": pages, "cos": angles, "sin": angles}
+            return ops.attention_kvcache(q, cache, cache, lengths, **terms, backend="triton")
+
+        if not captures:
+            with pytest.raises(DataDependentOutputException):
+                decode()
+            return
+        assert decode().shape == q.shape
+    assert [one.kernel.__name__ for one in launches] == ["_append_kernel", "_chunk_kernel"]
