@@ -134,11 +134,11 @@ def _case(name: str, case: str, i: Inputs) -> dict[str, Any]:
 
 TERMS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {  # of attention
     "bias": (("bias",), {}),
-    "mask": (("mask",), {"causal": False}),
     "alibi": (("alibi_slopes",), {}),
     "dropout": ((), {"dropout_p": 0.1, "seed": 7}),
     "window softcap": ((), {"window": (64, 0), "softcap": 30.0}),
     "sinks": (("sinks",), {}),
+    "everything": (("bias", "mask", "alibi_slopes", "sinks"), {"window": (64, 0), "softcap": 30.0}),
 }
 DECODES: dict[str, tuple[int, tuple[str, ...]]] = {  # queries, terms
     "contiguous": (1, ()),
@@ -166,6 +166,7 @@ CALLS: dict[str, tuple[str, Make]] = {  # op, arguments
         for D in (64, 128)
         for name, (terms, fixed) in TERMS.items()
     },
+    "attention 256 window softcap": ("attention", partial(_terms, 256, *TERMS["window softcap"])),  # as Gemma 2's
     **{f"attention {D} varlen": ("attention", partial(_varlen, D)) for D in (64, 128)},
     **{
         f"decode {D} {name}": ("attention_kvcache", partial(_decode, Sq, D, terms))
@@ -192,9 +193,16 @@ CALLS: dict[str, tuple[str, Make]] = {  # op, arguments
 }
 
 
+# Of attention's terms fp32 has all at once, which need the most registers, and bf16, of larger tiles, each alone.
+ALONE = {f"attention {D} {name}" for D in (64, 128, 256) for name in (*TERMS, "varlen") if name != "dropout"}
+TOGETHER = {f"attention {D} everything" for D in (64, 128)}
+FP32 = TOGETHER | {f"decode {D} int8" for D in (64, 128)}
+
+
 def names(dtypes: tuple[str, ...] = ("fp32", "bf16")) -> list[str]:
     """Every call by name and dtype: "layer_norm 768 bf16"."""
-    return [f"{name} {dtype}" for name in CALLS for dtype in dtypes]
+    without = {"fp32": ALONE - TOGETHER, "bf16": FP32}
+    return [f"{name} {dtype}" for name in CALLS for dtype in dtypes if name not in without.get(dtype, ())]
 
 
 def record(name: str, arch: str) -> Iterator[Any]:

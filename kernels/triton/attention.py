@@ -16,6 +16,7 @@ from gptfast.kernels.triton.attention_arguments import (
     edges,
     floats,
     grid,
+    is_plain,
     refuses,
     shared,
     strides,
@@ -221,8 +222,7 @@ def attention(
     heads = (H, Sq) if varlen else (q.shape[0], H, Sq)
     lse = empty(heads, torch.float32, q) if return_lse else None
     terms = shared(q, k, mask, bias, alibi_slopes, causal, scale, window, softcap, cu_seqlens_q)
-    plain = not terms["HAS_TERMS"] and mask is None and not dropout_p
-    tile = tiles.attention(D, q.dtype, arch(q), plain)
+    tile = tiles.attention(D, q.dtype, arch(q), is_plain(terms, mask, dropout_p))
     dropout = dropout_arguments(dropout_p, int(seed), stream)
     BLOCK = [1, 1, tile.blocks["BLOCK_N"], tile.blocks["BLOCK_D"]]
     descriptors = (described(k, BLOCK), described(v, BLOCK))

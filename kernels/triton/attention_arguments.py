@@ -42,6 +42,11 @@ def shared(
     }
 
 
+def is_plain(terms: dict[str, Any], mask: Tensor | None, dropout_p: float) -> bool:
+    """Whether scores are products of q and k alone, with shared()'s arguments: tiles then have more registers."""
+    return not terms["HAS_TERMS"] and mask is None and not dropout_p
+
+
 def grid(q: Tensor, BLOCK: int, cu: Tensor | None, H: int | None = None) -> tuple[int, int]:
     """(heads x batch, blocks). Of sequences end to end: as many blocks as there can be at most."""
     H = q.shape[-2] if H is None else H

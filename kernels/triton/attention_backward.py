@@ -17,6 +17,7 @@ from gptfast.kernels.triton.attention_arguments import (
     edges,
     floats,
     grid,
+    is_plain,
     refuses,
     shared,
     strides,
@@ -320,7 +321,8 @@ def attention_backward(
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     N = 0 if cu_seqlens_q is None else len(cu_seqlens_q) - 1
     rest = (mask, bias, floats(alibi_slopes), edges(cu_seqlens_q), edges(cu_seqlens_k), N, Sq, Sk, H, H // Hk)
-    tile = tiles.attention_dq(D, q.dtype, arch(q))
+    plain = is_plain(terms, mask, dropout_p)
+    tile = tiles.attention_dq(D, q.dtype, arch(q), plain)
     block = [1, 1, tile.blocks["BLOCK_N"], tile.blocks["BLOCK_D"]]
     launch(
         *(_attention_dq_kernel, grid(q, tile.blocks["BLOCK_M"], cu_seqlens_q)),
@@ -345,7 +347,7 @@ def attention_backward(
         **strides(out=out),
         tile=tile,
     )
-    tile = tiles.attention_dkdv(D, q.dtype, arch(q))
+    tile = tiles.attention_dkdv(D, q.dtype, arch(q), plain)
     block = [1, 1, tile.blocks["BLOCK_M"], tile.blocks["BLOCK_D"]]
     launch(
         *(_attention_dkdv_kernel, grid(k, tile.blocks["BLOCK_N"], cu_seqlens_k)),

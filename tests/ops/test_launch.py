@@ -233,7 +233,7 @@ def test_decoding_reads_nothing_from_the_gpu_while_a_graph_is_captured(
         angles = numbers(64, 32, dtype=torch.float32)
 
         def decode() -> torch.Tensor:
-            terms = {"k": k, "v": k, "block_table": pages, "cos": angles, "sin": angles}
+            terms: dict[str, Any] = {"k": k, "v": k, "block_table": pages, "cos": angles, "sin": angles}
             return ops.attention_kvcache(q, cache, cache, lengths, **terms, backend="triton")
 
         if not captures:
