@@ -32,7 +32,7 @@ def _gradient(
     s, dp, i, j, logs, norm, delta, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope, mask, bias, mask_i,
     mask_j, bias_i, bias_j, element, seed_low, seed_high, stream_id, drop_below, keep_scale,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_TERMS: tl.constexpr, USE_SOFTCAP: tl.constexpr,
-    USE_DROPOUT: tl.constexpr, IS_EXACT: tl.constexpr, IS_EDGE: tl.constexpr,
+    USE_DROPOUT: tl.constexpr, IS_BY_FOURS: tl.constexpr, IS_EXACT: tl.constexpr, IS_EDGE: tl.constexpr,
 ):  # fmt: skip
     """(p as dropout leaves it, the gradient of the products s), from the products s = q . k and dp = dout . v. i and j,
     logs, norm and delta broadcast to them, so that keys may be the rows."""
@@ -56,7 +56,15 @@ def _gradient(
         p *= norm
     dropped = p
     if USE_DROPOUT:
-        keep = kept(element + i.to(tl.int64) * Sk, j, seed_low, seed_high, stream_id, drop_below, False, 1, 1)
+        at = element + i.to(tl.int64) * Sk
+        if not IS_BY_FOURS:
+            keep = kept(at, j, seed_low, seed_high, stream_id, drop_below, False, 1, 1)
+        elif i.shape[1] == 1:
+            keep = kept(at, j, seed_low, seed_high, stream_id, drop_below, True, s.shape[0], s.shape[1])
+        else:
+            # Of keys that are rows: four of one query lie in four rows.
+            at, j = tl.trans(at), tl.trans(j)
+            keep = tl.trans(kept(at, j, seed_low, seed_high, stream_id, drop_below, True, s.shape[1], s.shape[0]))
         dropped = tl.where(keep, p * keep_scale, 0.0)
         dp = tl.where(keep, dp * keep_scale, 0.0)
     ds = p * (dp - delta)
@@ -75,7 +83,7 @@ def _attention_dq_kernel(
     seed_low, seed_high, stream_id, drop_below, keep_scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_TERMS: tl.constexpr, USE_SOFTCAP: tl.constexpr,
-    USE_DROPOUT: tl.constexpr, IS_EXACT: tl.constexpr,
+    USE_DROPOUT: tl.constexpr, IS_BY_FOURS: tl.constexpr, IS_EXACT: tl.constexpr,
 ):  # fmt: skip
     """Grid: (heads x batch, blocks), or (heads, blocks of all sequences)."""
     block = tl.num_programs(1) - 1 - tl.program_id(1)
@@ -138,7 +146,7 @@ def _attention_dq_kernel(
             p, _ = _gradient(
                 s, s, i, j, logs, None, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope, mask, bias,
                 mask_i, mask_j, bias_i, bias_j, element, seed_low, seed_high, stream_id, drop_below, keep_scale,
-                HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, False, IS_EXACT, True,
+                HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, False, False, IS_EXACT, True,
             )  # fmt: skip
             z += tl.sum(p, 1)
         z = tl.where(z > 0, 1.0 / z, 0.0)
@@ -161,7 +169,8 @@ def _attention_dq_kernel(
                     s, dp, i, j, logs, mine, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope, mask,
                     bias, mask_i, mask_j, bias_i, bias_j, element, seed_low, seed_high, stream_id, drop_below,
                     keep_scale,
-                    HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, USE_DROPOUT, IS_EXACT, part != 1,
+                    HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, USE_DROPOUT, IS_BY_FOURS, IS_EXACT,
+                    part != 1,
                 )  # fmt: skip
                 acc = tl.dot(ds.to(tile_k.dtype), tile_k, acc, input_precision="ieee")
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -179,7 +188,7 @@ def _attention_dkdv_kernel(
     seed_low, seed_high, stream_id, drop_below, keep_scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_TERMS: tl.constexpr, USE_SOFTCAP: tl.constexpr,
-    USE_DROPOUT: tl.constexpr, IS_EXACT: tl.constexpr,
+    USE_DROPOUT: tl.constexpr, IS_BY_FOURS: tl.constexpr, IS_EXACT: tl.constexpr,
 ):  # fmt: skip
     """Grid: (KV heads x batch, blocks of keys), or (KV heads, blocks of all sequences). Keys are the rows of all tiles
     of scores. The first keys of a causal call have the most queries and begin first."""
@@ -259,7 +268,8 @@ def _attention_dkdv_kernel(
                         s, dp, i[None, :], j, logs, mine, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2,
                         slope, mask_h_at, bias_h_at, mask_i, mask_j, bias_i, bias_j, element, seed_low, seed_high,
                         stream_id, drop_below, keep_scale,
-                        HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, USE_DROPOUT, IS_EXACT, part != 1,
+                        HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, USE_DROPOUT, IS_BY_FOURS, IS_EXACT,
+                    part != 1,
                     )  # fmt: skip
                     acc_v = tl.dot(p.to(tile_dout.dtype), tile_dout, acc_v, input_precision="ieee")
                     acc_k = tl.dot(ds.to(tile_q.dtype), tile_q, acc_k, input_precision="ieee")
@@ -318,6 +328,7 @@ def attention_backward(
     terms = shared(q, k, mask, bias, alibi_slopes, causal, scale, window, softcap, cu_seqlens_q)
     terms |= strides(q=q, k=k, v=v, dout=dout) | dropout_arguments(dropout_p, int(seed), stream)
     terms |= {"lse_head": Sq, "D": D, "USE_DROPOUT": dropout_p > 0}
+    terms |= {"IS_BY_FOURS": Sk % 4 == 0 and cu_seqlens_q is None}
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     N = 0 if cu_seqlens_q is None else len(cu_seqlens_q) - 1
     rest = (mask, bias, floats(alibi_slopes), edges(cu_seqlens_q), edges(cu_seqlens_k), N, Sq, Sk, H, H // Hk)

@@ -259,11 +259,10 @@ def attention(D: int, dtype: torch.dtype, arch: str, plain: bool = True) -> Tile
     if limits(arch).lanes == 64:  # 3 stages don't fit in 64 KiB, and 2 are kept in registers: 255 of 256 at D = 128
         warps = 8 if plain or BLOCK_D <= 64 else 4  # of four each may have 512 registers
         return Tile(warps, 2 if BLOCK_D > 128 and plain else 1, {**blocks, **more})
-    if BLOCK_D > 128 and arch not in ("sm_90", "sm_100", "sm_103"):  # where sums and operands share 255 registers
+    crowded = arch not in ("sm_90", "sm_100", "sm_103")  # sums and operands share 255 registers
+    if crowded and (BLOCK_D > 128 or (BLOCK_D > 64 and not plain)):
         blocks["BLOCK_M"] = 64
-    # 3 stages at D = 128 take 96 KiB; beside them sm_120 has no room for the 8 in which dropout's draws change places.
-    stages = 3 if BLOCK_D <= 64 or (BLOCK_D == 128 and (plain or limits(arch).shared > 99 << 10)) else 2
-    return Tile(num_warps=8, num_stages=stages, blocks={**blocks, **more})
+    return Tile(num_warps=8, num_stages=3 if BLOCK_D <= 128 else 2, blocks={**blocks, **more})
 
 
 def attention_dq(D: int, dtype: torch.dtype, arch: str, plain: bool = True) -> Tile:
@@ -293,8 +292,8 @@ def attention_dq(D: int, dtype: torch.dtype, arch: str, plain: bool = True) -> T
 def attention_dkdv(D: int, dtype: torch.dtype, arch: str, plain: bool = True) -> Tile:
     """Four products: D = 128 and 128 keys are 128 sums of dk and dv in each of 256 threads, beside 16 scores of each
     kind for 32 queries; with 64 queries it spills. 64 keys in 128 threads are as many sums: at D = 64 1.17x on an H200,
-    at 128 as well, but there it spills. Elsewhere than on Hopper half of the keys fit. Beside terms of scores (not
-    `plain`) 32 keys fit: with 64 all spill. BLOCK_M is the order of summation."""
+    at 128 as well, but there it spills. Elsewhere than on Hopper half of the keys fit. `plain`: without terms
+    of scores. BLOCK_M is the order of summation."""
     BLOCK_D = bounded(next_power_of_2(D), 16, 256)
     if dtype.itemsize == 4:
         blocks = {"BLOCK_M": 32 if BLOCK_D <= 128 else 16, "BLOCK_N": 32, "BLOCK_D": BLOCK_D}
@@ -304,11 +303,14 @@ def attention_dkdv(D: int, dtype: torch.dtype, arch: str, plain: bool = True) ->
     if limits(arch).lanes == 64:  # as for dq; keys of which every thread has 256 sums, at D = 256 too
         blocks = {"BLOCK_M": 32, "BLOCK_N": 64 if BLOCK_D <= 128 else 16, "BLOCK_D": BLOCK_D}
         return Tile(num_warps=8 if BLOCK_D <= 64 else 4, blocks=blocks)
+    if not plain:  # with 64 keys all spill; at D = 256 Ampere does with 32 too, unless nothing is fetched ahead
+        ahead = not (BLOCK_D > 128 and arch in ("sm_80", "sm_86", "sm_89"))
+        return Tile(num_warps=8, num_stages=1 + ahead, blocks={"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_D": BLOCK_D})
     if arch == "sm_120" and BLOCK_D <= 64:  # ptxas spills with more keys, at 255 registers
         return Tile(num_warps=4, num_stages=2, blocks={"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_D": BLOCK_D})
     if arch == "sm_90" and BLOCK_D <= 64:
         return Tile(num_warps=4, num_stages=3, blocks={"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_D": BLOCK_D})
-    BLOCK_N = 32 if BLOCK_D > 128 or (BLOCK_D > 64 and not plain) else 128 if arch == "sm_90" else 64
+    BLOCK_N = 32 if BLOCK_D > 128 else 128 if arch == "sm_90" else 64
     return Tile(num_warps=8, num_stages=2, blocks={"BLOCK_M": 32, "BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D})
 
 
