@@ -169,7 +169,8 @@ def _chunk_kernel(
     shift = Sk - Sq
     R = Sq * G
     r0 = tl.program_id(1) * BLOCK_M
-    r = r0 + tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_M)
+    r = r0 + n
     i, h = r // G, hk * G + r % G
     d = tl.arange(0, BLOCK_D)
     at = q + batch * q_batch + (i.to(tl.int64) * q_row + h * q_head)[:, None] + d[None, :]
@@ -220,19 +221,22 @@ def _chunk_kernel(
             v_cache, v_scales, row, slot, there, vc_batch, vc_row, vs_batch, vs_row, d, D, BLOCK_D, tile_q.dtype
         )
         acc = tl.dot(p.to(values.dtype), values, acc, input_precision="ieee")
+    # Counted from the block's first row: the numbers of the rows would keep registers through the loop.
+    mine = n < R - r0
+    inside = mine[:, None] & (d < D)[None, :]
     if IS_WHOLE:
         if not IS_EXACT:
             to_natural = scale * 0.0 + LN2
         result, logs = finish(acc, m, l, sink, to_natural)
         to = out + ((batch * Sq + i) * H + h)[:, None] * D + d[None, :]
-        tl.store(to, result.to(out.dtype.element_ty), mask=(r < R)[:, None] & (d < D)[None, :])
+        tl.store(to, result.to(out.dtype.element_ty), mask=inside)
         if lse is not None:
-            tl.store(lse + (batch * H + h) * Sq + i, logs, mask=r < R)
+            tl.store(lse + (batch * H + h) * Sq + i, logs, mask=mine)
     else:
-        part = ((batch * Hk + hk) * splits + split) * R + r
-        tl.store(sums + part[:, None] * D + d[None, :], acc, mask=(r < R)[:, None] & (d < D)[None, :])
-        tl.store(levels + part, m, mask=r < R)
-        tl.store(weights + part, l, mask=r < R)
+        part = ((batch * Hk + hk) * splits + split) * R + r0
+        tl.store(sums + part * D + (n[:, None] * D + d[None, :]), acc, mask=inside)
+        tl.store(levels + part + n, m, mask=mine)
+        tl.store(weights + part + n, l, mask=mine)
 
 
 @triton.jit(do_not_specialize=["Sq", "H", "G", "splits", "room"])

@@ -276,7 +276,7 @@ def attention_dq(D: int, dtype: torch.dtype, arch: str, plain: bool = True) -> T
         return Tile(num_warps=8, num_stages=3 if arch == "sm_120" and BLOCK_D == 128 else 2, blocks=blocks)
     if limits(arch).lanes == 64:  # from D = 80 on 255 registers are too few, and only four warps may have 512
         blocks = {"BLOCK_M": 64, "BLOCK_N": 64 if BLOCK_D <= 128 else 32, "BLOCK_D": BLOCK_D}
-        return Tile(num_warps=8 if BLOCK_D <= 64 else 4, blocks=blocks)
+        return Tile(num_warps=8 if plain and BLOCK_D <= 64 else 4, blocks=blocks)
     if arch == "sm_120" and BLOCK_D <= 64:  # ptxas spills with more rows, at 255 registers
         return Tile(num_warps=4, num_stages=2, blocks={"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_D": BLOCK_D})
     if arch == "sm_90" and BLOCK_D <= 128:  # two programs to a multiprocessor: 1.2x at D = 64 on an H200, 1.02x at 128
@@ -302,10 +302,12 @@ def attention_dkdv(D: int, dtype: torch.dtype, arch: str, plain: bool = True) ->
         return Tile(4 if limits(arch).lanes == 64 else 16 if BLOCK_D == 128 else 8, blocks=blocks)
     if limits(arch).lanes == 64:  # as for dq; keys of which every thread has 256 sums, at D = 256 too
         blocks = {"BLOCK_M": 32, "BLOCK_N": 64 if BLOCK_D <= 128 else 16, "BLOCK_D": BLOCK_D}
-        return Tile(num_warps=8 if BLOCK_D <= 64 else 4, blocks=blocks)
-    if not plain:  # with 64 keys all spill; at D = 256 Ampere does with 32 too, unless nothing is fetched ahead
-        ahead = not (BLOCK_D > 128 and arch in ("sm_80", "sm_86", "sm_89"))
-        return Tile(num_warps=8, num_stages=1 + ahead, blocks={"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_D": BLOCK_D})
+        return Tile(num_warps=8 if plain and BLOCK_D <= 64 else 4, blocks=blocks)
+    if not plain:  # with 64 keys all spill
+        stages = 3 if arch == "sm_90" and BLOCK_D <= 64 else 2
+        if BLOCK_D > 128 and arch in ("sm_80", "sm_86", "sm_89"):  # these with 32 too, if anything is fetched ahead
+            stages = 1
+        return Tile(4 if BLOCK_D <= 64 else 8, stages, {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_D": BLOCK_D})
     if arch == "sm_120" and BLOCK_D <= 64:  # ptxas spills with more keys, at 255 registers
         return Tile(num_warps=4, num_stages=2, blocks={"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_D": BLOCK_D})
     if arch == "sm_90" and BLOCK_D <= 64:
@@ -321,6 +323,8 @@ def attention_kvcache(R: int, D: int, dtype: torch.dtype, arch: str) -> Tile:
     BLOCK_M = bounded(next_power_of_2(R), 16, 64 if dtype.itemsize == 2 else 16)
     BLOCK_N = (64 if dtype.itemsize == 2 else 32) // (2 if BLOCK_D > 128 else 1)
     blocks = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D, "CHUNK": 256}
+    if arch == "sm_120" and BLOCK_M == 64 and BLOCK_D > 64:  # 64 sums, 32 scores: what is fetched ahead would spill
+        return Tile(num_warps=4, blocks=blocks)
     return Tile(num_warps=4 if dtype.itemsize == 2 else 8, num_stages=3 if dtype.itemsize == 2 else 2, blocks=blocks)
 
 
