@@ -272,8 +272,10 @@ def attention_dq(D: int, dtype: torch.dtype, arch: str, plain: bool = True) -> T
     BLOCK_D = bounded(next_power_of_2(D), 16, 256)
     if dtype.itemsize == 4:
         blocks = {"BLOCK_M": 32, "BLOCK_N": 32 if BLOCK_D <= 64 else 16, "BLOCK_D": BLOCK_D}
-        # sm_120 has room for one program of 2 stages too, and its ptxas takes 80 registers for those, which spill.
-        return Tile(num_warps=8, num_stages=3 if arch == "sm_120" and BLOCK_D == 128 else 2, blocks=blocks)
+        # For 2 stages ptxas takes as many registers as let more programs in, and spills, beside terms everywhere and on
+        # sm_120, which has no room for those programs' memory.
+        third = BLOCK_D == 128 and (arch == "sm_120" or not plain) and limits(arch).lanes == 32
+        return Tile(num_warps=8, num_stages=2 + third, blocks=blocks)
     if limits(arch).lanes == 64:  # from D = 80 on 255 registers are too few, and only four warps may have 512
         blocks = {"BLOCK_M": 64, "BLOCK_N": 64 if BLOCK_D <= 128 else 32, "BLOCK_D": BLOCK_D}
         return Tile(num_warps=8 if plain and BLOCK_D <= 64 else 4, blocks=blocks)
@@ -297,9 +299,13 @@ def attention_dkdv(D: int, dtype: torch.dtype, arch: str, plain: bool = True) ->
     BLOCK_D = bounded(next_power_of_2(D), 16, 256)
     if dtype.itemsize == 4:
         blocks = {"BLOCK_M": 32 if BLOCK_D <= 128 else 16, "BLOCK_N": 32, "BLOCK_D": BLOCK_D}
-        # D = 128: 32 sums of dk and dv in each of 256 threads spill where ptxas leaves room for two programs. AMD's
-        # matrix instructions want tiles in more registers: four warps may have 512.
-        return Tile(4 if limits(arch).lanes == 64 else 16 if BLOCK_D == 128 else 8, blocks=blocks)
+        if limits(arch).lanes == 64:  # AMD's matrix instructions want tiles in registers: four warps may have 512
+            return Tile(4, blocks=blocks)
+        # D = 128: 32 sums of dk and dv in each of 256 threads spill where ptxas leaves room for two programs, 16 in each
+        # of 512 beside terms of scores.
+        if BLOCK_D == 128 and not plain:
+            blocks["BLOCK_N"] = 16
+        return Tile(16 if BLOCK_D == 128 and plain else 8, blocks=blocks)
     if limits(arch).lanes == 64:  # as for dq; keys of which every thread has 256 sums, at D = 256 too
         blocks = {"BLOCK_M": 32, "BLOCK_N": 64 if BLOCK_D <= 128 else 16, "BLOCK_D": BLOCK_D}
         return Tile(num_warps=8 if plain and BLOCK_D <= 64 else 4, blocks=blocks)
