@@ -301,11 +301,12 @@ def attention_dkdv(D: int, dtype: torch.dtype, arch: str, plain: bool = True) ->
         blocks = {"BLOCK_M": 32 if BLOCK_D <= 128 else 16, "BLOCK_N": 32, "BLOCK_D": BLOCK_D}
         if limits(arch).lanes == 64:  # AMD's matrix instructions want tiles in registers: four warps may have 512
             return Tile(4, blocks=blocks)
-        # D = 128: 32 sums of dk and dv in each of 256 threads spill where ptxas leaves room for two programs, 16 in each
-        # of 512 beside terms of scores.
+        # D = 128: 32 sums of dk and dv in each of 256 threads spill where ptxas leaves room for two programs, and 16 in
+        # each of 512 beside terms of scores.
         if BLOCK_D == 128 and not plain:
             blocks["BLOCK_N"] = 16
-        return Tile(16 if BLOCK_D == 128 and plain else 8, blocks=blocks)
+        wide = BLOCK_D == 128 and (plain or arch == "sm_120")  # which has no memory for the second program
+        return Tile(16 if wide else 8, blocks=blocks)
     if limits(arch).lanes == 64:  # as for dq; keys of which every thread has 256 sums, at D = 256 too
         blocks = {"BLOCK_M": 32, "BLOCK_N": 64 if BLOCK_D <= 128 else 16, "BLOCK_D": BLOCK_D}
         return Tile(num_warps=8 if plain and BLOCK_D <= 64 else 4, blocks=blocks)
