@@ -32,6 +32,7 @@ from gptfast.kernels.triton.attention_scores import (
     finish,
     held,
     keys_at,
+    pairs_at,
     place,
     seen_by_rows,
     soften,
@@ -52,7 +53,7 @@ __all__ = [
 
 @triton.jit
 def _walk(
-    acc, m, l, tile_q, k, v, k_desc, v_desc, b, hk, i, first, last, shift, Sq, Sk, k_row, v_row, left, right,
+    acc, m, l, tile_q, k, v, k_desc, v_desc, b, hk, first_i, first, last, shift, Sq, Sk, k_row, v_row, left, right,
     scale, softcap, to_log2, slope, mask, bias, mask_i, mask_j, bias_i, bias_j,
     element, seed_low, seed_high, stream_id, drop_below, keep_scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -61,6 +62,8 @@ def _walk(
     IS_EDGE: tl.constexpr,
 ):  # fmt: skip
     """The keys' blocks from first to last, one after another."""
+    rows, columns = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    i = first_i + rows
     for start in range(first, last, BLOCK_N):
         tile_k = keys_at(k, k_desc, b, start, hk, Sk, k_row, D, BLOCK_N, BLOCK_D, IS_EDGE)
         tile_v = tile_k
@@ -68,12 +71,18 @@ def _walk(
         if JOINS:
             tile_v = keys_at(v, v_desc, b, start, hk, Sk, v_row, D, BLOCK_N, BLOCK_D, IS_EDGE)
         s = tl.dot(tile_q, tl.trans(tile_k), input_precision="ieee")
-        j = start + tl.arange(0, BLOCK_N)[None, :]
+        j = start + columns
         inside = seen_by_rows(i, j, shift, Sq, Sk, left, right, HAS_LEFT, HAS_RIGHT)
         if HAS_TERMS:
-            s, _ = with_terms(s, i, j, shift, inside, scale, softcap, slope, bias, bias_i, bias_j, USE_SOFTCAP)
+            bias_at = bias
+            if bias is not None:
+                bias_at = pairs_at(bias, first_i, rows, bias_i, start, columns, bias_j)
+            there = inside
+            if not IS_EDGE:
+                there = i < Sq
+            s, _ = with_terms(s, i, j, shift, there, scale, softcap, slope, bias_at, USE_SOFTCAP)
         if mask is not None:
-            at = mask + i.to(tl.int64) * mask_i + j.to(tl.int64) * mask_j
+            at = pairs_at(mask, first_i, rows, mask_i, start, columns, mask_j)
             inside &= tl.load(at, mask=inside, other=0) != 0
         if IS_EDGE or mask is not None:
             s = tl.where(inside, s, float("-inf"))
@@ -138,7 +147,6 @@ def _attention_kernel(
         mask += batch * mask_b + h * mask_h
     if bias is not None:
         bias += batch * bias_b + h * bias_h
-    i = first + tl.arange(0, BLOCK_M)[:, None]
     tile_q = tile_at(q, first, Sq, q_row, D, BLOCK_M, BLOCK_D, True)
     if HOLDS_Q:
         tile_q = held(tile_q, Sq)
@@ -162,7 +170,7 @@ def _attention_kernel(
             low, high = a2, a3
         if HAS_LEFT or part != 0:
             acc, m, l = _walk(
-                acc, m, l, tile_q, k, v, k_desc, v_desc, b, h // G, i, low, high, shift, Sq, Sk, k_row, v_row, left,
+                acc, m, l, tile_q, k, v, k_desc, v_desc, b, h // G, first, low, high, shift, Sq, Sk, k_row, v_row, left,
                 right, scale, softcap, to_log2, slope, mask, bias, mask_i, mask_j, bias_i, bias_j,
                 element, seed_low, seed_high, stream_id, drop_below, keep_scale, D, BLOCK_M, BLOCK_N, BLOCK_D,
                 HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, USE_DROPOUT, IS_BY_FOURS, IS_EXACT, JOINS, part != 1,

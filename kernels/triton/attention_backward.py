@@ -23,26 +23,44 @@ from gptfast.kernels.triton.attention_arguments import (
     strides,
     with_rows,
 )
-from gptfast.kernels.triton.attention_scores import LOG2E, SIZES, bounds, keys_at, place, seen, tile_at, with_terms
+from gptfast.kernels.triton.attention_scores import (
+    LOG2E,
+    SIZES,
+    bounds,
+    keys_at,
+    pairs_at,
+    place,
+    seen,
+    tile_at,
+    with_terms,
+)
 from gptfast.kernels.triton.philox import UNSPECIALISED, dropout_arguments, kept
 
 
 @triton.jit
 def _gradient(
-    s, dp, i, j, logs, norm, delta, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope, mask, bias, mask_i,
-    mask_j, bias_i, bias_j, element, seed_low, seed_high, stream_id, drop_below, keep_scale,
+    s, dp, first_i, i, first_j, j, logs, norm, delta, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope, mask,
+    bias, mask_i, mask_j, bias_i, bias_j, element, seed_low, seed_high, stream_id, drop_below, keep_scale,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_TERMS: tl.constexpr, USE_SOFTCAP: tl.constexpr,
     USE_DROPOUT: tl.constexpr, IS_BY_FOURS: tl.constexpr, IS_EXACT: tl.constexpr, IS_EDGE: tl.constexpr,
 ):  # fmt: skip
-    """(p as dropout leaves it, the gradient of the products s), from the products s = q . k and dp = dout . v. i and j,
-    logs, norm and delta broadcast to them, so that keys may be the rows."""
+    """(p as dropout leaves it, the gradient of the products s), from the products s = q . k and dp = dout . v. Queries
+    first_i + i and keys first_j + j, logs, norm and delta broadcast to them, so that keys may be the rows."""
+    bias_at, mask_at = bias, mask
+    if bias is not None:
+        bias_at = pairs_at(bias, first_i, i, bias_i, first_j, j, bias_j)
+    if mask is not None:
+        mask_at = pairs_at(mask, first_i, i, mask_i, first_j, j, mask_j)
+    i, j = first_i + i, first_j + j
     inside = seen(i, j, shift, Sq, Sk, left, right, HAS_LEFT, HAS_RIGHT)
     t = s
     if HAS_TERMS:
-        s, t = with_terms(s, i, j, shift, inside, scale, softcap, slope, bias, bias_i, bias_j, USE_SOFTCAP)
+        there = inside
+        if not IS_EDGE:
+            there = i < Sq
+        s, t = with_terms(s, i, j, shift, there, scale, softcap, slope, bias_at, USE_SOFTCAP)
     if mask is not None:
-        at = mask + i.to(tl.int64) * mask_i + j.to(tl.int64) * mask_j
-        inside &= tl.load(at, mask=inside, other=0) != 0
+        inside &= tl.load(mask_at, mask=inside, other=0) != 0
     if IS_EXACT:
         to_natural = scale
         if HAS_TERMS:
@@ -113,8 +131,7 @@ def _attention_dq_kernel(
         mask += batch * mask_b + h * mask_h
     if bias is not None:
         bias += batch * bias_b + h * bias_h
-    row = tl.arange(0, BLOCK_M)
-    i = first + row[:, None]
+    row, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)[None, :]
     there = row < Sq - first
     tile_q = tile_at(q, first, Sq, q_row, D, BLOCK_M, BLOCK_D, True)
     tile_dout = tile_at(dout, first, Sq, dout_row, D, BLOCK_M, BLOCK_D, True)
@@ -140,11 +157,11 @@ def _attention_dq_kernel(
         if sinks is not None:
             z += tl.exp2((tl.load(sinks + h).to(tl.float32) - tl.reshape(logs, (BLOCK_M,))) * LOG2E)
         for start in range(a0, a3, BLOCK_N):
-            j = start + tl.arange(0, BLOCK_N)[None, :]
             tile_k = tile_at(k, start, Sk, k_row, D, BLOCK_N, BLOCK_D, True)
             s = tl.dot(tile_q, tl.trans(tile_k), input_precision="ieee")
             p, _ = _gradient(
-                s, s, i, j, logs, None, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope, mask, bias,
+                s, s, first, row[:, None], start, columns,
+                logs, None, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope, mask, bias,
                 mask_i, mask_j, bias_i, bias_j, element, seed_low, seed_high, stream_id, drop_below, keep_scale,
                 HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, False, False, IS_EXACT, True,
             )  # fmt: skip
@@ -160,13 +177,13 @@ def _attention_dq_kernel(
             low, high = a2, a3
         if HAS_LEFT or part != 0:
             for start in range(low, high, BLOCK_N):
-                j = start + tl.arange(0, BLOCK_N)[None, :]
                 tile_k = keys_at(k, k_desc, b, start, h // G, Sk, k_row, D, BLOCK_N, BLOCK_D, part != 1)
                 tile_v = keys_at(v, v_desc, b, start, h // G, Sk, v_row, D, BLOCK_N, BLOCK_D, part != 1)
                 s = tl.dot(tile_q, tl.trans(tile_k), input_precision="ieee")
                 dp = tl.dot(tile_dout, tl.trans(tile_v), input_precision="ieee")
                 _, ds = _gradient(
-                    s, dp, i, j, logs, mine, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope, mask,
+                    s, dp, first, row[:, None], start, columns,
+                    logs, mine, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope, mask,
                     bias, mask_i, mask_j, bias_i, bias_j, element, seed_low, seed_high, stream_id, drop_below,
                     keep_scale,
                     HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, USE_DROPOUT, IS_BY_FOURS, IS_EXACT,
@@ -210,8 +227,7 @@ def _attention_dkdv_kernel(
     dout += batch * dout_batch + far_q * dout_row
     k += batch * k_batch + hk * k_head + far_k * k_row
     v += batch * v_batch + hk * v_head + far_k * v_row
-    row = tl.arange(0, BLOCK_N)
-    j = first + row[:, None]
+    row, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)[None, :]
     tile_k = tile_at(k, first, Sk, k_row, D, BLOCK_N, BLOCK_D, True)
     tile_v = tile_at(v, first, Sk, v_row, D, BLOCK_N, BLOCK_D, True)
     acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -265,7 +281,8 @@ def _attention_dkdv_kernel(
                     s = tl.dot(tile_k, tl.trans(tile_q), input_precision="ieee")
                     dp = tl.dot(tile_v, tl.trans(tile_dout), input_precision="ieee")
                     p, ds = _gradient(
-                        s, dp, i[None, :], j, logs, mine, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2,
+                        s, dp, start, columns, first, row[:, None],
+                        logs, mine, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2,
                         slope, mask_h_at, bias_h_at, mask_i, mask_j, bias_i, bias_j, element, seed_low, seed_high,
                         stream_id, drop_below, keep_scale,
                         HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, USE_DROPOUT, IS_BY_FOURS, IS_EXACT,

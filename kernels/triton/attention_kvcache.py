@@ -214,7 +214,7 @@ def _chunk_kernel(
         s = tl.dot(tile_q, tl.trans(keys), input_precision="ieee")
         inside = seen_by_rows(i[:, None], j[None, :], shift, Sq, Sk, left, right, HAS_LEFT, HAS_RIGHT)
         if HAS_TERMS:
-            s, _ = with_terms(s, i[:, None], j[None, :], shift, inside, scale, softcap, slope, None, 0, 0, USE_SOFTCAP)
+            s, _ = with_terms(s, i[:, None], j[None, :], shift, inside, scale, softcap, slope, None, USE_SOFTCAP)
         s = tl.where(inside, s, float("-inf"))
         acc, m, l, p = soften(acc, m, l, s, to_log2, True, IS_EXACT)
         values = _kept(

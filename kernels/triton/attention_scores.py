@@ -65,8 +65,17 @@ def bounds(first, last, shift, Sk, left, right, HAS_LEFT: tl.constexpr, HAS_RIGH
 
 
 @triton.jit
-def with_terms(s, i, j, shift, inside, scale, softcap, slope, bias, bias_i, bias_j, USE_SOFTCAP: tl.constexpr):
-    """Scores in natural units from products of q and k, and tanh(s / softcap)."""
+def pairs_at(x, first_i, i, x_i, first_j, j, x_j):
+    """Where x has something for queries first_i + i and keys first_j + j. The firsts are numbers, so that what differs
+    from pair to pair is small and can be part of an instruction: 64-bit sums of each pair would fill the registers."""
+    base = x + (tl.cast(first_i, tl.int64) * x_i + tl.cast(first_j, tl.int64) * x_j)
+    return base + (i.to(tl.int64) * x_i + j.to(tl.int64) * x_j)
+
+
+@triton.jit
+def with_terms(s, i, j, shift, there, scale, softcap, slope, bias, USE_SOFTCAP: tl.constexpr):
+    """Scores in natural units from products of q and k, and tanh(s / softcap). bias: addresses of the
+    pairs', of which those `there` are read."""
     s *= scale
     t = s
     if USE_SOFTCAP:
@@ -75,7 +84,7 @@ def with_terms(s, i, j, shift, inside, scale, softcap, slope, bias, bias_i, bias
     if slope is not None:
         s -= slope * tl.abs(i + shift - j).to(tl.float32)
     if bias is not None:
-        s += tl.load(bias + i.to(tl.int64) * bias_i + j.to(tl.int64) * bias_j, mask=inside, other=0.0).to(tl.float32)
+        s += tl.load(bias, mask=there, other=0.0).to(tl.float32)
     return s, t
 
 
