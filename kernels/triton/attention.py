@@ -230,7 +230,8 @@ def attention(
     heads = (H, Sq) if varlen else (q.shape[0], H, Sq)
     lse = empty(heads, torch.float32, q) if return_lse else None
     terms = shared(q, k, mask, bias, alibi_slopes, causal, scale, window, softcap, cu_seqlens_q)
-    tile = tiles.attention(D, q.dtype, arch(q), is_plain(terms, mask, dropout_p))
+    reads = mask is not None or bias is not None
+    tile = tiles.attention(D, q.dtype, arch(q), is_plain(terms, mask, dropout_p), reads)
     dropout = dropout_arguments(dropout_p, int(seed), stream)
     BLOCK = [1, 1, tile.blocks["BLOCK_N"], tile.blocks["BLOCK_D"]]
     descriptors = (described(k, BLOCK), described(v, BLOCK))

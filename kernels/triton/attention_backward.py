@@ -350,7 +350,7 @@ def attention_backward(
     N = 0 if cu_seqlens_q is None else len(cu_seqlens_q) - 1
     rest = (mask, bias, floats(alibi_slopes), edges(cu_seqlens_q), edges(cu_seqlens_k), N, Sq, Sk, H, H // Hk)
     plain = is_plain(terms, mask, dropout_p)
-    tile = tiles.attention_dq(D, q.dtype, arch(q), plain)
+    tile = tiles.attention_dq(D, q.dtype, arch(q), plain, mask is not None or bias is not None)
     block = [1, 1, tile.blocks["BLOCK_N"], tile.blocks["BLOCK_D"]]
     launch(
         *(_attention_dq_kernel, grid(q, tile.blocks["BLOCK_M"], cu_seqlens_q)),

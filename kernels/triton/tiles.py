@@ -243,16 +243,18 @@ def sequence_tile(T: int) -> Tile:
 # --- attention
 
 
-def attention(D: int, dtype: torch.dtype, arch: str, plain: bool = True) -> Tile:
+def attention(D: int, dtype: torch.dtype, arch: str, plain: bool = True, reads: bool = False) -> Tile:
     """D = 128: 128 rows by 8 warps hold 64 sums, 64 scores and 32 packed probabilities in each thread, of 255
     registers; 2 stages of 128 keys and values are 128 KiB of shared memory beside 32 KiB of queries. Hopper holds the
     queries in 32 registers more, unless terms of scores need them (not `plain`): read from shared memory with 64 keys
-    they would take all of its 128 bytes a clock. The order of summation is that of BLOCK_N, which no architecture
-    changes, in COLUMNS sums of a row: 8, a matrix instruction's, of which a thread has two."""
+    they would take all of its 128 bytes a clock. `reads`: a bias or a mask is among the terms. The order of summation
+    is that of BLOCK_N, which no architecture changes, in COLUMNS sums of a row: 8, a matrix instruction's, of which a
+    thread has two."""
     BLOCK_D = bounded(next_power_of_2(D), 16, 256)
     if dtype.itemsize == 4:
         blocks = {"BLOCK_M": 64 if BLOCK_D <= 64 else 32, "BLOCK_N": 32 if BLOCK_D <= 128 else 16}
-        return Tile(8, 2, {**blocks, "BLOCK_D": BLOCK_D, "HOLDS_Q": 0, "JOINS": 0, "COLUMNS": 1})
+        warps = 8 if plain or limits(arch).lanes == 32 else 4  # of four each may have 512 registers
+        return Tile(warps, 2, {**blocks, "BLOCK_D": BLOCK_D, "HOLDS_Q": 0, "JOINS": 0, "COLUMNS": 1})
     blocks = {"BLOCK_M": 128, "BLOCK_N": 64 if BLOCK_D <= 128 else 32, "BLOCK_D": BLOCK_D}
     hopper = arch == "sm_90"
     more = {"HOLDS_Q": int(hopper and plain and BLOCK_D <= 128), "JOINS": int(hopper), "COLUMNS": 8 if hopper else 1}
@@ -262,10 +264,13 @@ def attention(D: int, dtype: torch.dtype, arch: str, plain: bool = True) -> Tile
     crowded = arch not in ("sm_90", "sm_100", "sm_103")  # sums and operands share 255 registers
     if crowded and (BLOCK_D > 128 or (BLOCK_D > 64 and not plain)):
         blocks["BLOCK_M"] = 64
-    return Tile(num_warps=8, num_stages=3 if BLOCK_D <= 128 else 2, blocks={**blocks, **more})
+    stages = 3 if BLOCK_D <= 128 else 2
+    if reads and BLOCK_D == 128:  # a bias is fetched ahead as keys are, and its addresses need what registers are left
+        blocks["BLOCK_M"], stages = 64, 1 if arch in ("sm_100", "sm_103") else 2
+    return Tile(num_warps=8, num_stages=stages, blocks={**blocks, **more})
 
 
-def attention_dq(D: int, dtype: torch.dtype, arch: str, plain: bool = True) -> Tile:
+def attention_dq(D: int, dtype: torch.dtype, arch: str, plain: bool = True, reads: bool = False) -> Tile:
     """Three products: dq's sums and two tiles of scores, all in registers. Hopper reads both operands from shared
     memory and later datacentre chips keep sums in a memory of their own; elsewhere operands need registers too, and
     half of the rows fit, as they do beside terms of scores (not `plain`). BLOCK_N is the order of summation."""
@@ -279,13 +284,16 @@ def attention_dq(D: int, dtype: torch.dtype, arch: str, plain: bool = True) -> T
     if limits(arch).lanes == 64:  # from D = 80 on 255 registers are too few, and only four warps may have 512
         blocks = {"BLOCK_M": 64, "BLOCK_N": 64 if BLOCK_D <= 128 else 32, "BLOCK_D": BLOCK_D}
         return Tile(num_warps=8 if plain and BLOCK_D <= 64 else 4, blocks=blocks)
-    if arch == "sm_120" and BLOCK_D <= 64:  # ptxas spills with more rows, at 255 registers
+    small = arch in ("sm_80", "sm_86", "sm_89") and reads  # what else a pair has is read into registers, too
+    if (arch == "sm_120" or small) and BLOCK_D <= 64:  # ptxas spills with more rows, at 255 registers
         return Tile(num_warps=4, num_stages=2, blocks={"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_D": BLOCK_D})
     if arch == "sm_90" and BLOCK_D <= 128:  # two programs to a multiprocessor: 1.2x at D = 64 on an H200, 1.02x at 128
-        return Tile(num_warps=4, num_stages=3, blocks={"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": BLOCK_D})
+        warps = 8 if reads and BLOCK_D == 128 else 4
+        return Tile(warps, num_stages=3, blocks={"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": BLOCK_D})
     roomy = arch in ("sm_100", "sm_103") and (BLOCK_D <= 64 or (plain and BLOCK_D == 128))
     BLOCK_M = 128 if roomy else 64
-    if BLOCK_D > 128 and limits(arch).shared < 100 << 10:  # 64 rows of q and dout, and two stages, take 100 KiB
+    full = BLOCK_D > 128 and limits(arch).shared < 100 << 10  # what 64 rows of q and dout, and two stages, take
+    if small or full:
         BLOCK_M = 32
     blocks = {"BLOCK_M": BLOCK_M, "BLOCK_N": 64 if BLOCK_D <= 128 else 32, "BLOCK_D": BLOCK_D}
     return Tile(num_warps=8, num_stages=2, blocks=blocks)
@@ -294,8 +302,8 @@ def attention_dq(D: int, dtype: torch.dtype, arch: str, plain: bool = True) -> T
 def attention_dkdv(D: int, dtype: torch.dtype, arch: str, plain: bool = True) -> Tile:
     """Four products: D = 128 and 128 keys are 128 sums of dk and dv in each of 256 threads, beside 16 scores of each
     kind for 32 queries; with 64 queries it spills. 64 keys in 128 threads are as many sums: at D = 64 1.17x on an H200,
-    at 128 as well, but there it spills. Elsewhere than on Hopper half of the keys fit. `plain`: without terms
-    of scores. BLOCK_M is the order of summation."""
+    at 128 as well, but there it spills. Elsewhere than on Hopper half of the keys fit. `plain`: without terms of
+    scores. BLOCK_M is the order of summation."""
     BLOCK_D = bounded(next_power_of_2(D), 16, 256)
     if dtype.itemsize == 4:
         blocks = {"BLOCK_M": 32 if BLOCK_D <= 128 else 16, "BLOCK_N": 32, "BLOCK_D": BLOCK_D}
