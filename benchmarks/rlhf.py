@@ -26,7 +26,7 @@ from gptfast.formats.tokenizer import Tokenizer
 from gptfast.model import GPT
 from gptfast.train.ppo import PPO, PPOConfig
 from gptfast.train.presets import recipe_preset
-from gptfast.train.reward import RewardModel
+from gptfast.train.reward_model import RewardModel
 from gptfast.train.trainer import make_optimizer
 
 OURS, REFERENCE = "gptfast", "reference ops"

@@ -5,7 +5,8 @@
 
 Ouyang et al. (arXiv:2203.02155), section 3.5, train on all comparisons of a prompt's answers at once; here the prompts
 of a batch ask for the same in other words, so that all of its answers are compared. n answers cost n forward passes and
-give up to n (n - 1) / 2 pairs.
+give up to n (n - 1) / 2 pairs. Each member of an ensemble learns by itself from the same batches, with other tokens
+hidden.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from gptfast.train.optim import AdamW
 from gptfast.train.packing import Order, Packed, pack, seed_of
 from gptfast.train.parallel import Runner
 from gptfast.train.prompts import Pair, Prompt, completion_ids, prompt_ids
-from gptfast.train.reward import Pairs, Reward, RewardConfig, RewardModel
+from gptfast.train.reward import Pairs, Reward, RewardConfig
+from gptfast.train.reward_model import RewardEnsemble, RewardModel
 from gptfast.train.trainer import check_finite
 
 
@@ -60,14 +62,14 @@ class Ranked(Reward):
     def __init__(
         self,
         config: RankedConfig,
-        model: RewardModel,
+        model: RewardModel | RewardEnsemble,
         tokenizer: Tokenizer,
         answers: Sequence[Answer],
         heldout: Sequence[Pair] = (),
     ) -> None:
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.modules = {"model": model}
-        longest = model.backbone.config.context
+        longest = model.context
         rows = [
             (prompt_ids(a.prompt, tokenizer), completion_ids(a.prompt, a.text, tokenizer), a.score) for a in answers
         ]
@@ -81,16 +83,19 @@ class Ranked(Reward):
         self.order = Order(len(rows), config.seed, "reward")
         self.hidden_id = next((i for i in (tokenizer.pad_id, tokenizer.bos_id) if i is not None), 0)
 
-    def compare(self, packed: Packed, first: int, others: Tensor, ratings: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch's loss as a function of these sequences' scores, which stand at `first` among all scores (n,); the
-        others' come without gradients. And the scores."""
-        mine = self.model.raw(packed)
-        scores = torch.cat([others[:first], mine, others[first + len(mine) :]])
+    def compare(self, packed: list[Packed], first: int, others: Tensor, ratings: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch's loss as a function of these sequences' scores, which stand at `first` among all scores
+        (members, n); the others' come without gradients. And the members' mean scores (n,).
+
+        packed  the sequences as each member sees them
+        """
+        mine = self.model.each(packed)
+        scores = torch.cat([others[:, :first], mine, others[:, first + mine.shape[1] :]], 1)
         apart = ratings[:, None] - ratings[None]
         counts = ((apart >= self.config.least) & (apart > 0)).float()
-        losses = F.softplus(scores[None] - scores[:, None]) * counts
-        loss = losses.sum() / counts.sum().clamp(min=1)
-        return loss + self.config.centring * scores.square().mean(), scores.detach()
+        losses = F.softplus(scores[:, None] - scores[:, :, None]) * counts
+        loss = losses.sum() / (counts.sum().clamp(min=1) * len(scores))
+        return loss + self.config.centring * scores.square().mean(), scores.detach().mean(0)
 
     def step(self, step: int, optimizer: AdamW) -> dict[str, float]:
         rows = self.order.batch(step, self.config.batch_size)
@@ -100,7 +105,8 @@ class Ranked(Reward):
         if self._runner is None:
             self._runner = self.world.runner(self.modules, self.compare)
         first, end = (len(rows) * r // self.world.size for r in (self.world.rank, self.world.rank + 1))
-        packed = self._hide(pack([self.sequences[i] for i in rows[first:end]]))
+        shown = pack([self.sequences[i] for i in rows[first:end]])
+        packed = [self._hide(shown) for _ in range(self.model.members)]
         with self._runner.part(last=True):
             loss, scores = self._runner(packed, first, self._others(packed, first, len(rows)), ratings)
             (loss * self.world.size).backward()
@@ -121,14 +127,14 @@ class Ranked(Reward):
         return packed._replace(ids=packed.ids.masked_fill(hidden, self.hidden_id))
 
     @torch.no_grad()
-    def _others(self, packed: Packed, first: int, n: int) -> Tensor:
-        """All scores of the batch, of which the other processes' are used, (n,) fp32."""
-        scores = torch.zeros(n)
+    def _others(self, packed: list[Packed], first: int, n: int) -> Tensor:
+        """All scores of the batch, of which the other processes' are used, (members, n) fp32."""
+        scores = torch.zeros(self.model.members, n)
         if self.world.size > 1:
             import torch.distributed as dist
 
-            mine = self.model.raw(packed)
-            scores[first : first + len(mine)] = mine
+            mine = self.model.each(packed)
+            scores[:, first : first + mine.shape[1]] = mine
             dist.all_reduce(scores)
         return scores
 

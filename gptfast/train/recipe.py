@@ -33,7 +33,7 @@ from gptfast.train.ppo import PPO, PPOConfig
 from gptfast.train.presets import RecipePreset, recipe_preset
 from gptfast.train.pretrain import Pretrain, PretrainConfig, encode_all, tokenise
 from gptfast.train.ranked import Answer, Ranked, RankedConfig
-from gptfast.train.reward import RewardModel
+from gptfast.train.reward_model import RewardEnsemble, RewardModel, read_reward
 from gptfast.train.rollout import Rollout
 from gptfast.train.sft import SFT, SFTConfig
 from gptfast.train.tokenizer import prompt as opened
@@ -189,24 +189,31 @@ class Recipe:
     def _reward(self) -> dict[str, Any]:
         tokenizer = self.tokenizer()
         torch.manual_seed(seed_of("reward", self.seed))
-        ends = tuple(tokenizer.eos_ids)
-        backbone = GPT(self.preset.config(tokenizer.vocab_size, tokenizer.bos_id, ends, self.preset.reward_model))
+        preset, ends = self.preset, tuple(tokenizer.eos_ids)
+        config = preset.config(tokenizer.vocab_size, tokenizer.bos_id, ends, preset.reward_model)
+        models = [
+            RewardModel(GPT(config), self.seed + i, neighbours=preset.reward_neighbours)
+            for i in range(preset.reward_members)
+        ]
+        model = models[0] if len(models) == 1 else RewardEnsemble(models)
         rated, held = data.rated(RATED, "train"), data.preferences(RATED, "validation", self.seed)
         questions = {chat.messages[-1]["content"]: chat.messages[:-1] for chat in data.chats(RATED, "train")}
         answers = [Answer(questions[r.text], r.text, r.score) for r in rated if r.text in questions]
-        found = self._train(Ranked(self._config("reward"), RewardModel(backbone, self.seed), tokenizer, answers, held))
+        found = self._train(Ranked(self._config("reward"), model, tokenizer, answers, held))
         bayes = pairwise_accuracy(NaiveBayes(rated), held)
         return found | {"answers": len(answers), "pairs": len(held), "naive_bayes": bayes._asdict()}
 
     def _ppo(self) -> dict[str, Any]:
         tokenizer, model = self.tokenizer(), self.model("sft")
-        reward = RewardModel.from_folder(self.out / "reward" / "model")
+        reward = read_reward(self.out / "reward" / "model")
         config = self._config("ppo")
         prompts, held = self.prompts("train"), self.prompts("validation")
         self.normalise(reward, model, tokenizer, config.max_new_tokens)
         return self._train(PPO(config, model, tokenizer, prompts, reward, heldout=held))
 
-    def normalise(self, reward: RewardModel, model: GPT, tokenizer: Tokenizer, max_new_tokens: int) -> None:
+    def normalise(
+        self, reward: RewardModel | RewardEnsemble, model: GPT, tokenizer: Tokenizer, max_new_tokens: int
+    ) -> None:
         """Scores in standard deviations of what the fine-tuned model writes, from their mean."""
         prompts = self.prompts("train")
         ids = [opened(tokenizer, prompts[i]) for i in shuffled(len(prompts), "normalise", self.seed)[:256]]
