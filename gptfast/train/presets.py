@@ -71,6 +71,7 @@ PRESETS = {
                 warmup=20,
                 beta2=0.99,
                 hidden_tokens=0.15,
+                min_lr=0.05,
                 eval_every=100,
                 save_every=200,
             ),

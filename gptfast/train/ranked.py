@@ -5,8 +5,7 @@
 
 Ouyang et al. (arXiv:2203.02155), section 3.5, train on all comparisons of a prompt's answers at once; here the prompts
 of a batch ask for the same in other words, so that all of its answers are compared. n answers cost n forward passes and
-give up to n (n - 1) / 2 pairs. Each member of an ensemble learns by itself from the same batches, with other tokens
-hidden.
+give up to n (n - 1) / 2 pairs. Each member of an ensemble learns by itself, from the answers in an order of its own.
 """
 
 from __future__ import annotations
@@ -80,42 +79,44 @@ class Ranked(Reward):
         self.ratings = torch.tensor([score for *_, score in rows])
         self.heldout = Pairs(heldout, tokenizer, longest) if heldout else None
         self.normal = ([prompt for prompt, *_ in rows[:256]], [answer for _, answer, _ in rows[:256]])
-        self.order = Order(len(rows), config.seed, "reward")
+        names = ["reward", *(f"reward {i}" for i in range(1, model.members))]
+        self.orders = [Order(len(rows), config.seed, name) for name in names]
         self.hidden_id = next((i for i in (tokenizer.pad_id, tokenizer.bos_id) if i is not None), 0)
 
     def compare(self, packed: list[Packed], first: int, others: Tensor, ratings: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch's loss as a function of these sequences' scores, which stand at `first` among all scores
-        (members, n); the others' come without gradients. And the members' mean scores (n,).
+        """The members' mean loss as a function of these sequences' scores, which stand at `first` among all scores
+        (members, n); the others' come without gradients. And the scores.
 
-        packed  the sequences as each member sees them
+        packed   each member's sequences
+        ratings  (members, n)
         """
         mine = self.model.each(packed)
         scores = torch.cat([others[:, :first], mine, others[:, first + mine.shape[1] :]], 1)
-        apart = ratings[:, None] - ratings[None]
+        apart = ratings[:, :, None] - ratings[:, None]
         counts = ((apart >= self.config.least) & (apart > 0)).float()
         losses = F.softplus(scores[:, None] - scores[:, :, None]) * counts
-        loss = losses.sum() / (counts.sum().clamp(min=1) * len(scores))
-        return loss + self.config.centring * scores.square().mean(), scores.detach().mean(0)
+        loss = (losses.sum((1, 2)) / counts.sum((1, 2)).clamp(min=1)).mean()
+        return loss + self.config.centring * scores.square().mean(), scores.detach()
 
     def step(self, step: int, optimizer: AdamW) -> dict[str, float]:
-        rows = self.order.batch(step, self.config.batch_size)
-        ratings = self.ratings[rows]
+        rows = [order.batch(step, self.config.batch_size) for order in self.orders]
+        n = len(rows[0])
+        ratings = self.ratings[torch.tensor(rows)]
         torch.manual_seed(seed_of("dropout", self.config.seed, step, self.world.rank))
         optimizer.zero_grad(set_to_none=True)
         if self._runner is None:
             self._runner = self.world.runner(self.modules, self.compare)
-        first, end = (len(rows) * r // self.world.size for r in (self.world.rank, self.world.rank + 1))
-        shown = pack([self.sequences[i] for i in rows[first:end]])
-        packed = [self._hide(shown) for _ in range(self.model.members)]
+        first, end = (n * r // self.world.size for r in (self.world.rank, self.world.rank + 1))
+        packed = [self._hide(pack([self.sequences[i] for i in mine[first:end]])) for mine in rows]
         with self._runner.part(last=True):
-            loss, scores = self._runner(packed, first, self._others(packed, first, len(rows)), ratings)
+            loss, scores = self._runner(packed, first, self._others(packed, first, n), ratings)
             (loss * self.world.size).backward()
         check_finite(float(loss.detach()), step)
         optimizer.step()
-        apart = ratings[:, None] > ratings[None]
-        right = ((scores[:, None] > scores[None]) & apart).sum() / apart.sum().clamp(min=1)
+        apart = ratings[:, :, None] > ratings[:, None]
+        right = ((scores[:, :, None] > scores[:, None]) & apart).sum() / apart.sum().clamp(min=1)
         found = {"loss": float(loss.detach()), "accuracy": float(right), "grad_norm": float(optimizer.grad_norm or 0)}
-        return found | {"tokens": float(sum(len(self.sequences[i]) for i in rows))}
+        return found | {"tokens": float(sum(len(self.sequences[i]) for mine in rows for i in mine))}
 
     def _hide(self, packed: Packed) -> Packed:
         """Some of the text's tokens become padding, so that a score rests on more of them than the few that could be

@@ -22,7 +22,7 @@ import torch
 
 from gptfast.formats.files import read_json, replacing
 from gptfast.formats.tokenizer import Tokenizer
-from gptfast.model import GPT
+from gptfast.model import GPT, GPTConfig
 from gptfast.train import data
 from gptfast.train.baselines import by_language
 from gptfast.train.config import from_mapping
@@ -49,6 +49,14 @@ STAGES = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate")
 CONFIGS = {"pretrain": PretrainConfig, "sft": SFTConfig, "reward": RankedConfig, "ppo": PPOConfig}
 RATED = ("snippets",)  # what the reward model and PPO's prompts are made of
 MORE_TEXT = ("snippets", "amazon", "nyt", "tweets")  # English of today, beside the speeches
+
+
+def new_reward(preset: RecipePreset, config: GPTConfig, seed: int) -> RewardModel | RewardEnsemble:
+    """A preset's reward model with random weights, drawn by torch's generator, and heads by the seed."""
+    models = [
+        RewardModel(GPT(config), seed + i, neighbours=preset.reward_neighbours) for i in range(preset.reward_members)
+    ]
+    return models[0] if len(models) == 1 else RewardEnsemble(models)
 
 
 class Recipe:
@@ -189,13 +197,9 @@ class Recipe:
     def _reward(self) -> dict[str, Any]:
         tokenizer = self.tokenizer()
         torch.manual_seed(seed_of("reward", self.seed))
-        preset, ends = self.preset, tuple(tokenizer.eos_ids)
-        config = preset.config(tokenizer.vocab_size, tokenizer.bos_id, ends, preset.reward_model)
-        models = [
-            RewardModel(GPT(config), self.seed + i, neighbours=preset.reward_neighbours)
-            for i in range(preset.reward_members)
-        ]
-        model = models[0] if len(models) == 1 else RewardEnsemble(models)
+        ends = tuple(tokenizer.eos_ids)
+        config = self.preset.config(tokenizer.vocab_size, tokenizer.bos_id, ends, self.preset.reward_model)
+        model = new_reward(self.preset, config, self.seed)
         rated, held = data.rated(RATED, "train"), data.preferences(RATED, "validation", self.seed)
         questions = {chat.messages[-1]["content"]: chat.messages[:-1] for chat in data.chats(RATED, "train")}
         answers = [Answer(questions[r.text], r.text, r.score) for r in rated if r.text in questions]

@@ -39,6 +39,7 @@ NEIGHBOURS = "neighbours.weight"  # our name of a wide part's table
 OURS = "gptfast_score"  # our entry of config.json
 ENSEMBLE, MOST_MEMBERS = "ensemble.json", 64
 MOST_NEIGHBOURS = 1 << 26
+FASTER = 2.0  # times a table's entry: so its numbers are learnt so much faster than AdamW moves a weight (LOG.md)
 TOKENS_AT_ONCE = 16384  # where nothing is learnt
 
 
@@ -151,6 +152,10 @@ class Judging:
         fp32."""
         raise NotImplementedError
 
+    def each_model(self) -> Iterator[RewardModel]:
+        """The members."""
+        raise NotImplementedError
+
     def raw(self, packed: Packed) -> Tensor:
         """The members' mean number at each sequence's last token, (n,) fp32."""
         return self.each([packed] * self.members).mean(0)
@@ -207,6 +212,9 @@ class RewardModel(Judging, Scorer):
     def context(self) -> int:
         return self.backbone.config.context
 
+    def each_model(self) -> Iterator[RewardModel]:
+        yield self
+
     def each(self, packed: Sequence[Packed]) -> Tensor:
         [only] = packed
         scores = self._at(only.ids[None], only.cu_seqlens, only.last)
@@ -218,7 +226,7 @@ class RewardModel(Judging, Scorer):
         before = packed.ids.roll(1).index_fill(0, packed.cu_seqlens[:-1].long(), 0)
         at = (1_000_003 * before + 7_919 * packed.ids) % self.neighbours.num_embeddings
         self.neighbours.backend = self.backbone.backend
-        numbers = self.neighbours(at)[:, 0].float()
+        numbers = FASTER * self.neighbours(at)[:, 0].float()
         numbers = F.dropout(numbers, self.backbone.config.dropout, self.training)
         # Each sequence's by itself and in order: what stands beside it changes no bit.
         return torch.segment_reduce(numbers, "sum", lengths=packed.cu_seqlens.diff().long())[None]
@@ -292,25 +300,25 @@ class RewardEnsemble(Judging, nn.Module):
         self.register_buffer("mean", torch.zeros(1, device=on))
         self.register_buffer("std", torch.ones(1, device=on))
 
-    def __iter__(self) -> Iterator[RewardModel]:
+    def each_model(self) -> Iterator[RewardModel]:
         for model in self.models:
             assert isinstance(model, RewardModel)
             yield model
 
     @property
     def context(self) -> int:
-        return min(model.context for model in self)
+        return min(model.context for model in self.each_model())
 
     def each(self, packed: Sequence[Packed]) -> Tensor:
-        return torch.cat([model.each([part]) for model, part in zip(self, packed, strict=True)])
+        return torch.cat([model.each([part]) for model, part in zip(self.each_model(), packed, strict=True)])
 
     def blank(self) -> RewardEnsemble:
         """One of the same shape on the meta device."""
-        return RewardEnsemble([model.blank() for model in self])
+        return RewardEnsemble([model.blank() for model in self.each_model()])
 
     def save_folder(self, path: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> None:
         """Writes ensemble.json and a folder for each member."""
-        for i, model in enumerate(self):
+        for i, model in enumerate(self.each_model()):
             model.save_folder(Path(path) / str(i), tokenizer)
         found = {"members": self.members, "mean": float(self.mean), "std": float(self.std)}
         with replacing(Path(path) / ENSEMBLE) as file:
@@ -348,7 +356,7 @@ class ValueModel(Scorer):
     def from_reward(cls, reward: RewardModel | RewardEnsemble) -> ValueModel:
         """Starts as a copy of the reward model (an ensemble's first; of its deep part), in normalised units: Stiennon
         et al., section 3.4."""
-        model = next(iter(reward)) if isinstance(reward, RewardEnsemble) else reward
+        model = next(reward.each_model())
         made = cls(copy.deepcopy(model.backbone))
         weight, bias = made.score.weight, made.score.bias
         assert isinstance(weight, Tensor) and isinstance(model.score.weight, Tensor) and bias is not None
