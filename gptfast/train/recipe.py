@@ -27,11 +27,12 @@ from gptfast.train import data
 from gptfast.train.baselines import by_language
 from gptfast.train.config import from_mapping
 from gptfast.train.data import Chat, Message, Text
-from gptfast.train.judges import NaiveBayes, pairwise_accuracy
+from gptfast.train.judges import NaiveBayes, pairwise_accuracy, ranking
 from gptfast.train.packing import Corpus, seed_of, shuffled
 from gptfast.train.ppo import PPO, PPOConfig
 from gptfast.train.presets import RecipePreset, recipe_preset
 from gptfast.train.pretrain import Pretrain, PretrainConfig, encode_all, tokenise
+from gptfast.train.prompts import completion_ids, prompt_ids
 from gptfast.train.ranked import Answer, Ranked, RankedConfig
 from gptfast.train.reward_model import RewardEnsemble, RewardModel, read_reward
 from gptfast.train.rollout import Rollout
@@ -204,8 +205,24 @@ class Recipe:
         questions = {chat.messages[-1]["content"]: chat.messages[:-1] for chat in data.chats(RATED, "train")}
         answers = [Answer(questions[r.text], r.text, r.score) for r in rated if r.text in questions]
         found = self._train(Ranked(self._config("reward"), model, tokenizer, answers, held))
-        bayes = pairwise_accuracy(NaiveBayes(rated), held)
-        return found | {"answers": len(answers), "pairs": len(held), "naive_bayes": bayes._asdict()}
+        bayes = NaiveBayes(rated)
+        found |= {"answers": len(answers), "pairs": len(held)}
+        found["naive_bayes"] = pairwise_accuracy(bayes, held)._asdict()
+        return found | {"ranking": self._rank(tokenizer, bayes)}
+
+    def _rank(self, tokenizer: Tokenizer, bayes: NaiveBayes) -> dict[str, Any]:
+        """All pairs of held-out texts in the reward model's order and in naive Bayes'."""
+        rated = data.rated(RATED, "validation")
+        questions = {chat.messages[-1]["content"]: chat.messages[:-1] for chat in data.chats(RATED, "validation")}
+        rated = [r for r in rated if r.text in questions]
+        prompts = [prompt_ids(questions[r.text], tokenizer) for r in rated]
+        answers = [completion_ids(questions[r.text], r.text, tokenizer) for r in rated]
+        model = read_reward(self.out / "reward" / "model")
+        scores = model.rewards(prompts, answers).tolist()
+        ratings, theirs = [r.score for r in rated], [bayes(r.text) for r in rated]
+        found = {"reward_model": ranking(scores, ratings), "naive_bayes": ranking(theirs, ratings)}
+        found["gain"] = ranking(scores, ratings, theirs)
+        return {"texts": len(rated)} | {name: it._asdict() for name, it in found.items()}
 
     def _ppo(self) -> dict[str, Any]:
         tokenizer, model = self.tokenizer(), self.model("sft")
