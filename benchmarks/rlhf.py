@@ -26,7 +26,7 @@ from gptfast.formats.tokenizer import Tokenizer
 from gptfast.model import GPT
 from gptfast.train.ppo import PPO, PPOConfig
 from gptfast.train.presets import recipe_preset
-from gptfast.train.reward import RewardModel
+from gptfast.train.recipe import new_reward
 from gptfast.train.trainer import make_optimizer
 
 OURS, REFERENCE = "gptfast", "reference ops"
@@ -41,8 +41,9 @@ class Iteration:
         torch.manual_seed(0)
         recipe = recipe_preset(preset)
         policy = GPT(recipe.config(recipe.vocab_size, None, ()))
-        judge = GPT(recipe.config(recipe.vocab_size, None, (), recipe.reward_model))
-        policy.backend = judge.backend = backend  # the reference and the value model are copies
+        judge = new_reward(recipe, recipe.config(recipe.vocab_size, None, (), recipe.reward_model), 0)
+        for model in (policy, *(member.backbone for member in judge.each_model())):
+            model.backend = backend  # the reference and the value model are copies
         draw = torch.Generator().manual_seed(1)
         ids = [
             torch.randint(recipe.vocab_size, (int(torch.randint(8, 25, (), generator=draw)),), generator=draw).tolist()
@@ -50,7 +51,7 @@ class Iteration:
         ]
         dials: dict[str, Any] = dict(prompts_per_step=prompts, max_new_tokens=new, missing_end_penalty=0.0)
         config = PPOConfig(**(recipe.stages.get("ppo", {}) | dials))
-        self.stage = PPO(config, policy, _bytes(), ids, RewardModel(judge))
+        self.stage = PPO(config, policy, _bytes(), ids, judge)
         self.optimizer = make_optimizer(self.stage.modules, config)
         self.optimizer.backend = backend
         self.steps = 0

@@ -145,8 +145,8 @@ def tidy(run: Path, keep: int) -> None:
     for path in list(folder.iterdir()) if folder.is_dir() else ():
         if PART.fullmatch(path.name) or (NAME.fullmatch(path.name) and not (path / "DONE").is_file()):
             _remove(path)
-    for place in (run, run / "model"):
-        for path in place.glob(".*.part"):
+    for found in (run.glob(".*.part"), (run / "model").rglob(".*.part")):  # an ensemble has a folder for each member
+        for path in found:
             if REPLACING.fullmatch(path.name):
                 path.unlink(missing_ok=True)
 

@@ -21,7 +21,7 @@ from gptfast.train import data
 from gptfast.train.data import Message
 from gptfast.train.judges import distinct, positive_share, share, vader
 from gptfast.train.packing import shuffled
-from gptfast.train.reward import RewardModel, rows_of
+from gptfast.train.reward_model import read_reward, rows_of
 from gptfast.train.rollout import Rollout, Samples
 from gptfast.train.sampling import answers, continuations
 from gptfast.train.sequences import completion_logprobs, pack_completions, row_sums
@@ -75,7 +75,7 @@ def _answers_end(recipe: Recipe, model: GPT, tokenizer: Tokenizer) -> dict[str, 
 
 def _gain(recipe: Recipe, base: GPT, sft: GPT, ppo: GPT, tokenizer: Tokenizer) -> dict[str, Any]:
     """The same held-out prompts answered by the fine-tuned model and by PPO's."""
-    reward = RewardModel.from_folder(recipe.out / "reward" / "model")
+    reward = read_reward(recipe.out / "reward" / "model")
     longest = int(recipe.dials["ppo"].get("max_new_tokens", 48))
     recipe.normalise(reward, sft, tokenizer, longest)
     prompts = recipe.prompts("validation")

@@ -28,7 +28,7 @@ from gptfast.train.online import KL_CHOICES, Experience, Online, OnlineConfig
 from gptfast.train.optim import AdamW
 from gptfast.train.packing import Packed
 from gptfast.train.prompts import Prompt, RewardFunction
-from gptfast.train.reward import RewardModel
+from gptfast.train.reward_model import RewardEnsemble, RewardModel
 from gptfast.train.sequences import (
     Means,
     completion_logprobs,
@@ -67,7 +67,7 @@ class GRPO(Online):
         model: GPT,
         tokenizer: Tokenizer,
         prompts: Sequence[Prompt],
-        reward: RewardModel | RewardFunction | str,
+        reward: RewardModel | RewardEnsemble | RewardFunction | str,
         *,
         reference: GPT | None = None,
         heldout: Sequence[Prompt] = (),

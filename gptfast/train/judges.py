@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from gptfast.train.data.packages import PACKAGES, files
 from gptfast.train.data.types import Preference, Rated
 
@@ -53,6 +56,53 @@ def pairwise_accuracy(judge: Judge, pairs: Iterable[Preference]) -> Share:
         right += 1.0 if a > b else 0.5 if a == b else 0.0
         n += 1
     return share(right, n)
+
+
+class Ranking(NamedTuple):
+    """The share of n pairs in the right order, or the difference of two such shares, with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+RESAMPLES = 2000
+
+
+def ranking(
+    scores: Sequence[float], ratings: Sequence[float], against: Sequence[float] | None = None, least: float = 1.0
+) -> Ranking:
+    """How often of two texts whose ratings are at least `least` apart the better one has the higher score, over all
+    such pairs; a tie is half right. With `against`, how much more often than by those scores.
+
+    Pairs share texts, so the interval comes from drawing the texts anew, with replacement (the percentile bootstrap:
+    Efron and Tibshirani 1993, chapter 13). Two judges are compared on the same draws. Raises ValueError where the
+    lengths differ or no pair is that far apart.
+    """
+    given = [scores, ratings, *([against] if against is not None else [])]
+    if len({len(column) for column in given}) > 1:
+        raise ValueError(f"ranking: expected as many scores as ratings, got {[len(column) for column in given]}")
+    rated = torch.tensor(ratings, dtype=torch.float64)
+    apart = (rated[:, None] - rated[None] >= least).double()
+    if not apart.any():
+        raise ValueError(f"ranking: expected ratings at least {least} apart, got none among {len(rated)}")
+    right = _in_order(scores) * apart
+    if against is not None:
+        right -= _in_order(against) * apart
+    drawn = torch.randint(len(rated), (RESAMPLES, len(rated)), generator=torch.Generator().manual_seed(0))
+    times = torch.zeros(RESAMPLES, len(rated), dtype=torch.float64)
+    times.scatter_add_(1, drawn, torch.ones_like(times))
+    pairs = ((times @ apart) * times).sum(1)
+    shares = (((times @ right) * times).sum(1) / pairs)[pairs > 0]
+    low, high = torch.quantile(shares, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Ranking(float(right.sum() / apart.sum()), low, high, int(apart.sum()))
+
+
+def _in_order(scores: Sequence[float]) -> Tensor:
+    """1 where the row's score is above the column's, 1/2 where they are equal."""
+    found = torch.tensor(scores, dtype=torch.float64)
+    return (found[:, None] > found[None]).double() + (found[:, None] == found[None]).double() / 2
 
 
 def positive_share(judge: Judge, texts: Sequence[str], least: float = 0.05) -> Share:

@@ -25,7 +25,7 @@ from gptfast.train.packing import IGNORED, Order, Packed, shuffled
 from gptfast.train.parallel import Runner
 from gptfast.train.prompts import Prompt, RewardFunction, call_reward, messages_of, prompt_ids, reward_function
 from gptfast.train.reference import Reference
-from gptfast.train.reward import RewardModel
+from gptfast.train.reward_model import RewardEnsemble, RewardModel
 from gptfast.train.rollout import Rollout, Samples
 from gptfast.train.sequences import (
     completion_logprobs,
@@ -121,7 +121,7 @@ class Online(Stage):
         model: GPT,
         tokenizer: Tokenizer,
         prompts: Sequence[Prompt],
-        reward: RewardModel | RewardFunction | str,
+        reward: RewardModel | RewardEnsemble | RewardFunction | str,
         *,
         reference: GPT | None = None,
         heldout: Sequence[Prompt] = (),
@@ -129,7 +129,7 @@ class Online(Stage):
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.modules = {"model": model}
         self.reference = Reference(model, reference)
-        self.reward = reward.eval() if isinstance(reward, RewardModel) else reward_function(reward)
+        self.reward = reward.eval() if isinstance(reward, RewardModel | RewardEnsemble) else reward_function(reward)
         self.rollout = Rollout(model, tokenizer)
         self.messages, self.ids = self._encode(prompts)
         self.heldout_messages, self.heldout_ids = self._encode(heldout) if heldout else ([], [])
@@ -209,7 +209,7 @@ class Online(Stage):
 
     def judge(self, samples: Samples, messages: list[list[dict[str, str]]]) -> list[float]:
         """A score for each answer."""
-        if isinstance(self.reward, RewardModel):
+        if isinstance(self.reward, RewardModel | RewardEnsemble):
             return self.reward.rewards(samples.prompts, samples.responses).tolist()
         return call_reward(self.reward, messages, samples.texts)
 

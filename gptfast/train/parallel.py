@@ -18,7 +18,13 @@ from torch import nn
 
 KINDS = ("ddp", "fsdp")
 M = TypeVar("M", bound=nn.Module)
-FORWARDS = ("loss", "hidden", "logprobs", "scores")  # methods that compute with a module's parameters, as forward does
+FORWARDS = (
+    "loss",
+    "hidden",
+    "logprobs",
+    "scores",
+    "each",
+)  # methods that compute with a module's parameters, as forward does
 
 
 class World:

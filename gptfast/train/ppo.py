@@ -30,7 +30,7 @@ from gptfast.train.online import KL_CHOICES, Experience, Online, OnlineConfig, l
 from gptfast.train.optim import AdamW
 from gptfast.train.packing import Packed
 from gptfast.train.prompts import Prompt, RewardFunction
-from gptfast.train.reward import RewardModel, ValueModel
+from gptfast.train.reward_model import RewardEnsemble, RewardModel, ValueModel
 from gptfast.train.sequences import (
     Means,
     completion_logprobs,
@@ -83,7 +83,7 @@ class PPO(Online):
         model: GPT,
         tokenizer: Tokenizer,
         prompts: Sequence[Prompt],
-        reward: RewardModel | RewardFunction | str,
+        reward: RewardModel | RewardEnsemble | RewardFunction | str,
         *,
         value: ValueModel | None = None,
         reference: GPT | None = None,
@@ -91,7 +91,7 @@ class PPO(Online):
     ) -> None:
         super().__init__(config, model, tokenizer, prompts, reward, reference=reference, heldout=heldout)
         if value is None:
-            same = isinstance(reward, RewardModel)
+            same = isinstance(reward, RewardModel | RewardEnsemble)
             value = ValueModel.from_reward(reward) if same else ValueModel(copy.deepcopy(model), config.seed)
             if not adapted(value.backbone):
                 value.requires_grad_(True)

@@ -16,13 +16,19 @@ from gptfast.model.presets import PRESETS as MODELS
 
 @dataclass(frozen=True)
 class RecipePreset:
-    """The model without its vocabulary's size, what the reward model has otherwise, and each stage's dials by name."""
+    """The model without its vocabulary's size, what the reward model has otherwise, and each stage's dials by name.
+
+    reward_members     reward models whose mean is the reward
+    reward_neighbours  entries of each one's table for neighbouring tokens; 0: none
+    """
 
     model: dict[str, Any]
     vocab_size: int
     sample_bytes: int  # of each language, that the tokenizer is trained on
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     reward_model: dict[str, Any] = field(default_factory=dict)
+    reward_members: int = 1
+    reward_neighbours: int = 0
 
     def config(
         self, vocab_size: int, bos_id: int | None, eos_ids: tuple[int, ...], changes: dict[str, Any] | None = None
@@ -65,6 +71,7 @@ PRESETS = {
                 warmup=20,
                 beta2=0.99,
                 hidden_tokens=0.15,
+                min_lr=0.05,
                 eval_every=100,
                 save_every=200,
             ),
@@ -84,6 +91,8 @@ PRESETS = {
         # Small, and from random weights: it learns which words people like sooner than the language model's last
         # token learns to look back at them (LOG.md).
         dict(n_layer=1, n_head=2, n_embd=128, ffn_dim=256, dropout=0.3),
+        reward_members=3,
+        reward_neighbours=1 << 16,
     ),
     # nanoGPT's settings for GPT-2 124M: half a million tokens a step, 6e-4, 300 billion tokens.
     "gpt2-124m": _published("gpt2-124m", 6e-4, 491_520, 600_000),

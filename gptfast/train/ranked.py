@@ -5,7 +5,7 @@
 
 Ouyang et al. (arXiv:2203.02155), section 3.5, train on all comparisons of a prompt's answers at once; here the prompts
 of a batch ask for the same in other words, so that all of its answers are compared. n answers cost n forward passes and
-give up to n (n - 1) / 2 pairs.
+give up to n (n - 1) / 2 pairs. Each member of an ensemble learns by itself, from the answers in an order of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from gptfast.train.optim import AdamW
 from gptfast.train.packing import Order, Packed, pack, seed_of
 from gptfast.train.parallel import Runner
 from gptfast.train.prompts import Pair, Prompt, completion_ids, prompt_ids
-from gptfast.train.reward import Pairs, Reward, RewardConfig, RewardModel
+from gptfast.train.reward import Pairs, Reward, RewardConfig
+from gptfast.train.reward_model import RewardEnsemble, RewardModel
 from gptfast.train.trainer import check_finite
 
 
@@ -60,14 +61,14 @@ class Ranked(Reward):
     def __init__(
         self,
         config: RankedConfig,
-        model: RewardModel,
+        model: RewardModel | RewardEnsemble,
         tokenizer: Tokenizer,
         answers: Sequence[Answer],
         heldout: Sequence[Pair] = (),
     ) -> None:
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.modules = {"model": model}
-        longest = model.backbone.config.context
+        longest = model.context
         rows = [
             (prompt_ids(a.prompt, tokenizer), completion_ids(a.prompt, a.text, tokenizer), a.score) for a in answers
         ]
@@ -78,38 +79,44 @@ class Ranked(Reward):
         self.ratings = torch.tensor([score for *_, score in rows])
         self.heldout = Pairs(heldout, tokenizer, longest) if heldout else None
         self.normal = ([prompt for prompt, *_ in rows[:256]], [answer for _, answer, _ in rows[:256]])
-        self.order = Order(len(rows), config.seed, "reward")
+        names = ["reward", *(f"reward {i}" for i in range(1, model.members))]
+        self.orders = [Order(len(rows), config.seed, name) for name in names]
         self.hidden_id = next((i for i in (tokenizer.pad_id, tokenizer.bos_id) if i is not None), 0)
 
-    def compare(self, packed: Packed, first: int, others: Tensor, ratings: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch's loss as a function of these sequences' scores, which stand at `first` among all scores (n,); the
-        others' come without gradients. And the scores."""
-        mine = self.model.raw(packed)
-        scores = torch.cat([others[:first], mine, others[first + len(mine) :]])
-        apart = ratings[:, None] - ratings[None]
+    def compare(self, packed: list[Packed], first: int, others: Tensor, ratings: Tensor) -> tuple[Tensor, Tensor]:
+        """The members' mean loss as a function of these sequences' scores, which stand at `first` among all scores
+        (members, n); the others' come without gradients. And the scores.
+
+        packed   each member's sequences
+        ratings  (members, n)
+        """
+        mine = self.model.each(packed)
+        scores = torch.cat([others[:, :first], mine, others[:, first + mine.shape[1] :]], 1)
+        apart = ratings[:, :, None] - ratings[:, None]
         counts = ((apart >= self.config.least) & (apart > 0)).float()
-        losses = F.softplus(scores[None] - scores[:, None]) * counts
-        loss = losses.sum() / counts.sum().clamp(min=1)
+        losses = F.softplus(scores[:, None] - scores[:, :, None]) * counts
+        loss = (losses.sum((1, 2)) / counts.sum((1, 2)).clamp(min=1)).mean()
         return loss + self.config.centring * scores.square().mean(), scores.detach()
 
     def step(self, step: int, optimizer: AdamW) -> dict[str, float]:
-        rows = self.order.batch(step, self.config.batch_size)
-        ratings = self.ratings[rows]
+        rows = [order.batch(step, self.config.batch_size) for order in self.orders]
+        n = len(rows[0])
+        ratings = self.ratings[torch.tensor(rows)]
         torch.manual_seed(seed_of("dropout", self.config.seed, step, self.world.rank))
         optimizer.zero_grad(set_to_none=True)
         if self._runner is None:
             self._runner = self.world.runner(self.modules, self.compare)
-        first, end = (len(rows) * r // self.world.size for r in (self.world.rank, self.world.rank + 1))
-        packed = self._hide(pack([self.sequences[i] for i in rows[first:end]]))
+        first, end = (n * r // self.world.size for r in (self.world.rank, self.world.rank + 1))
+        packed = [self._hide(pack([self.sequences[i] for i in mine[first:end]])) for mine in rows]
         with self._runner.part(last=True):
-            loss, scores = self._runner(packed, first, self._others(packed, first, len(rows)), ratings)
+            loss, scores = self._runner(packed, first, self._others(packed, first, n), ratings)
             (loss * self.world.size).backward()
         check_finite(float(loss.detach()), step)
         optimizer.step()
-        apart = ratings[:, None] > ratings[None]
-        right = ((scores[:, None] > scores[None]) & apart).sum() / apart.sum().clamp(min=1)
+        apart = ratings[:, :, None] > ratings[:, None]
+        right = ((scores[:, :, None] > scores[:, None]) & apart).sum() / apart.sum().clamp(min=1)
         found = {"loss": float(loss.detach()), "accuracy": float(right), "grad_norm": float(optimizer.grad_norm or 0)}
-        return found | {"tokens": float(sum(len(self.sequences[i]) for i in rows))}
+        return found | {"tokens": float(sum(len(self.sequences[i]) for mine in rows for i in mine))}
 
     def _hide(self, packed: Packed) -> Packed:
         """Some of the text's tokens become padding, so that a score rests on more of them than the few that could be
@@ -121,14 +128,14 @@ class Ranked(Reward):
         return packed._replace(ids=packed.ids.masked_fill(hidden, self.hidden_id))
 
     @torch.no_grad()
-    def _others(self, packed: Packed, first: int, n: int) -> Tensor:
-        """All scores of the batch, of which the other processes' are used, (n,) fp32."""
-        scores = torch.zeros(n)
+    def _others(self, packed: list[Packed], first: int, n: int) -> Tensor:
+        """All scores of the batch, of which the other processes' are used, (members, n) fp32."""
+        scores = torch.zeros(self.model.members, n)
         if self.world.size > 1:
             import torch.distributed as dist
 
-            mine = self.model.raw(packed)
-            scores[first : first + len(mine)] = mine
+            mine = self.model.each(packed)
+            scores[:, first : first + mine.shape[1]] = mine
             dist.all_reduce(scores)
         return scores
 

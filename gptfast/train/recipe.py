@@ -22,18 +22,19 @@ import torch
 
 from gptfast.formats.files import read_json, replacing
 from gptfast.formats.tokenizer import Tokenizer
-from gptfast.model import GPT
+from gptfast.model import GPT, GPTConfig
 from gptfast.train import data
 from gptfast.train.baselines import by_language
 from gptfast.train.config import from_mapping
 from gptfast.train.data import Chat, Message, Text
-from gptfast.train.judges import NaiveBayes, pairwise_accuracy
+from gptfast.train.judges import NaiveBayes, pairwise_accuracy, ranking
 from gptfast.train.packing import Corpus, seed_of, shuffled
 from gptfast.train.ppo import PPO, PPOConfig
 from gptfast.train.presets import RecipePreset, recipe_preset
 from gptfast.train.pretrain import Pretrain, PretrainConfig, encode_all, tokenise
+from gptfast.train.prompts import completion_ids, prompt_ids
 from gptfast.train.ranked import Answer, Ranked, RankedConfig
-from gptfast.train.reward import RewardModel
+from gptfast.train.reward_model import RewardEnsemble, RewardModel, read_reward
 from gptfast.train.rollout import Rollout
 from gptfast.train.sft import SFT, SFTConfig
 from gptfast.train.tokenizer import prompt as opened
@@ -49,6 +50,14 @@ STAGES = ("tokenizer", "pretrain", "sft", "reward", "ppo", "evaluate")
 CONFIGS = {"pretrain": PretrainConfig, "sft": SFTConfig, "reward": RankedConfig, "ppo": PPOConfig}
 RATED = ("snippets",)  # what the reward model and PPO's prompts are made of
 MORE_TEXT = ("snippets", "amazon", "nyt", "tweets")  # English of today, beside the speeches
+
+
+def new_reward(preset: RecipePreset, config: GPTConfig, seed: int) -> RewardModel | RewardEnsemble:
+    """A preset's reward model with random weights, drawn by torch's generator, and heads by the seed."""
+    models = [
+        RewardModel(GPT(config), seed + i, neighbours=preset.reward_neighbours) for i in range(preset.reward_members)
+    ]
+    return models[0] if len(models) == 1 else RewardEnsemble(models)
 
 
 class Recipe:
@@ -190,23 +199,42 @@ class Recipe:
         tokenizer = self.tokenizer()
         torch.manual_seed(seed_of("reward", self.seed))
         ends = tuple(tokenizer.eos_ids)
-        backbone = GPT(self.preset.config(tokenizer.vocab_size, tokenizer.bos_id, ends, self.preset.reward_model))
+        config = self.preset.config(tokenizer.vocab_size, tokenizer.bos_id, ends, self.preset.reward_model)
+        model = new_reward(self.preset, config, self.seed)
         rated, held = data.rated(RATED, "train"), data.preferences(RATED, "validation", self.seed)
         questions = {chat.messages[-1]["content"]: chat.messages[:-1] for chat in data.chats(RATED, "train")}
         answers = [Answer(questions[r.text], r.text, r.score) for r in rated if r.text in questions]
-        found = self._train(Ranked(self._config("reward"), RewardModel(backbone, self.seed), tokenizer, answers, held))
-        bayes = pairwise_accuracy(NaiveBayes(rated), held)
-        return found | {"answers": len(answers), "pairs": len(held), "naive_bayes": bayes._asdict()}
+        found = self._train(Ranked(self._config("reward"), model, tokenizer, answers, held))
+        bayes = NaiveBayes(rated)
+        found |= {"answers": len(answers), "pairs": len(held)}
+        found["naive_bayes"] = pairwise_accuracy(bayes, held)._asdict()
+        return found | {"ranking": self._rank(tokenizer, bayes)}
+
+    def _rank(self, tokenizer: Tokenizer, bayes: NaiveBayes) -> dict[str, Any]:
+        """All pairs of held-out texts in the reward model's order and in naive Bayes'."""
+        rated = data.rated(RATED, "validation")
+        questions = {chat.messages[-1]["content"]: chat.messages[:-1] for chat in data.chats(RATED, "validation")}
+        rated = [r for r in rated if r.text in questions]
+        prompts = [prompt_ids(questions[r.text], tokenizer) for r in rated]
+        answers = [completion_ids(questions[r.text], r.text, tokenizer) for r in rated]
+        model = read_reward(self.out / "reward" / "model")
+        scores = model.rewards(prompts, answers).tolist()
+        ratings, theirs = [r.score for r in rated], [bayes(r.text) for r in rated]
+        found = {"reward_model": ranking(scores, ratings), "naive_bayes": ranking(theirs, ratings)}
+        found["gain"] = ranking(scores, ratings, theirs)
+        return {"texts": len(rated)} | {name: it._asdict() for name, it in found.items()}
 
     def _ppo(self) -> dict[str, Any]:
         tokenizer, model = self.tokenizer(), self.model("sft")
-        reward = RewardModel.from_folder(self.out / "reward" / "model")
+        reward = read_reward(self.out / "reward" / "model")
         config = self._config("ppo")
         prompts, held = self.prompts("train"), self.prompts("validation")
         self.normalise(reward, model, tokenizer, config.max_new_tokens)
         return self._train(PPO(config, model, tokenizer, prompts, reward, heldout=held))
 
-    def normalise(self, reward: RewardModel, model: GPT, tokenizer: Tokenizer, max_new_tokens: int) -> None:
+    def normalise(
+        self, reward: RewardModel | RewardEnsemble, model: GPT, tokenizer: Tokenizer, max_new_tokens: int
+    ) -> None:
         """Scores in standard deviations of what the fine-tuned model writes, from their mean."""
         prompts = self.prompts("train")
         ids = [opened(tokenizer, prompts[i]) for i in shuffled(len(prompts), "normalise", self.seed)[:256]]

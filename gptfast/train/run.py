@@ -34,7 +34,8 @@ from gptfast.train.ppo import PPO, PPOConfig
 from gptfast.train.presets import PRESETS, recipe_preset
 from gptfast.train.pretrain import Pretrain, PretrainConfig, encode_all, tokenise
 from gptfast.train.recipe import ASKED, CONTINUED
-from gptfast.train.reward import Reward, RewardConfig, RewardModel
+from gptfast.train.reward import Reward, RewardConfig
+from gptfast.train.reward_model import RewardModel, read_reward
 from gptfast.train.sft import SFT, SFTConfig
 from gptfast.train.tokenizer import read_tokenizer, train_tokenizer
 from gptfast.train.trainer import Stage, Trainer
@@ -162,7 +163,7 @@ def _make(stage: str, config: Any, given: argparse.Namespace) -> Stage:
     prompts, held_prompts = ([chat.messages[:-1] for chat in chats] for chats in (train, held))
     reward: Any = given.reward
     if ":" not in given.reward or Path(given.reward).is_dir():
-        reward = RewardModel.from_folder(given.reward)
+        reward = read_reward(given.reward)
     made: Callable[..., Stage] = PPO if stage == "ppo" else GRPO
     return made(config, model, tokenizer, prompts, reward, heldout=held_prompts)
 

@@ -19,7 +19,7 @@ from gptfast.ops.spec import tolerance
 from gptfast.train.data import Chat, Text
 from gptfast.train.presets import recipe_preset
 from gptfast.train.prompts import completion_ids, prompt_ids
-from gptfast.train.reward import RewardModel
+from gptfast.train.reward_model import RewardModel
 from gptfast.train.sft import SFT, SFTConfig
 from gptfast.train.tokenizer import train_tokenizer
 from gptfast.train.trainer import Trainer

@@ -6,12 +6,22 @@ import math
 import random
 
 import pytest
+import torch
 
 from gptfast.train import data, judges
 from gptfast.train.data import packages
 from gptfast.train.data.packages import PACKAGES
 from gptfast.train.data.types import Preference, Rated
-from gptfast.train.judges import ChineseWords, NaiveBayes, Vader, distinct, pairwise_accuracy, positive_share, share
+from gptfast.train.judges import (
+    ChineseWords,
+    NaiveBayes,
+    Vader,
+    distinct,
+    pairwise_accuracy,
+    positive_share,
+    ranking,
+    share,
+)
 
 LEXICON = "good\t1.9\t0.9\t[2]\nbad\t-2.5\t0.6\t[-2]\n:)\t2.0\t1.0\t[2]\ngreat\t3.1\t0.7\t[3]\n"
 
@@ -64,6 +74,40 @@ def test_naive_bayes_by_hand() -> None:
     assert judge("film") == 0 and judge("unseen") == 0 and judge("Good film good") == pytest.approx(2 * math.log(2))
     with pytest.raises(ValueError, match="above and below 0"):
         NaiveBayes([Rated("x", 1.0, "en", "s"), Rated("y", 0.0, "en", "s")])
+
+
+def test_all_pairs_in_order() -> None:
+    ratings = [0.0, 0.5, 1.0, 2.0, 3.5]
+    pairs = [(a, b) for a in range(5) for b in range(5) if ratings[a] - ratings[b] >= 1]
+
+    def share_right(scores: list[float]) -> float:
+        return sum((scores[a] > scores[b]) + 0.5 * (scores[a] == scores[b]) for a, b in pairs) / len(pairs)
+
+    for scores in ([0.0, 1.0, 2.0, 3.0, 4.0], [3.0, 1.0, 1.0, 1.0, 2.0], [0.0] * 5):
+        found = ranking(scores, ratings)
+        assert found.value == pytest.approx(share_right(scores)) and found.n == len(pairs)
+        assert found.low <= found.value <= found.high
+    gain = ranking([0.0, 1.0, 2.0, 3.0, 4.0], ratings, [3.0, 1.0, 1.0, 1.0, 2.0])
+    assert gain.value == pytest.approx(1 - share_right([3.0, 1.0, 1.0, 1.0, 2.0]))
+    same = ranking([1.0, 3.0, 2.0, 5.0, 4.0], ratings, [2.0, 6.0, 4.0, 10.0, 8.0])
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    with pytest.raises(ValueError, match=r"expected as many scores as ratings, got \[2, 5\]"):
+        ranking([1.0, 2.0], ratings)
+    with pytest.raises(ValueError, match=r"expected ratings at least 1\.0 apart, got none among 2"):
+        ranking([1.0, 2.0], [0.0, 0.9])
+
+
+def test_the_bootstrap_covers() -> None:
+    """Texts of a known judge: its share over endless texts lies in 95% of the intervals."""
+    draw = torch.Generator().manual_seed(3)
+
+    def texts(n: int) -> tuple[list[float], list[float]]:
+        ratings = torch.randn(n, generator=draw) * 1.5
+        return (ratings + torch.randn(n, generator=draw) * 2).tolist(), ratings.tolist()
+
+    truth = ranking(*texts(3000)).value
+    inside = sum(found.low <= truth <= found.high for found in (ranking(*texts(80)) for _ in range(100)))
+    assert inside >= 87  # of 100 at 95%: fewer once in 2,000; the percentile bootstrap is somewhat narrow at n = 80
 
 
 def test_accuracy_and_its_interval() -> None:

@@ -77,8 +77,8 @@ def content(run: Path) -> dict[str, Any]:
     newest = run / "checkpoints" / f"step-{STEPS:08d}"
     state = json.loads((newest / "state.json").read_text())
     state["spent"].pop("seconds")
-    files = [run / "samples.jsonl", run / "evaluations.csv", *newest.glob("*.safetensors"), *(run / "model").iterdir()]
-    found = {str(f.relative_to(run)): f.read_bytes() for f in files if f.exists()}
+    files = [run / "samples.jsonl", run / "evaluations.csv", *newest.glob("*.safetensors"), *(run / "model").rglob("*")]
+    found = {str(f.relative_to(run)): f.read_bytes() for f in files if f.is_file()}
     return found | {
         "figures": figures(run),
         "state": state,

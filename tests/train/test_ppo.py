@@ -15,7 +15,7 @@ from gptfast.train.grpo import GRPO, GRPOConfig
 from gptfast.train.online import Experience, Online
 from gptfast.train.parallel import World
 from gptfast.train.ppo import PPO, STATISTICS, KLController, PPOConfig
-from gptfast.train.reward import RewardModel
+from gptfast.train.reward_model import RewardModel
 from gptfast.train.sequences import row_parts
 from gptfast.train.trainer import Trainer, make_optimizer
 from gptfast.train.verify import arithmetic_prompts, arithmetic_reward

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,8 @@ from gptfast.train.optim import AdamW
 from gptfast.train.packing import pack
 from gptfast.train.prompts import call_reward, completion_ids, messages_of, prompt_ids, reward_function
 from gptfast.train.ranked import Answer, Ranked, RankedConfig
-from gptfast.train.reward import Reward, RewardConfig, RewardModel, ValueModel, wilson
+from gptfast.train.reward import Reward, RewardConfig, wilson
+from gptfast.train.reward_model import OURS, RewardEnsemble, RewardModel, ValueModel, read_reward
 from gptfast.train.trainer import Trainer
 from gptfast.train.verify import arithmetic_answer, arithmetic_prompts, arithmetic_reward
 from tests.train import oracles, tiny
@@ -153,6 +157,126 @@ def test_transformers_reads_the_folder(llama: bool, tmp_path: Path) -> None:
     with torch.no_grad():
         score = float(theirs(input_ids=torch.tensor([sequence])).logits)
     assert score == pytest.approx(scores_one_by_one(model, [sequence])[0], abs=1e-5)
+
+
+def wide(seed: int, entries: int = 50, **more: Any) -> RewardModel:
+    model = RewardModel(tiny.model(seed, **more), seed=seed, neighbours=entries)
+    with torch.no_grad():
+        table(model.neighbours).normal_(generator=torch.Generator().manual_seed(seed))
+    return model
+
+
+def table(layer: torch.nn.Module | None) -> torch.nn.Parameter:
+    assert layer is not None and isinstance(layer.weight, torch.nn.Parameter)
+    return layer.weight
+
+
+@torch.no_grad()
+def raw(model: RewardModel | RewardEnsemble, sequences: list[list[int]] | None = None) -> torch.Tensor:
+    return model.raw(pack(SEQUENCES if sequences is None else sequences))
+
+
+SEQUENCES = [[4, 8, 15, 16, 23, 42], [7], [1, 2, 3], [259, 0, 5, 5, 5]]
+
+
+def test_a_wide_part_adds_its_neighbours_numbers() -> None:
+    model = wide(3).eval()
+    numbers = table(model.neighbours)[:, 0].tolist()
+    deep = copy.deepcopy(model)
+    deep.neighbours = None
+    expected = []
+    for sequence in SEQUENCES:
+        hashes = [(1_000_003 * a + 7_919 * b) % 50 for a, b in pairwise([0, *sequence])]
+        expected.append(2 * sum(numbers[h] for h in hashes))
+    assert (raw(model) - raw(deep)).tolist() == pytest.approx(expected, abs=1e-5)
+    assert torch.equal(raw(model), torch.cat([raw(model, [s]) for s in SEQUENCES]))
+    assert torch.equal(raw(model), raw(model, SEQUENCES[::-1]).flip(0))
+
+
+def test_a_wide_part_is_learnt() -> None:
+    model = wide(1).eval()
+    model.raw(pack([[1, 2], [1, 2, 1, 2]])).sum().backward()
+    expected = torch.zeros(50, 1)
+    for a, b in ((0, 1), (1, 2), (0, 1), (1, 2), (2, 1), (1, 2)):
+        expected[(1_000_003 * a + 7_919 * b) % 50] += 2
+    found = table(model.neighbours).grad
+    assert found is not None and torch.equal(found, expected)
+    dropped = RewardModel(tiny.model(dropout=0.5), neighbours=50)
+    with torch.no_grad():
+        table(dropped.neighbours).fill_(1)
+        table(dropped.score).zero_()
+    total = float(raw(dropped.train(), [[1] * 20]))
+    assert total != 40 and total % 4 == 0
+
+
+def test_a_wide_model_is_saved(tmp_path: Path) -> None:
+    model = wide(2).eval()
+    model.save_folder(tmp_path, tiny.tokenizer())
+    loaded = read_reward(tmp_path)
+    assert torch.equal(raw(loaded), raw(model))
+    config = json.loads((tmp_path / "config.json").read_text())
+    for entries in (-1, 1 << 40, "many", True, 49):
+        config[OURS]["neighbours"] = entries
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(FormatError, match="expected neighbours"):
+            read_reward(tmp_path)
+    del config[OURS]["neighbours"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=r"expected no tensor neighbours\.weight"):
+        read_reward(tmp_path)
+    with pytest.raises(ValueError, match="expected neighbours of at least 0, got -1"):
+        RewardModel(tiny.model(), neighbours=-1)
+
+
+def test_an_ensemble_is_the_mean(tmp_path: Path) -> None:
+    models = [wide(1), wide(2), RewardModel(tiny.model(3), seed=3)]
+    ensemble = RewardEnsemble(models)
+    single = torch.stack([raw(m.eval()) for m in models])
+    with torch.no_grad():
+        assert torch.equal(ensemble.each([pack(SEQUENCES)] * 3), single)
+    assert torch.equal(raw(ensemble), single.mean(0))
+    prompts, answers = [[1], [2, 3], [4]], [[5, 6], [7], [8, 9]]
+    ensemble.normalise(prompts, answers)
+    rewards = ensemble.rewards(prompts, answers)
+    assert float(rewards.mean()) == pytest.approx(0, abs=1e-6) and float(rewards.std()) == pytest.approx(1, abs=1e-6)
+    ensemble.save_folder(tmp_path / "model", tiny.tokenizer())
+    loaded = read_reward(tmp_path / "model")
+    assert isinstance(loaded, RewardEnsemble) and torch.equal(loaded.rewards(prompts, answers), rewards)
+    assert torch.equal(raw(read_reward(tmp_path / "model" / "1")), single[1])
+    value = ValueModel.from_reward(loaded)
+    assert torch.equal(table(value.score), table(models[0].score) / loaded.std)
+
+
+def test_what_is_no_ensemble(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected at least 2 models of one vocabulary, got 1"):
+        RewardEnsemble([RewardModel(tiny.model())])
+    RewardEnsemble([wide(1), wide(2)]).save_folder(tmp_path)
+    (tmp_path / "1" / "config.json").unlink()
+    with pytest.raises(FormatError):
+        read_reward(tmp_path)
+    for content in ("{}", '{"members": 1}', '{"members": 1000000000}', '{"members": "2"}', "[", '{"members": 2.5}'):
+        (tmp_path / "ensemble.json").write_text(content)
+        with pytest.raises(FormatError):
+            read_reward(tmp_path)
+
+
+def test_members_learn_by_themselves() -> None:
+    """Without dropout or hidden tokens each member's gradient is that of its own training, over their number."""
+    answers = [Answer(tiny.user("say"), f"the cat {i} sat", float(i % 5)) for i in range(12)]
+    alone, together = [wide(1), wide(2)], [wide(1), wide(2)]
+    config = RankedConfig(batch_size=8, steps=1, centring=0.1, **QUIET)
+
+    def gradients(model: RewardModel | RewardEnsemble) -> list[torch.Tensor]:
+        stage = Ranked(config, model, tiny.tokenizer(), answers)
+        stage.orders = stage.orders[:1] * model.members
+        stage.step(0, AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0))
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    single = [g for model in alone for g in gradients(model)]
+    both = gradients(RewardEnsemble(together))
+    assert len(single) == len(both)
+    for a, b in zip(single, both):
+        torch.testing.assert_close(a / 2, b, rtol=1e-5, atol=1e-8)
 
 
 def test_a_value_model_starts_as_the_reward_model() -> None:

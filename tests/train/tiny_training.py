@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,8 @@ from gptfast.train.packing import Corpus
 from gptfast.train.ppo import PPO, PPOConfig
 from gptfast.train.pretrain import Pretrain, PretrainConfig, encode_all, tokenise
 from gptfast.train.ranked import Answer, Ranked, RankedConfig
-from gptfast.train.reward import Reward, RewardConfig, RewardModel
+from gptfast.train.reward import Reward, RewardConfig
+from gptfast.train.reward_model import RewardEnsemble, RewardModel
 from gptfast.train.sft import SFT, SFTConfig
 from gptfast.train.trainer import Stage
 
@@ -103,7 +105,8 @@ def stage(name: str, dropout: float = 0.1, **dials: Any) -> Stage:
         return Reward(RewardConfig(**given(batch_size=6)), RewardModel(model), words, pairs, pairs[:4])
     if name == "ranked":
         answers = [Answer(ASK, text, float(i % 7)) for i, text in enumerate(texts)]
-        return Ranked(RankedConfig(**given(batch_size=12)), RewardModel(model), words, answers, pairs[:4])
+        both = [RewardModel(backbone, i, neighbours=40) for i, backbone in enumerate((model, copy.deepcopy(model)))]
+        return Ranked(RankedConfig(**given(batch_size=12)), RewardEnsemble(both), words, answers, pairs[:4])
     if name.startswith("dpo"):
         if name == "dpo with adapters":
             add_lora(model, LoRAConfig(rank=2, dropout=0.1))
