@@ -39,19 +39,13 @@ from gptfast.kernels.triton.philox import UNSPECIALISED, dropout_arguments, kept
 
 @triton.jit
 def _gradient(
-    s, dp, first_i, i, first_j, j, logs, norm, delta, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope, mask,
-    bias, mask_i, mask_j, bias_i, bias_j, element, seed_low, seed_high, stream_id, drop_below, keep_scale,
+    s, dp, i, j, logs, norm, delta, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope, mask_at, bias_at,
+    element, seed_low, seed_high, stream_id, drop_below, keep_scale,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_TERMS: tl.constexpr, USE_SOFTCAP: tl.constexpr,
     USE_DROPOUT: tl.constexpr, IS_BY_FOURS: tl.constexpr, IS_EXACT: tl.constexpr, IS_EDGE: tl.constexpr,
 ):  # fmt: skip
-    """(p as dropout leaves it, the gradient of the products s), from the products s = q . k and dp = dout . v. Queries
-    first_i + i and keys first_j + j, logs, norm and delta broadcast to them, so that keys may be the rows."""
-    bias_at, mask_at = bias, mask
-    if bias is not None:
-        bias_at = pairs_at(bias, first_i, i, bias_i, first_j, j, bias_j)
-    if mask is not None:
-        mask_at = pairs_at(mask, first_i, i, mask_i, first_j, j, mask_j)
-    i, j = first_i + i, first_j + j
+    """(p as dropout leaves it, the gradient of the products s), from the products s = q . k and dp = dout . v. i and j,
+    logs, norm and delta broadcast to them, so that keys may be the rows; mask_at and bias_at are addresses."""
     inside = seen(i, j, shift, Sq, Sk, left, right, HAS_LEFT, HAS_RIGHT)
     t = s
     if HAS_TERMS:
@@ -59,7 +53,7 @@ def _gradient(
         if not IS_EDGE:
             there = i < Sq
         s, t = with_terms(s, i, j, shift, there, scale, softcap, slope, bias_at, USE_SOFTCAP)
-    if mask is not None:
+    if mask_at is not None:
         inside &= tl.load(mask_at, mask=inside, other=0) != 0
     if IS_EXACT:
         to_natural = scale
@@ -68,7 +62,7 @@ def _gradient(
         p = tl.exp2((s * to_natural - logs) * LOG2E)
     else:
         p = tl.exp2(s * to_log2 - logs * LOG2E)
-    if IS_EDGE or mask is not None:
+    if IS_EDGE or mask_at is not None:
         p = tl.where(inside, p, 0.0)
     if norm is not None:
         p *= norm
@@ -132,6 +126,7 @@ def _attention_dq_kernel(
     if bias is not None:
         bias += batch * bias_b + h * bias_h
     row, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)[None, :]
+    i = first + row[:, None]
     there = row < Sq - first
     tile_q = tile_at(q, first, Sq, q_row, D, BLOCK_M, BLOCK_D, True)
     tile_dout = tile_at(dout, first, Sq, dout_row, D, BLOCK_M, BLOCK_D, True)
@@ -160,9 +155,10 @@ def _attention_dq_kernel(
             tile_k = tile_at(k, start, Sk, k_row, D, BLOCK_N, BLOCK_D, True)
             s = tl.dot(tile_q, tl.trans(tile_k), input_precision="ieee")
             p, _ = _gradient(
-                s, s, first, row[:, None], start, columns,
-                logs, None, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope, mask, bias,
-                mask_i, mask_j, bias_i, bias_j, element, seed_low, seed_high, stream_id, drop_below, keep_scale,
+                s, s, i, start + columns, logs, None, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope,
+                pairs_at(mask, first, row[:, None], mask_i, start, columns, mask_j),
+                pairs_at(bias, first, row[:, None], bias_i, start, columns, bias_j), element, seed_low, seed_high,
+                stream_id, drop_below, keep_scale,
                 HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, False, False, IS_EXACT, True,
             )  # fmt: skip
             z += tl.sum(p, 1)
@@ -182,9 +178,11 @@ def _attention_dq_kernel(
                 s = tl.dot(tile_q, tl.trans(tile_k), input_precision="ieee")
                 dp = tl.dot(tile_dout, tl.trans(tile_v), input_precision="ieee")
                 _, ds = _gradient(
-                    s, dp, first, row[:, None], start, columns,
-                    logs, mine, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope, mask,
-                    bias, mask_i, mask_j, bias_i, bias_j, element, seed_low, seed_high, stream_id, drop_below,
+                    s, dp, i, start + columns, logs, mine, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2,
+                    slope,
+                    pairs_at(mask, first, row[:, None], mask_i, start, columns, mask_j),
+                    pairs_at(bias, first, row[:, None], bias_i, start, columns, bias_j), element, seed_low, seed_high,
+                    stream_id, drop_below,
                     keep_scale,
                     HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, USE_DROPOUT, IS_BY_FOURS, IS_EXACT,
                     part != 1,
@@ -228,6 +226,7 @@ def _attention_dkdv_kernel(
     k += batch * k_batch + hk * k_head + far_k * k_row
     v += batch * v_batch + hk * v_head + far_k * v_row
     row, columns = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_M)[None, :]
+    j = first + row[:, None]
     tile_k = tile_at(k, first, Sk, k_row, D, BLOCK_N, BLOCK_D, True)
     tile_v = tile_at(v, first, Sk, v_row, D, BLOCK_N, BLOCK_D, True)
     acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -281,12 +280,14 @@ def _attention_dkdv_kernel(
                     s = tl.dot(tile_k, tl.trans(tile_q), input_precision="ieee")
                     dp = tl.dot(tile_v, tl.trans(tile_dout), input_precision="ieee")
                     p, ds = _gradient(
-                        s, dp, start, columns, first, row[:, None],
-                        logs, mine, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2,
-                        slope, mask_h_at, bias_h_at, mask_i, mask_j, bias_i, bias_j, element, seed_low, seed_high,
+                        s, dp, i[None, :], j, logs, mine, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2,
+                        slope,
+                        pairs_at(mask_h_at, start, columns, mask_i, first, row[:, None], mask_j),
+                        pairs_at(bias_h_at, start, columns, bias_i, first, row[:, None], bias_j), element, seed_low,
+                        seed_high,
                         stream_id, drop_below, keep_scale,
                         HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, USE_DROPOUT, IS_BY_FOURS, IS_EXACT,
-                    part != 1,
+                        part != 1,
                     )  # fmt: skip
                     acc_v = tl.dot(p.to(tile_dout.dtype), tile_dout, acc_v, input_precision="ieee")
                     acc_k = tl.dot(ds.to(tile_q.dtype), tile_q, acc_k, input_precision="ieee")
