@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -181,6 +182,16 @@ def test_the_disassembly_is_read_right() -> None:
     assert (
         sass.TENSOR.match("HGMMA.64x64x16.F32.BF16") and sass.TENSOR.match("UTCHMMA") and not sass.TENSOR.match("HFMA2")
     )
+
+
+def test_amd_s_spills_are_those_that_reach_memory() -> None:
+    def spills(*lines: str) -> int:
+        listing = "\n".join(f"\t{line}" for line in (*lines, ".vgpr_count: 40", "; Occupancy: 8"))
+        metadata = SimpleNamespace(num_warps=4, shared=0)
+        return sass._amd(SimpleNamespace(asm={"amdgcn": listing}, metadata=metadata)).spills
+
+    assert spills("v_writelane_b32 v1, s4, 0", ".sgpr_spill_count: 9", "; ScratchSize: 0") == 0
+    assert spills("scratch_store_dword off, v1, s32", "scratch_load_dwordx2 v[1:2], off, s32", "; ScratchSize: 8") == 3
 
 
 def test_loops_are_found() -> None:
