@@ -1,12 +1,17 @@
-"""`gptfast demo`: a real model answers, then the same answer on fused kernels and on PyTorch's own ops."""
+"""`gptfast demo`: a real model answers, then the same answer on fused kernels and on PyTorch's own ops; and a small
+model goes through every stage by which a chatting model is made."""
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
@@ -51,8 +56,8 @@ class Measured:
         return self.bytes_a_token * self.generation.stats.decode_tokens_per_s
 
 
-def run(model: str = "smollm2", question: str = "", console: Console | None = None) -> None:
-    """The whole demonstration. Raises what gptfast.load raises where the model isn't there."""
+def run(model: str = "smollm2", question: str = "", console: Console | None = None, recipe: bool = True) -> None:
+    """The whole demonstration, with `recipe` the stages too. Raises what gptfast.load raises without the model."""
     console = console or Console(highlight=False)
     console.width = min(console.width, WIDTH)
     question = question or QUESTION
@@ -67,6 +72,60 @@ def run(model: str = "smollm2", question: str = "", console: Console | None = No
             found.append(_measure(variant_lm, variant, prompt))
     console.print(_table(found, limit))
     console.print(_caption(), style="dim")
+    if recipe:
+        taste(console)
+
+
+def taste(console: Console) -> None:
+    """The recipe's preset `taste` in a temporary folder: a line for each stage, and what a prompt gets after each."""
+    from gptfast.train.recipe import Recipe
+
+    console.print(
+        "\n[bold]and a model made from text[/] [dim]in English and Chinese: pre-training, fine-tuning, reward model, "
+        "reinforcement learning[/]"
+    )
+    with tempfile.TemporaryDirectory(prefix="gptfast-taste-") as folder, console.status("") as status:
+        made = Recipe(Path(folder), "taste", quiet=True, say=lambda line: status.update(f"[dim]{escape(line)}[/]"))
+        try:
+            found = made.run()
+        except OSError as error:
+            console.print(f"left out: {error}", style="yellow", markup=False)
+            return
+    console.print(_stages(found))
+    console.print(_said(found))
+    console.print(
+        f"{found['parameters'] / 1e6:.1f} M parameters, {found['minutes'] * 60:.0f} seconds: enough to see the stages "
+        "work, not to talk sense. `gptfast recipe --preset tiny --out DIR` takes 15 minutes and leaves models, plots "
+        "and a report card.",
+        style="dim",
+    )
+
+
+def _stages(found: dict[str, Any]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("stage", "seconds", "what it learnt"):
+        table.add_column(column, justify="right" if column == "seconds" else "left")
+    bits, ended, ranked = found["pretrain"]["bits_per_byte"], found["sft"]["ended"], found["reward"]["ranking"]
+    ppo = found["ppo"]
+    learnt = {
+        "tokenizer": "",
+        "pretrain": "bits per byte of held-out text: " + ", ".join(f"{name} {bits[name]:.2f}" for name in sorted(bits)),
+        "sft": f"{ended['value']:.0%} of its answers to new questions end by themselves",
+        "reward": f"puts {ranked['reward_model']['value']:.0%} of new pairs of sentences in people's order",
+        "ppo": f"its answers score {ppo['gain_in_std']:+.1f} standard deviations, {ppo['kl']:.1f} nats away",
+    }
+    for name, text in learnt.items():
+        table.add_row(name, f"{found['stages'][name]['seconds']:.0f}", text)
+    return table
+
+
+def _said(found: dict[str, Any]) -> Table:
+    """A prompt like those that PPO trained on."""
+    one = next(s for s in found["samples"] if "movie" in s["prompt"] or s is found["samples"][-1])
+    table = Table(title=escape(one["prompt"]), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, show_header=False)
+    for name in ("base", "sft", "ppo"):
+        table.add_row({"base": "pre-trained", "sft": "fine-tuned", "ppo": "after PPO"}[name], escape(one[name].strip()))
+    return table
 
 
 def _machine(console: Console) -> float | None:

@@ -32,9 +32,9 @@ LAYERS = (
     ("cli",),
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
-# A kernel's storage may be a quantised weight, whose class knows its own kernels for packing. The demo is a benchmark.
-# What a patched Hugging Face model calls is compat's.
-BESIDE = {("kernels", "quantize"), ("demo", "bench"), ("patch", "compat")}
+# A kernel's storage may be a quantised weight, whose class knows its own kernels for packing. The demo is a benchmark,
+# and trains a model. What a patched Hugging Face model calls is compat's.
+BESIDE = {("kernels", "quantize"), ("demo", "bench"), ("demo", "train"), ("patch", "compat")}
 # Parts on the ground know nothing above them, and less than their row would allow.
 NEVER = {
     "hardware": set(RANK) - {"hardware"},

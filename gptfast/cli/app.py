@@ -280,14 +280,16 @@ def bench(context: typer.Context) -> None:
 def demo(
     model: Model = "smollm2",
     question: Annotated[str, typer.Option("--question", "-q", help="What to ask.")] = "",
+    recipe: Annotated[bool, typer.Option(help="Train a small model through every stage too, for a minute.")] = True,
     threads: Threads = None,
 ) -> None:
-    """A real model answers, then the same answer on fused kernels and on PyTorch's own ops, side by side."""
+    """A real model answers, then the same answer on fused kernels and on PyTorch's own ops, side by side; and a small
+    model goes through every stage of the recipe."""
     from gptfast.demo import run
 
     if threads is not None:
         torch.set_num_threads(threads)
-    run(model, question)
+    run(model, question, recipe=recipe)
 
 
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)

@@ -35,7 +35,7 @@ def train(
 @reported
 def recipe(
     out_folder: Annotated[Path, typer.Option("--out", "-o", help="Where everything goes; goes on if it is there.")],
-    preset: Annotated[str, typer.Option(help="tiny (15 minutes on 2 cores) or a published model.")] = "tiny",
+    preset: Annotated[str, typer.Option(help="tiny (15 minutes on 2 cores), taste (two) or a published one.")] = "tiny",
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same models, bit for bit.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="TensorBoard's files too.")] = False,

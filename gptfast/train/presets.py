@@ -1,6 +1,7 @@
 """Recipes by name: the model, the tokenizer and every stage's dials.
 
-`tiny` is meant to end within 15 minutes on two cores. What its numbers were chosen by stands in LOG.md. The
+`tiny` is meant to end within 15 minutes on two cores. What its numbers were chosen by stands in LOG.md. `taste` shows
+every stage at work within two minutes, on texts that pip alone brings: its model talks nonsense. The
 others are published models with their published settings, to plan with (`gptfast plan`) or to run where that is
 possible.
 """
@@ -20,6 +21,7 @@ class RecipePreset:
 
     reward_members     reward models whose mean is the reward
     reward_neighbours  entries of each one's table for neighbouring tokens; 0: none
+    texts              sources that pre-training reads and is measured on; none: the defaults
     """
 
     model: dict[str, Any]
@@ -29,6 +31,7 @@ class RecipePreset:
     reward_model: dict[str, Any] = field(default_factory=dict)
     reward_members: int = 1
     reward_neighbours: int = 0
+    texts: tuple[str, ...] = ()
 
     def config(
         self, vocab_size: int, bos_id: int | None, eos_ids: tuple[int, ...], changes: dict[str, Any] | None = None
@@ -93,6 +96,35 @@ PRESETS = {
         dict(n_layer=1, n_head=2, n_embd=128, ffn_dim=256, dropout=0.3),
         reward_members=3,
         reward_neighbours=1 << 16,
+    ),
+    "taste": RecipePreset(
+        _llama(2, 128, 2, 344, 256),
+        4096,
+        1 << 20,
+        {
+            "pretrain": dict(
+                steps=160, batch_tokens=1024, lr=4e-3, warmup=20, eval_every=80, save_every=160, eval_tokens=8000
+            ),
+            "sft": dict(steps=100, batch_size=16, lr=2e-3, warmup=10, eval_every=50, save_every=100),
+            "reward": dict(
+                steps=120, batch_size=48, lr=4e-3, warmup=10, beta2=0.99, min_lr=0.05, eval_every=60, save_every=120
+            ),
+            "ppo": dict(
+                steps=8,
+                prompts_per_step=48,
+                max_new_tokens=24,
+                lr=4e-4,
+                epochs=3,
+                minibatches=4,
+                beta=0.05,
+                eval_every=8,
+                save_every=8,
+                eval_prompts=24,
+            ),
+        },
+        dict(n_layer=1, n_head=1, n_embd=64, ffn_dim=128, dropout=0.2),
+        reward_neighbours=1 << 15,
+        texts=("wikipedia", "dpo-zh"),
     ),
     # nanoGPT's settings for GPT-2 124M: half a million tokens a step, 6e-4, 300 billion tokens.
     "gpt2-124m": _published("gpt2-124m", 6e-4, 491_520, 600_000),

@@ -111,7 +111,7 @@ class Recipe:
         KeyboardInterrupt."""
         from gptfast.train.report import write_report
 
-        data.fetch(progress=self.say)
+        data.fetch(self.sources("text") + self.sources("chat") + list(RATED), progress=self.say)
         data.fetch(MORE_TEXT, progress=self.say)
         for stage in STAGES:
             self.stage(stage)
@@ -133,15 +133,20 @@ class Recipe:
 
     # -- data ------------------------------------------------------------------------------------------------------
 
+    def sources(self, kind: data.Kind) -> list[str]:
+        """The preset's sources of this kind, else the defaults."""
+        return list(self.preset.texts) if kind == "text" and self.preset.texts else data.default_sources(kind)
+
     def texts(self, split: str) -> list[Text]:
-        """What pre-training reads: in training some English of today beside the defaults, which alone are held out."""
-        names = data.default_sources("text")
+        """What pre-training reads: in training some English of today beside the sources of text, which alone are held
+        out."""
+        names = self.sources("text")
         return data.texts([*names, *MORE_TEXT] if split == "train" else names, split)
 
     def chats(self, split: str) -> list[Chat]:
         """Conversations of fine-tuning. The short ones are few: in training each counts three times."""
         found = []
-        for name in data.default_sources("chat"):
+        for name in self.sources("chat"):
             times = 1 if name in RATED or split != "train" else 3
             found += data.chats([name], split) * times
         return found
@@ -164,9 +169,7 @@ class Recipe:
         tokenizer = train_tokenizer(texts, self.out / "tokenizer", self.preset.vocab_size, self.preset.sample_bytes)
         found: dict[str, Any] = {"vocab_size": tokenizer.vocab_size}
         held = self.texts("validation")
-        found["baselines"] = by_language(
-            [t for t in texts if t.source in data.default_sources("text")], held, primed=False
-        )
+        found["baselines"] = by_language([t for t in texts if t.source in self.sources("text")], held, primed=False)
         for language in sorted({t.language for t in held}):
             some = "".join(t.text for t in held if t.language == language)[:200_000]
             found[f"bytes_per_token_{language}"] = len(some.encode()) / len(tokenizer.encode(some, add_bos=False))

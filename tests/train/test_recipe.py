@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from itertools import pairwise
@@ -9,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from gptfast import demo
 from gptfast.generate import load
 from gptfast.train import data, evaluate, recipe
 from gptfast.train.config import from_flags as read_flags
@@ -118,8 +121,30 @@ def test_folders_of_others_are_refused(done: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="expected an empty folder or an unfinished recipe"):
         Recipe(tmp_path, "test", 0, quiet=True)
-    with pytest.raises(ValueError, match="expected a preset among tiny, gpt2-124m"):
+    with pytest.raises(ValueError, match="expected a preset among tiny, taste, gpt2-124m"):
         Recipe(tmp_path / "new", "huge", 0, quiet=True)
+
+
+def test_the_demo_shows_every_stage(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = whole(done)
+    monkeypatch.setattr(Recipe, "run", lambda self: found)
+    page = io.StringIO()
+    demo.taste(Console(file=page, width=100))
+    shown = page.getvalue()
+    for stage in ("tokenizer", "pretrain", "sft", "reward", "ppo"):
+        assert f"{stage} " in shown
+    assert f"en {found['pretrain']['bits_per_byte']['en']:.2f}" in shown
+    assert "pre-trained" in shown and "fine-tuned" in shown and "after PPO" in shown
+
+
+def test_the_demo_goes_on_without_the_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(self: Recipe) -> None:
+        raise OSError("pip could not fetch vaderSentiment")
+
+    monkeypatch.setattr(Recipe, "run", unreachable)
+    page = io.StringIO()
+    demo.taste(Console(file=page, width=100))
+    assert "left out: pip could not fetch vaderSentiment" in page.getvalue()
 
 
 def test_presets_have_dials_that_exist() -> None:
