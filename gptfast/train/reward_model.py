@@ -38,7 +38,6 @@ HEAD = "score."  # transformers' name of a sequence classifier's head
 NEIGHBOURS = "neighbours.weight"  # our name of a wide part's table
 OURS = "gptfast_score"  # our entry of config.json
 ENSEMBLE, MOST_MEMBERS = "ensemble.json", 64
-MOST_NEIGHBOURS = 1 << 26
 FASTER = 2.0  # times a table's entry: so its numbers are learnt so much faster than AdamW moves a weight (LOG.md)
 TOKENS_AT_ONCE = 16384  # where nothing is learnt
 
@@ -100,7 +99,8 @@ class Scorer(nn.Module):
         config = GPTConfig.from_huggingface(folder.config).replace(eos_ids=tuple(folder.eos_ids))
         rest = {n: folder.tensors[n] for n in folder.tensors if not n.startswith(HEAD)}
         table = rest.pop(NEIGHBOURS, None)
-        model = cls(convert.from_tensors(config, rest), **cls._shape(extra, folder.path.name))
+        shape = cls._shape(extra, table, folder.path.name)
+        model = cls(convert.from_tensors(config, rest), **shape)
         for name, p in model.score.named_parameters():
             found = head.pop(HEAD + name, None)
             if found is None or found.shape != p.shape:
@@ -110,7 +110,8 @@ class Scorer(nn.Module):
                 p.copy_(found)
         if head:
             raise FormatError(f"{folder.path.name}: expected no tensor {min(head)}")
-        model._take_table(table, folder.path.name)
+        if table is not None:
+            model._take_table(table)
         model._take_extra(extra, folder.path.name)
         return model.eval()
 
@@ -121,13 +122,14 @@ class Scorer(nn.Module):
         return {"kind": self.kind}
 
     @classmethod
-    def _shape(cls, extra: dict[str, Any], where: str) -> dict[str, Any]:
-        """What the constructor needs to know."""
-        return {}
-
-    def _take_table(self, table: Tensor | None, where: str) -> None:
+    def _shape(cls, extra: dict[str, Any], table: Tensor | None, where: str) -> dict[str, Any]:
+        """What the constructor needs to know, if the table of a wide part is as the description says."""
         if table is not None:
             raise FormatError(f"{where}: expected no tensor {NEIGHBOURS}")
+        return {}
+
+    def _take_table(self, table: Tensor) -> None:
+        raise NotImplementedError
 
     def _take_extra(self, extra: dict[str, Any], where: str) -> None:
         return
@@ -247,24 +249,23 @@ class RewardModel(Judging, Scorer):
         return found if self.neighbours is None else found | {"neighbours": self.neighbours.num_embeddings}
 
     @classmethod
-    def _shape(cls, extra: dict[str, Any], where: str) -> dict[str, Any]:
+    def _shape(cls, extra: dict[str, Any], table: Tensor | None, where: str) -> dict[str, Any]:
         entries = extra.get("neighbours", 0)
-        if not isinstance(entries, int) or isinstance(entries, bool) or not 0 <= entries <= MOST_NEIGHBOURS:
+        if not isinstance(entries, int) or isinstance(entries, bool) or entries < 0:
             raise FormatError(
-                f"{where}: expected neighbours of 0 to {MOST_NEIGHBOURS:,} in config.json's {OURS}, got {entries!r:.80}"
+                f"{where}: expected neighbours of at least 0 in config.json's {OURS}, got {entries!r:.80}"
             )
+        if not entries:
+            return super()._shape(extra, table, where)
+        if table is None or table.shape != (entries, 1):
+            got = "none" if table is None else str(tuple(table.shape))
+            raise FormatError(f"{where}: expected neighbours in {NEIGHBOURS} {(entries, 1)}, got {got}")
         return {"neighbours": entries}
 
-    def _take_table(self, table: Tensor | None, where: str) -> None:
-        if self.neighbours is None:
-            return super()._take_table(table, where)
-        weight = self.neighbours.weight
-        if table is None or table.shape != weight.shape:
-            got = "none" if table is None else str(tuple(table.shape))
-            raise FormatError(f"{where}: expected {NEIGHBOURS} {tuple(weight.shape)}, got {got}")
+    def _take_table(self, table: Tensor) -> None:
+        assert self.neighbours is not None and isinstance(self.neighbours.weight, Tensor)
         with torch.no_grad():
-            assert isinstance(weight, Tensor)
-            weight.copy_(table)
+            self.neighbours.weight.copy_(table)
 
     def _take_extra(self, extra: dict[str, Any], where: str) -> None:
         mean, std = numbers_of(extra, where)
