@@ -41,8 +41,9 @@ class Case:
     make: Callable[[Inputs], dict[str, Any]]
     tags: frozenset[str] = frozenset()  # "bench": timed; "big": too large for interpreters, its test is slow
 
-    def arguments(self, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
-        return self.make(Inputs(dtype, self.name, device))
+    def arguments(self, dtype: torch.dtype, device: str = "cpu", draw: int = 0) -> dict[str, Any]:
+        """Other draws have other random numbers."""
+        return self.make(Inputs(dtype, self.name + (f"/{draw}" if draw else ""), device))
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.ops.spec import Case, Op, double, map_tensors, outputs, tolerance, written
+from gptfast.ops.spec import Case, Op, map_tensors, outputs, written
 from tests import where
+from tests.ops.limits import Limits, of_outputs, same
 
 
 def conformance() -> list[Any]:
@@ -46,41 +47,17 @@ def call(op: Op, arguments: dict[str, Any], backend: str, threads: int = 2) -> l
     return [t.cpu() for t in result + written(op, mine)]
 
 
-def expected(op: Op, arguments: dict[str, Any]) -> list[tuple[Tensor, float | None]]:
-    """Of each output: the value, and the largest error that a kernel may make (None where it must be equal)."""
-    if op.exact:
-        return [(w, None) for w in _of(op, op.reference, arguments)]
-    exact = _of(op, op.reference, double(arguments))
-    plain = _of(op, op.plain or op.baseline or op.reference, arguments)
-    assert len(exact) == len(plain)
-    return [(e, tolerance(p, e) if p.is_floating_point() else None) for e, p in zip(exact, plain)]
-
-
-def _of(op: Op, function: Any, arguments: dict[str, Any]) -> list[Tensor]:
-    mine = map_tensors(Tensor.clone, arguments)
-    return outputs(function(**mine)) + written(op, mine)
-
-
-def check(got: list[Tensor], wanted: list[tuple[Tensor, float | None]], name: str) -> None:
-    assert len(got) == len(wanted), name
-    for g, (exact, limit) in zip(got, wanted):
-        assert g.shape == exact.shape, name
-        if limit is None:
-            assert torch.equal(g, exact), f"{name}: not equal"
-            continue
-        finite = exact.isfinite()
-        assert _same(g.double()[~finite], exact[~finite].double()), f"{name}: infinities and NaN differ"
-        error = (g.double() - exact)[finite].abs()
-        assert not error.isnan().any(), f"{name}: NaN"
-        worst = error.max().item() if error.numel() else 0.0
-        assert worst <= limit, f"{name}: max |error| {worst:.3g} > {limit:.3g}"
+def check(got: list[Tensor], limits: Limits, name: str) -> None:
+    assert len(got) == len(limits.exact), name
+    for key, one in enumerate(got):
+        limits.check(key, one, name)
 
 
 def check_rows(op: Op, arguments: dict[str, Any], whole: list[Tensor], backend: str, name: str) -> None:
     """Bitwise: one thread or two, twice on a GPU, alone or in a batch, wherever in the batch."""
     if not where.INTERPRETED:
         again = call(op, arguments, backend, threads=1)
-        assert all(_same(a, b) for a, b in zip(again, whole)), f"{name}: one thread and two, or two runs, differ"
+        assert all(same(a, b) for a, b in zip(again, whole)), f"{name}: one thread and two, or two runs, differ"
     if op.take is None or arguments.get("dropout_p"):  # a dropout mask depends on the place
         return
     rows = op.batch(arguments)
@@ -88,29 +65,25 @@ def check_rows(op: Op, arguments: dict[str, Any], whole: list[Tensor], backend: 
         return
     for b in where.some_rows(rows):
         alone = call(op, op.take(arguments, b), backend)
-        assert all(_same(w[b : b + 1], row) for w, row in zip(whole, alone)), f"{name}: row {b} differs alone"
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a.nan_to_num(nan=1e9), b.nan_to_num(nan=1e9))
+        assert all(same(w[b : b + 1], row) for w, row in zip(whole, alone)), f"{name}: row {b} differs alone"
 
 
 @pytest.mark.parametrize(("op", "case", "dtype"), conformance())
-def test_every_backend_means_the_same(op: Op, case: Case, dtype: torch.dtype) -> None:
+def test_every_backend_means_thesame(op: Op, case: Case, dtype: torch.dtype) -> None:
     arguments = case.arguments(dtype)
     where.skip_unfit(arguments)
     refused = {b: where.refusal(op, where.here(op, arguments), b) for b in where.backends()}
     if not where.on_the_cpu() and all(refused.values()):
         pytest.skip("; ".join(filter(None, refused.values())))
-    wanted = expected(op, arguments)
+    limits = of_outputs(op, case, dtype)
     if where.on_the_cpu():  # elsewhere its arithmetic is another PyTorch's
-        check(call(op, arguments, "reference"), wanted, "reference")
+        check(call(op, arguments, "reference"), limits, "reference")
     for name in where.kernels():
         backend = name.partition(" ")[0]
         if refused[backend]:  # its kernel says that it doesn't take such a call; the reference serves it
             continue
         got = call(op, arguments, backend)
-        check(got, wanted, name)
+        check(got, limits, name)
         check_rows(op, arguments, got, backend, name)
 
 

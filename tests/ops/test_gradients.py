@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gptfast import ops
 from gptfast.kernels import reason_missing
 from gptfast.ops import library
-from gptfast.ops.spec import Case, Op, double, gradients, leaves, outputs, tolerance, upstream
+from gptfast.ops.spec import Case, Op, gradients, leaves, outputs, upstream
 from tests import where
-from tests.ops.test_conformance import check
+from tests.ops.limits import of_gradients
 
 Results = list[Tensor]
 
@@ -57,16 +57,14 @@ def test_every_gradient(op: Op, case: Case, dtype: torch.dtype) -> None:
     if not where.on_the_cpu() and all(refused.values()):
         pytest.skip("; ".join(filter(None, refused.values())))
     given = upstream(op, arguments, case.name)
-    exact = gradients(op.reference, op, double(arguments), [u.double() for u in given])
-    plain = gradients(op.plain or op.baseline or op.reference, op, arguments, given)
-    wanted = [(exact[name], tolerance(plain[name], exact[name])) for name in exact]
+    limits = of_gradients(op, case, dtype, given)
     for name in where.kernels():
         backend = name.partition(" ")[0]
         if refused[backend]:
             continue
         got = call(op, arguments, given, backend)
-        for key, one, (value, limit) in zip(got, got.values(), wanted):
-            check([one], [(value, limit)], f"{name}, d{key}")
+        for key, one in got.items():
+            limits.check(key, one, f"{name}, d{key}")
         if not where.INTERPRETED:
             again = call(op, arguments, given, backend, threads=1)
             same = all(torch.equal(got[key], again[key]) for key in got)

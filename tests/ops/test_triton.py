@@ -13,9 +13,10 @@ import torch
 from gptfast import ops
 from gptfast.bench.check import check
 from gptfast.kernels import reason_missing
-from gptfast.ops.spec import Inputs, double, gradients, map_tensors, outputs, tolerance, upstream
+from gptfast.ops.spec import Case, Inputs, double, gradients, map_tensors, outputs, tolerance, upstream
 from tests import where
 from tests.ops import test_conformance
+from tests.ops.limits import of_gradients, of_outputs
 
 needs_triton = pytest.mark.skipif("triton" not in where.backends(), reason="Triton's kernels don't run in this session")
 in_the_first_session = pytest.mark.skipif(not where.on_the_cpu(), reason="the CPU's session does it")
@@ -26,36 +27,34 @@ in_the_first_session = pytest.mark.skipif(not where.on_the_cpu(), reason="the CP
 @pytest.mark.parametrize("C", [16390, 24576])
 @pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
 def test_rows_that_are_read_twice(name: str, C: int, dropout: float) -> None:
-    i = Inputs(torch.float32, f"{name} {C}")
     more: dict[str, Any] = {"dropout_p": dropout, "seed": -5, "stream": 2} if dropout else {}
-    arguments = {"x": i.randn(3, C, shift=3.0), "weight": i.randn(C), "residual": i.randn(3, C), **more}
-    if name == "layer_norm":
-        arguments["bias"] = i.randn(C)
-    op = ops.pages()[name]
-    found = test_conformance.call(op, arguments, "triton")
-    test_conformance.check(found, test_conformance.expected(op, arguments), "triton")
+
+    def make(i: Inputs) -> dict[str, Any]:
+        arguments = {"x": i.randn(3, C, shift=3.0), "weight": i.randn(C), "residual": i.randn(3, C), **more}
+        return arguments | ({"bias": i.randn(C)} if name == "layer_norm" else {})
+
+    op, case = ops.pages()[name], Case(f"{name} {C}", make)
+    arguments = case.arguments(torch.float32)
+    test_conformance.check(
+        test_conformance.call(op, arguments, "triton"), of_outputs(op, case, torch.float32), "triton"
+    )
     given = upstream(op, arguments)
     got = gradients(op.function, op, where.here(op, arguments), [u.to(where.device) for u in given], backend="triton")
-    exact = gradients(op.reference, op, double(arguments), [u.double() for u in given])
-    plain = gradients(op.plain, op, arguments, given)  # pyright: ignore[reportArgumentType]
+    limits = of_gradients(op, case, torch.float32, given)
     for key, gradient in got.items():
-        limit = tolerance(plain[key], exact[key])
-        test_conformance.check([gradient.cpu()], [(exact[key], limit)], f"d{key}")
+        limits.check(key, gradient.cpu(), f"d{key}")
 
 
 @needs_triton
 @pytest.mark.parametrize("rows", [1, 2100])
 def test_sums_over_many_chunks_of_rows(rows: int) -> None:
     """More than 256 chunks' worth, the last of them ragged."""
-    i = Inputs(torch.bfloat16, str(rows))
-    arguments = {"x": i.randn(rows, 8), "weight": i.randn(8)}
     op = ops.pages()["rms_norm"]
+    case = Case(str(rows), lambda i: {"x": i.randn(rows, 8), "weight": i.randn(8)})
+    arguments = case.arguments(torch.bfloat16)
     given = upstream(op, arguments)
     got = gradients(op.function, op, where.here(op, arguments), [u.to(where.device) for u in given], backend="triton")
-    exact = gradients(op.reference, op, double(arguments), [u.double() for u in given])
-    plain = gradients(op.baseline, op, arguments, given)  # pyright: ignore[reportArgumentType]
-    limit = tolerance(plain["weight"], exact["weight"])
-    test_conformance.check([got["weight"].cpu()], [(exact["weight"], limit)], "dweight")
+    of_gradients(op, case, torch.bfloat16, given).check("weight", got["weight"].cpu(), "dweight")
 
 
 @needs_triton
