@@ -19,7 +19,7 @@ activations="int8", quantised weights only: x is first rounded to int8 in each g
     Error: |y - y_exact| <= sum over groups of scale / 2 * sum |w|; for normal x the root mean square is 0.6% of y's.
 
 Orders of summation, constants of this page. On the CPU, float weights: K in chunks of 768, added in order; in a chunk
-as many partial sums as the machine has lanes (k mod lanes), added by halves. Packed float weights: chunks of 192 k,
+as many partial sums as the machine has lanes (k mod lanes), added by halves. Packed float weights: chunks of 96 k,
 added in order; inside a chunk in order too, so that the last bits differ from those of the same weights unpacked. A
 float weight that is the transpose of a (K, N) one: likewise with chunks of 96 k, and nothing is copied, which suits few
 rows. Quantised weights: groups of 32 k, added in order; inside a group in order too (exact). In Triton, chunks of 256 k

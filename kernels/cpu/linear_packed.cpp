@@ -6,7 +6,7 @@ namespace gptfast::ISA {
 
 namespace {
 
-constexpr int64_t CHUNK = 192;  // the op page's constant: what three panels of it take, L2 delivers while rows pass
+constexpr int64_t CHUNK = 96;  // the op page's constant: what three panels of it take, L2 delivers while rows pass
 #if defined(__AVX512F__)
 constexpr int TILE = 8, ABREAST = 3, ONE_ABREAST = 3;  // rows, panels, panels of one row: 24 sums of 32 registers
 #elif defined(__AVX2__)
