@@ -22,6 +22,9 @@ constexpr int tile_rows(int bits) {  // AVX2: 8 or 12 whole-number sums of 16 re
 constexpr int STREAMS = VEC_BYTES == 32 ? 3 : 1;
 constexpr int64_t BLOCK = 1 << 19;  // bytes of x that stay in L2 while the weights pass
 constexpr int64_t AHEAD = 2560;     // bytes: DRAM latency at one thread's share of the bandwidth
+// With VNNI a fifth of a tile's vector instructions takes nibbles apart and widens d and m: for so many tiles of rows
+// it is done before, if what it gives stays in L2.
+constexpr int64_t MANY = ABREAST > 1 ? 4 : INT64_MAX, ROOM = 1 << 19;
 
 // Sums of four products per 32-bit lane: w's unsigned bytes times a's signed ones. With VNNI bytes are taken as they
 // are. Without, pairs are added in 16 bits, which holds eight steps of 15 * 127 or of 255 * 8: where w has 8 bits, a is
@@ -158,23 +161,60 @@ INLINE f32v add_group(f32v f, i32v sum, f32v d, f32v m, float scale, int32_t sec
   return f;
 }
 
-// Outputs of MR rows from `row` on, NP panels from `panel` on, straight from the packed blocks. With `fetch`, weights
-// to come are on their way meanwhile: of one panel the next bytes, of several, which are as many streams, the panels
-// that follow them, in the order in which they lie in memory.
-template <class Block, int MR, int NP>
-__attribute__((noinline)) void tile(const Linear& a, const Activations<MR, planes(Block::BITS)>* x, int64_t row,
-                                    int64_t panel, bool fetch) {
-  constexpr int PLANES = planes(Block::BITS), VECTORS = NP * PARTS, STORED = sizeof(Block::q) / 64;
+// A group of a 4-bit panel opened: a byte for each weight, scales in fp32.
+template <class Block>
+struct Opened {
+  static constexpr int BITS = 8, OFFSET = Block::OFFSET;
+  float d[PANEL], m[PANEL];
+  uint8_t q[QUADS][64];
+};
+template <class Block>
+INLINE f32v scales(const Opened<Block>& b, int part) {
+  return load(b.d + part * LANES);
+}
+template <class Block>
+INLINE f32v shifts(const Opened<Block>& b, int part) {
+  return load(b.m + part * LANES);
+}
+template <class Block>
+void open(const Block* b, int64_t groups, Opened<Block>* out) {
+  for (int64_t g = 0; g < groups; g++, b++, out++) {
+    for (int part = 0; part < PARTS; part++) {
+      store(out->d + part * LANES, scales(*b, part));
+      store(out->m + part * LANES, shifts(*b, part));
+      for (int j = 0; j < QUADS / 2; j++) {
+        const u8v both = load_bytes(b->q[j] + part * sizeof(u8v)), quads[] = {low(both), high(both)};
+        memcpy(out->q[j] + part * sizeof(u8v), &quads[0], sizeof(u8v));
+        memcpy(out->q[j + QUADS / 2] + part * sizeof(u8v), &quads[1], sizeof(u8v));
+      }
+    }
+  }
+}
+
+template <class Block>
+constexpr int stored = sizeof(Block);  // bytes of a group in memory
+template <class Block>
+constexpr int stored<Opened<Block>> = sizeof(Block);
+
+// Outputs of MR rows from `row` on, NP panels from `panel` on, whose groups lie one after another from b on. Weights to
+// come, from `next` on if not null, are on their way meanwhile: of one panel to L1, of several, which are as many
+// streams, to L2.
+template <class Block, int MR, int NP, int PLANES>
+__attribute__((noinline)) void tile(const Linear& a, const Activations<MR, PLANES>* x, const Block* b, int64_t row,
+                                    int64_t panel, const char* next) {
+  constexpr int VECTORS = NP * PARTS, STORED = sizeof(Block::q) / 64;
   const int64_t groups = a.depth / GROUP;
-  const Block* b = (const Block*)a.weight + panel * groups;
   for (int i = 0; i < MR; i++) prefetch_outputs(a, row + i, panel * PANEL, NP * PANEL);
-  f32v f[MR][VECTORS] = {};
+  f32v f[MR][VECTORS];
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; i++)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; v++) f[i][v] = f32v{};  // = {} is a loop over memory
 #pragma GCC unroll 1
   for (int64_t g = 0; g < groups; g++, b++, x++) {
-    if (fetch) {
-      const char* next = NP == 1 ? (const char*)b + AHEAD : (const char*)(b + NP * groups + (NP - 1) * g);
-      for (int line = 0; line < NP * (int)sizeof(Block); line += 64)
-        __builtin_prefetch(next + line, 0, NP == 1 ? 3 : 2);
+    if (next) {
+      for (int line = 0; line < NP * stored<Block>; line += 64) __builtin_prefetch(next + line, 0, NP == 1 ? 3 : 2);
+      next += NP * stored<Block>;
     }
     Dot s[PLANES][MR][VECTORS];
 #pragma GCC unroll 8
@@ -279,7 +319,12 @@ void linear_int8(const Linear& a, Worker& worker) {
     const Tiles blocks(tiles.count, min(height, ceil_div(BLOCK, TILE * PLANES * a.depth)));
     const bool shared = a.workspace;
     const int64_t floats = x_floats(a, shared ? TILE : a.rows);
-    float* made = (float*)worker.scratch(floats * sizeof(float) + (shared ? 0 : a.rows * groups * BYTES));
+    const Block* weight = (const Block*)a.weight;
+    const int64_t opening = ABREAST * groups * sizeof(Opened<Block>);
+    const bool many = Block::BITS == 4 && tiles.count >= MANY && opening <= ROOM;
+    auto* opened = (Opened<Block>*)worker.scratch(many * opening + floats * sizeof(float) +
+                                                  (shared ? 0 : a.rows * groups * BYTES));
+    float* made = (float*)((char*)opened + many * opening);
     char* memory = shared ? (char*)a.workspace : (char*)(made + floats);
     auto each_tile = [&](int64_t begin, int64_t end, auto f) {
       for (int64_t t = begin; t < end; t++)
@@ -301,7 +346,8 @@ void linear_int8(const Linear& a, Worker& worker) {
         if (task == 0 && !shared) write_others(a, made);
         const auto* x = (const Activations<1, PLANES>*)memory;
         task < apart ? streams<Block>(a, x, task, apart)
-                     : tile<Block, 1, 1>(a, x, 0, task + (STREAMS - 1) * apart, false);
+                     : tile<Block, 1, 1>(a, x, weight + (task + (STREAMS - 1) * apart) * groups, 0,
+                                         task + (STREAMS - 1) * apart, nullptr);
       });
       return;
     }
@@ -309,13 +355,23 @@ void linear_int8(const Linear& a, Worker& worker) {
       if (task == 0 && !shared) write_others(a, made);
       const int64_t first = task % across * ABREAST, last = min(first + ABREAST, panels);
       const int64_t top = blocks.begin(task / across), bottom = blocks.begin(task / across + 1);
+      const Block* from = weight + first * groups;
+      const char* after = (const char*)(from + ABREAST * groups);
+      const bool opens = many && last - first == ABREAST && bottom - top >= MANY;
+      if constexpr (MANY < INT64_MAX && Block::BITS == 4)
+        if (opens) open(from, ABREAST * groups, opened);
       each_tile(top, bottom, [&]<int MR>(int64_t row, const Activations<MR, PLANES>* x) {
         constexpr int NP = MR <= 2 ? 1 : ABREAST;  // bound by memory, which gives most to a single stream
         const bool fetch = row == tiles.begin(top);
+        if constexpr (MANY < INT64_MAX && NP > 1 && Block::BITS == 4)
+          if (opens) return tile<Opened<Block>, MR, NP>(a, x, opened, row, first, fetch ? after : nullptr);
         if (NP > 1 && last - first == NP)
-          tile<Block, MR, NP>(a, x, row, first, fetch);
+          tile<Block, MR, NP>(a, x, from, row, first, fetch ? after : nullptr);
         else
-          for (int64_t p = first; p < last; p++) tile<Block, MR, 1>(a, x, row, p, fetch);
+          for (int64_t p = first; p < last; p++) {
+            const Block* b = weight + p * groups;
+            tile<Block, MR, 1>(a, x, b, row, p, fetch ? (const char*)b + AHEAD : nullptr);
+          }
       });
     });
   });
