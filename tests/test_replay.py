@@ -10,9 +10,10 @@ from torch import Tensor
 
 from gptfast import ops
 from gptfast.generate import LanguageModel, loop
+from gptfast.generate.arena import Arena
 from gptfast.generate.cache import KVCache
 from gptfast.generate.fuse import fused
-from gptfast.generate.replay import NotReplayable, Recorded, Replay, Replays, record
+from gptfast.generate.replay import NotReplayable, Pass, Recorded, Replay, Replays, record, record_in_arena
 from gptfast.kernels import reason_missing
 from gptfast.model import GPT, GPTConfig
 from gptfast.quantize import QuantizedWeight
@@ -219,3 +220,66 @@ def test_a_generation_is_the_same_without_replay(
         assert [g.logprobs for g in one] == [g.logprobs for g in eager]
     assert max(len(g.token_ids) for g in eager) > 12
     assert lm._replays._free
+
+
+PROMPT = torch.randint(97, (450,), generator=torch.Generator().manual_seed(8)).tolist()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "packed-float32", "q8_0", "q4_1"])
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_a_prompt_in_recorded_passes_is_bitwise_equal(name: str, kind: str, threads: int) -> None:
+    """Passes of its own, a rest, and one behind tokens that the cache holds."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model = model_of(name, kind)
+        cache, other = (KVCache(model.config, 1, 512, model.dtype) for _ in range(2))
+        replays, counts = Replays(model), []
+        for end in (loop.PASS, 3, 3 + 2 * loop.PASS, 450):
+            limits = loop.Limits(512, 1)
+            fed = loop.Loop(model, cache, limits, replays=replays)
+            whole = loop.Loop(model, other, limits)
+            for each in (fed, whole):
+                each.prefill([PROMPT[:end]], lambda done, total: counts.append((done, total)))
+            assert fed.logits is not None and whole.logits is not None
+            assert torch.equal(fed.logits, whole.logits), end
+            assert torch.equal(cache.lengths, other.lengths)
+            for a, b in zip(cache.tensors(), other.tensors()):
+                assert torch.equal(a[:, :end], b[:, :end])
+        assert all(done <= total for done, total in counts) and counts[-1][0] == counts[-1][1]
+        assert [type(r) for r in replays._free] == [Pass], "recorded once, at the first prompt that needed two"
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def test_a_recorded_pass_needs_little_memory_and_fuses_as_before() -> None:
+    model = model_of("llama", "q4_1")
+    cache = KVCache(model.config, 1, 300)
+    ids, positions = torch.tensor([PROMPT[:128]]), torch.arange(128)[None]
+    model.rope_tables(300, model.device)
+    wanted, launches, made = record(lambda: model.branches(ids, cache, positions))
+    (branch, stream), small, (arena, _) = record_in_arena(lambda: model.branches(ids, cache, positions))
+    assert torch.equal(branch, wanted[0]) and torch.equal(stream, wanted[1])
+    assert [op for op, *_ in small] == [op for op, *_ in fused(launches)]
+    everything = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in made}
+    assert arena.nbytes < sum(everything.values()) / 2
+
+
+def test_memory_of_an_arena_is_taken_again_after_one_launch() -> None:
+    launches = [1]
+    arena = Arena(launches)
+    first = arena.empty((4, 6), torch.float32)
+    address, view = first.data_ptr(), first[1:, 2]
+    del first
+    launches.append(2)
+    assert arena.empty((24,), torch.float32).data_ptr() != address, "a view is left"
+    del view
+    assert arena.empty((24,), torch.float32).data_ptr() != address, "the launch may be made part of the next"
+    launches.append(3)
+    again = arena.empty((3, 5), torch.bfloat16)
+    assert again.data_ptr() == address and again.shape == (3, 5) and again.dtype == torch.bfloat16
+    assert arena.given[address] == [1, 3] and arena.holds(address)
+    assert arena.empty((0, 3), torch.float32).shape == (0, 3)

@@ -6,7 +6,9 @@ where they are wanted and never stored. The bits stay the same.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Launch = tuple[str, int, dict[str, Any]]
@@ -15,12 +17,21 @@ BEFORE = {"layer_norm": 1, "rms_norm": 2, "bias_gelu": 3, "swiglu": 4, "geglu": 
 LINEARS = {"linear_exact", "linear_int8", "linear_packed"}
 
 
-def fused(launches: list[Launch]) -> list[Launch]:
-    """The same computation in fewer launches."""
-    uses = Counter(value for _, _, fields in launches for value in fields.values() if isinstance(value, int))
+def fused(launches: list[Launch], given: Mapping[int, Sequence[int]] | None = None) -> list[Launch]:
+    """The same computation in fewer launches.
+
+    given: for addresses that were several tensors in turn, the launches before which each of them was made
+    """
+    addresses = given or {}
+
+    def tensor(address: int, launch: int) -> tuple[int, int]:
+        return address, bisect_right(addresses.get(address, ()), launch)
+
+    numbers = [(i, v) for i, (_, _, fields) in enumerate(launches) for v in fields.values() if isinstance(v, int)]
+    uses = Counter(tensor(value, i) for i, value in numbers)
     result: list[Launch] = []
-    for op, threads, fields in launches:
-        if op in LINEARS and result and _feeds(result[-1], fields) and uses[fields["x"]] == 2:
+    for i, (op, threads, fields) in enumerate(launches):
+        if op in LINEARS and result and _feeds(result[-1], fields) and uses[tensor(fields["x"], i)] == 2:
             before, _, source = result.pop()
             fields = {**fields, "before": BEFORE[before], "source": (before, source)}
         result.append((op, threads, fields))

@@ -15,12 +15,13 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from gptfast.generate.arena import Arena
 from gptfast.generate.cache import KVCache
 from gptfast.generate.fuse import Launch, fused
 from gptfast.kernels import reason_missing
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from gptfast.generate.sampler import Sampler
 
 log = logging.getLogger("gptfast")
-KEPT = 4  # recorded steps of one number of tokens that wait for the next call
+KEPT = 4  # recorded passes of one number of tokens that wait for the next call
 
 # Functions whose result is new memory and yet no part of the computation: fresh memory, and values read to be checked.
 HARMLESS = {"empty", "new_empty", "min", "max", "aminmax", "all", "ge", "le", "eq", "__eq__", "__and__", "__or__"}
@@ -42,19 +43,26 @@ class NotReplayable(RuntimeError):
 
 
 class _Watch(TorchFunctionMode):
-    """Keeps the memory of every tensor that a step makes, and refuses what a plan would leave out."""
+    """Keeps the memory of every tensor that a step makes, and refuses what a plan would leave out. With an arena, new
+    memory is the arena's, which keeps it."""
 
-    def __init__(self) -> None:
+    def __init__(self, arena: Arena | None = None) -> None:
         super().__init__()
+        self.arena = arena
         self.made: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if self.arena is not None and func is torch.empty and kwargs.keys() == {"dtype"}:
+            shape = args[0] if args and not isinstance(args[0], int) else args
+            return self.arena.empty(shape, kwargs["dtype"])
+        result = func(*args, **kwargs)
         written = func.__name__ in IN_PLACE or (func.__name__.endswith("_") and not func.__name__.endswith("__"))
         if isinstance(result, Tensor):
             fresh = not isinstance(args[0], Tensor) or _memory(result) != _memory(args[0])
             written |= fresh and func.__name__ not in HARMLESS
-            self.made.append(result)
+            if self.arena is None or not self.arena.holds(_memory(result)):
+                self.made.append(result)
         if written:
             raise NotReplayable(f"{func.__name__} ran between the kernels of a step")
         return result
@@ -141,6 +149,16 @@ def record(function: Callable[[], Any]) -> tuple[Any, list[Launch], list[Tensor]
         return function(), launches, watch.made
 
 
+def record_in_arena(function: Callable[[], Any]) -> tuple[Any, list[Launch], Any]:
+    """record() and fused(), in as little memory as the tensors need that live at one time."""
+    from gptfast.kernels.cpu import recording
+
+    with recording() as launches, _Watch(Arena(launches)) as watch:
+        result = function()
+    assert watch.arena is not None
+    return result, fused(launches, watch.arena.given), (watch.arena, watch.made)
+
+
 class Recorded:
     """A function's launches, recorded as it ran once: run() repeats them and gives the same tensors as `result` again.
 
@@ -159,40 +177,34 @@ class Recorded:
         return self.result
 
 
-class Replay:
-    """A recorded decode step of one model for caches of one batch and capacity, and so many tokens of each row.
+class Recording:
+    """A recorded pass of one model for caches of one batch and capacity, and so many tokens of each row.
 
-    bind(cache) lays out the plan; then step(tokens) gives the logits (B T, V) fp32 that model(ids, cache) would, a row
-    for each token. The caller advances the cache; the logits are overwritten by the next step.
+    bind(cache) lays out the plan. The caller advances the cache.
 
-    Raises NotReplayable where a step isn't made of kernels alone.
+    Raises NotReplayable where a pass isn't made of kernels alone.
     """
 
-    def __init__(self, model: GPT, cache: KVCache, tokens: int = 1) -> None:
-        self.key = _key(model, cache, tokens)
+    def __init__(self, model: GPT, cache: KVCache, tokens: int) -> None:
+        self.key = self.key_of(model, cache, tokens)
         self.tokens = tokens
         (self._ids, ids), (self._positions, positions) = integers(cache.batch * tokens), integers(cache.batch * tokens)
         self.ids, self.positions = ids.view(cache.batch, tokens), positions.view(cache.batch, tokens)
-        self.seconds: float | None = None  # what `draws` takes
-        self.running = torch.ones(cache.batch, dtype=torch.int32)
-        self._running: list[bool] | None = None  # what it holds
-        tables = model.rope_tables(cache.capacity, model.device) if model.config.positions == "rope" else None
-        # A step like any other: what it writes behind the lengths is overwritten by the first that is replayed.
-        self.logits, launches, made = record(
-            lambda: model.logits(self.ids, cache, positions=self.positions).view(self.ids.numel(), -1)
-        )
-        self._launches = fused(launches)
-        self._recorded, self._keep = _pointers(cache), (model, tables, made)
+        self._launches: list[Launch] = []
+        self._recorded = _pointers(cache)
         self._cache: KVCache | None = None
         self._keys: Tensor | None = None  # its first layer's
         self._plan: Any = None
         self._bound: list[Launch] = []
-        self._drawn: list[Launch] = []  # the launches of `draw`
-        self._drawing: tuple[Any, Tensor, Tensor | None] | None = None  # a plan, its tokens and their log-probs
-        self._masked: bool | None = None  # how the plan of `draws` draws; None: there is none
+
+    @classmethod
+    def key_of(cls, model: GPT, cache: KVCache, tokens: int) -> tuple[Any, ...]:
+        """What a recorded pass is good for."""
+        settings = model.activations, model.backend, os.environ.get("GPTFAST_BACKEND")
+        return cls, cache.batch, cache.capacity, tokens, cache.dtype, *settings
 
     def bind(self, cache: KVCache) -> None:
-        """Makes the following steps work on this cache."""
+        """Makes what follows work on this cache."""
         from gptfast.kernels.cpu import Plan
 
         moved = dict(zip(self._recorded, _pointers(cache)))
@@ -204,12 +216,61 @@ class Replay:
 
     def unbind(self) -> None:
         """Lets go of the cache."""
-        self._plan = self._drawing = self._masked = None  # before the memory that they point to
-        self._cache = self._keys = None
+        self._plan = self._cache = self._keys = None
 
     def bound(self, cache: KVCache) -> bool:
-        """Whether the next step would work on this cache as it is now."""
+        """Whether the next pass would work on this cache as it is now."""
         return self._cache is cache and self._keys is cache.k[0]  # a cache that has grown has others
+
+
+class Pass(Recording):
+    """A recorded pass over so many tokens of a prompt, up to the head. What lies between its launches is as much as the
+    tokens of one layer need."""
+
+    def __init__(self, model: GPT, cache: KVCache, tokens: int) -> None:
+        super().__init__(model, cache, tokens)
+        self.positions.copy_(cache.lengths[:, None] + torch.arange(tokens))
+        if model.config.positions == "rope":
+            model.rope_tables(cache.capacity, model.device)  # made now: a plan could not repeat it
+        # What it writes behind the lengths is overwritten by the first that is replayed.
+        self._made, self._launches, memory = record_in_arena(lambda: model.branches(self.ids, cache, self.positions))
+        self._keep = model, model._tables, memory
+
+    def run(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What model.branches gives for tokens (B, T) int64; the next pass overwrites it."""
+        assert self._cache is not None
+        self.ids.copy_(tokens)
+        self.positions.copy_(self._cache.lengths[:, None] + torch.arange(self.tokens))
+        self._plan.run(torch.get_num_threads())
+        return self._made
+
+
+class Replay(Recording):
+    """A recorded decode step.
+
+    After bind(cache), step(tokens) gives the logits (B T, V) fp32 that model(ids, cache) would, a row for each token.
+    The caller advances the cache; the logits are overwritten by the next step.
+    """
+
+    def __init__(self, model: GPT, cache: KVCache, tokens: int = 1) -> None:
+        super().__init__(model, cache, tokens)
+        self.seconds: float | None = None  # what `draws` takes
+        self.running = torch.ones(cache.batch, dtype=torch.int32)
+        self._running: list[bool] | None = None  # what it holds
+        tables = model.rope_tables(cache.capacity, model.device) if model.config.positions == "rope" else None
+        # A step like any other: what it writes behind the lengths is overwritten by the first that is replayed.
+        self.logits, launches, made = record(
+            lambda: model.logits(self.ids, cache, positions=self.positions).view(self.ids.numel(), -1)
+        )
+        self._launches, self._keep = fused(launches), (model, tables, made)
+        self._drawn: list[Launch] = []  # the launches of `draw`
+        self._drawing: tuple[Any, Tensor, Tensor | None] | None = None  # a plan, its tokens and their log-probs
+        self._masked: bool | None = None  # how the plan of `draws` draws; None: there is none
+
+    def unbind(self) -> None:
+        """Lets go of the cache."""
+        self._drawing = self._masked = None  # before the memory that they point to
+        super().unbind()
 
     def step(self, tokens: Tensor) -> Tensor:
         """tokens: (B, T) int64, each row's last ones; T = 1 may be left out."""
@@ -291,48 +352,53 @@ class Replay:
         self._running = None
 
 
+R = TypeVar("R", bound=Recording)
+
+
 class Replays:
-    """The recorded steps of one model: calls take one and give it back. Safe to use from several threads."""
+    """The recorded passes of one model: calls take one and give it back. Safe to use from several threads."""
 
     def __init__(self, model: GPT) -> None:
         self.model = model
-        self._free: list[Replay] = []  # the last one used at the end
+        self.prompts = 0  # that were long enough for a Pass
+        self._free: list[Recording] = []  # the last one used at the end
         self._refused: set[tuple[Any, ...]] = set()
         self._lock = threading.Lock()
 
     def take(self, cache: KVCache, record: bool, tokens: int = 1) -> Replay | None:
-        """One bound to this cache, recorded now if there is none and `record` says so; None where there can't be.
+        """A step bound to this cache, recorded now if there is none and `record` says so; None where there can't be.
 
         tokens: of each row, for which the cache has room
         """
-        key = _key(self.model, cache, tokens)
+        return self._take(Replay, cache, record, tokens)
+
+    def take_pass(self, cache: KVCache, record: bool, tokens: int) -> Pass | None:
+        """The same for so many tokens of a prompt."""
+        return self._take(Pass, cache, record, tokens)
+
+    def _take(self, kind: type[R], cache: KVCache, record: bool, tokens: int) -> R | None:
+        key = kind.key_of(self.model, cache, tokens) if isinstance(self.model, GPT) else ()
         with self._lock:
-            found = next((r for r in self._free if r.key == key), None)
+            found = next((r for r in self._free if isinstance(r, kind) and r.key == key), None)
             if found is not None:
                 self._free.remove(found)
             elif not record or key in self._refused or not _replayable(self.model, cache):
                 return None
         try:
-            found = found or Replay(self.model, cache, tokens)
+            found = found or kind(self.model, cache, tokens)
         except NotReplayable as reason:
-            log.debug("decoding is not replayed: %s", reason)
+            log.debug("a pass is not replayed: %s", reason)
             self._refused.add(key)
             return None
         found.bind(cache)
         return found
 
-    def give(self, replay: Replay) -> None:
+    def give(self, recording: Recording) -> None:
         """Takes one back, for the next call."""
-        replay.unbind()
+        recording.unbind()
         with self._lock:
-            alike = [r for r in self._free if r.tokens == replay.tokens]
-            self._free = [r for r in self._free if r not in alike[: 1 - KEPT]] + [replay]
-
-
-def _key(model: GPT, cache: KVCache, tokens: int) -> tuple[Any, ...]:
-    """What a recorded step is good for."""
-    settings = model.activations, model.backend, os.environ.get("GPTFAST_BACKEND")
-    return cache.batch, cache.capacity, tokens, cache.dtype, *settings
+            alike = [r for r in self._free if type(r) is type(recording) and r.tokens == recording.tokens]
+            self._free = [r for r in self._free if r not in alike[: 1 - KEPT]] + [recording]
 
 
 def _replayable(model: GPT, cache: KVCache) -> bool:

@@ -190,15 +190,43 @@ class GPT(nn.Module):
         if tables is not None and cu_seqlens is not None:
             assert positions is not None
             tables = (tables[0][positions[0]], tables[1][positions[0]])
+        branch, stream = self._blocks(x, tables, cache, dropout, cu_seqlens, rows)
+        if last is not None:
+            rows = torch.arange(ids.shape[0], device=ids.device)
+            branch, stream = branch[rows, last], stream[rows, last]
+        return self.joined(branch, stream, dropout)
+
+    def _blocks(
+        self,
+        x: Tensor,
+        tables: tuple[Tensor, Tensor] | None,
+        cache: Cache | None,
+        dropout: Dropout | None = None,
+        cu_seqlens: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The last block's branch and the stream that it is not yet part of."""
         stream: Tensor | None = None
         for layer, block in enumerate(self.blocks):
             wanted = rows if layer == len(self.blocks) - 1 else None
             x, stream = block(x, stream, tables, cache, layer, dropout, cu_seqlens, wanted)
         assert stream is not None
-        if last is not None:
-            rows = torch.arange(ids.shape[0], device=ids.device)
-            x, stream = x[rows, last], stream[rows, last]
-        x, _ = self.norm(x, stream, dropout and dropout.on(3 * len(self.blocks)))
+        return x, stream
+
+    def branches(self, ids: Tensor, cache: Cache, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """What `joined` turns into what `hidden` gives, for ids and positions (B, T) int64 that are known to fit: a
+        branch and the stream, (B, T, C) both, any of whose rows may be joined alone."""
+        if self.positions is None:
+            x = self.embedding(ids)
+        else:
+            x = self.embedding(ids, positions, self.positions.weight)
+        rotary = self.config.positions == "rope"
+        tables = self.rope_tables(cache.k[0].shape[1], x.device) if rotary else None
+        return self._blocks(x, tables, cache)
+
+    def joined(self, branch: Tensor, stream: Tensor, dropout: Dropout | None = None) -> Tensor:
+        """The final hidden states (..., C) of what `branches` gives."""
+        x, _ = self.norm(branch, stream, dropout and dropout.on(3 * len(self.blocks)))
         return x
 
     def _end(self, ids: Tensor, cache: Cache | None) -> int:

@@ -95,8 +95,8 @@ def _row_stride(x: Tensor) -> int | None:
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """torch.empty for an output. A large one's memory comes from memory.h, which keeps it for the next: malloc would
-    map it anew for each call."""
-    if math.prod(shape) * dtype.itemsize < LARGE:
+    map it anew for each call. (A recorded launch keeps its own.)"""
+    if _own.recording or math.prod(shape) * dtype.itemsize < LARGE:
         return torch.empty(shape, dtype=dtype)
     return large(shape, dtype)
 
