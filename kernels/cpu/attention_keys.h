@@ -134,6 +134,18 @@ struct Quads {
     UNROLL for (int w = 0; w < 4; w++) words[w] = _mm256_castsi256_ps(_mm256_permute4x64_epi64(fours[w], 0xd8));
     next();
   }
+#elif defined(__AVX512BW__)
+  INLINE void turn(f32v* words, f16) {
+    __m512i x[4];
+    UNROLL for (int i = 0; i < 4; i++) x[i] = bitcast<__m512i>(part(i));
+    const __m512i a = _mm512_unpacklo_epi16(x[0], x[1]), b = _mm512_unpackhi_epi16(x[0], x[1]);
+    const __m512i c = _mm512_unpacklo_epi16(x[2], x[3]), d = _mm512_unpackhi_epi16(x[2], x[3]);
+    const __m512i fours[4] = {_mm512_unpacklo_epi32(a, c), _mm512_unpackhi_epi32(a, c), _mm512_unpacklo_epi32(b, d),
+                              _mm512_unpackhi_epi32(b, d)};
+    const __m512i even_first = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    UNROLL for (int w = 0; w < 4; w++) words[w] = bitcast<f32v>(_mm512_permutexvar_epi64(even_first, fours[w]));
+    next();
+  }
 #endif
   // Opaque, lest the compiler keep a pointer to each row and run out of registers.
   INLINE void next() { UNROLL for (int n = 0; n < LANES / 4; n++) asm("" : "+r"(at[n] += 16)); }
@@ -148,6 +160,9 @@ INLINE f32v value(f32v pair, int i, f16) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
   const __m256i x = _mm256_castps_si256(pair);
   return _mm256_cvtph_ps(i ? _mm256_extracti128_si256(x, 1) : _mm256_castsi256_si128(x));
+#elif defined(__AVX512BW__)
+  const __m512i x = bitcast<__m512i>(pair);
+  return bitcast<f32v>(_mm512_cvtph_ps(i ? _mm512_extracti64x4_epi64(x, 1) : _mm512_castsi512_si256(x)));
 #else
   return widen(__builtin_convertvector(bitcast<u32v>(pair) >> 16 * i, u16v), f16{});
 #endif
