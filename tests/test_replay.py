@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from gptfast.generate import LanguageModel, loop
 from gptfast.generate.arena import Arena
 from gptfast.generate.cache import KVCache
 from gptfast.generate.fuse import fused
-from gptfast.generate.replay import NotReplayable, Pass, Recorded, Replay, Replays, record, record_in_arena
+from gptfast.generate.replay import WORTH_A_PASS, NotReplayable, Recorded, Replay, Replays, record, record_in_arena
 from gptfast.kernels import reason_missing
+from gptfast.layers import Embedding
 from gptfast.model import GPT, GPTConfig
 from gptfast.quantize import QuantizedWeight
 
@@ -222,36 +224,57 @@ def test_a_generation_is_the_same_without_replay(
     assert lm._replays._free
 
 
-PROMPT = torch.randint(97, (450,), generator=torch.Generator().manual_seed(8)).tolist()
+PROMPT = torch.randint(97, (1100,), generator=torch.Generator().manual_seed(8)).tolist()
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "packed-float32", "q8_0", "q4_1"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "packed-float32", "q8_0", "q4_1", "q4_1 int8"])
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_a_prompt_in_recorded_passes_is_bitwise_equal(name: str, kind: str, threads: int) -> None:
-    """Passes of its own, a rest, and one behind tokens that the cache holds."""
+    """Passes of both sizes, rests, behind tokens that the cache holds, in a smaller cache and in a larger one."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
+        kind, _, kept = kind.partition(" ")
         model = model_of(name, kind)
-        cache, other = (KVCache(model.config, 1, 512, model.dtype) for _ in range(2))
-        replays, counts = Replays(model), []
-        for end in (loop.PASS, 3, 3 + 2 * loop.PASS, 450):
-            limits = loop.Limits(512, 1)
-            fed = loop.Loop(model, cache, limits, replays=replays)
-            whole = loop.Loop(model, other, limits)
-            for each in (fed, whole):
-                each.prefill([PROMPT[:end]], lambda done, total: counts.append((done, total)))
-            assert fed.logits is not None and whole.logits is not None
-            assert torch.equal(fed.logits, whole.logits), end
-            assert torch.equal(cache.lengths, other.lengths)
-            for a, b in zip(cache.tensors(), other.tensors()):
-                assert torch.equal(a[:, :end], b[:, :end])
+        model.config = replace(model.config, context=2048)
+        if model.positions is not None:
+            model.positions = Embedding(2048, 64, dtype=model.dtype).eval()
+        replays, counts, large = Replays(model), [], loop.PASSES[0]
+        for capacity, ends in ((1000, (128, 131, 131 + large, 900)), (300, (256, 300)), (1100, (large + 128, 1100))):
+            dtype = torch.int8 if kept else model.dtype
+            cache, other = (KVCache(model.config, 1, capacity, dtype) for _ in range(2))
+            for end in ends:
+                fed = loop.Loop(model, cache, loop.Limits(2048, 1), replays=replays)
+                whole = loop.Loop(model, other, loop.Limits(2048, 1))
+                for each in (fed, whole):
+                    each.prefill([PROMPT[:end]], lambda done, total: counts.append((done, total)))
+                assert fed.logits is not None and whole.logits is not None
+                assert torch.equal(fed.logits, whole.logits), (capacity, end)
+                assert torch.equal(cache.lengths, other.lengths)
+                for a, b in zip(cache.tensors(), other.tensors()):
+                    assert torch.equal(a[:, :end], b[:, :end])
         assert all(done <= total for done, total in counts) and counts[-1][0] == counts[-1][1]
-        assert [type(r) for r in replays._free] == [Pass], "recorded once, at the first prompt that needed two"
+        assert sorted(r.tokens for r in replays._free) == sorted(loop.PASSES), "one of each size, for the largest cache"
     finally:
         torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def test_a_pass_is_recorded_where_it_pays() -> None:
+    model = model_of("llama")
+    replays = Replays(model)
+    small, large = KVCache(model.config, 1, 300), KVCache(model.config, 1, 400)
+    assert replays.take_pass(small, 128, 1) is None, "once is not often"
+    first = replays.take_pass(small, 128, 1)
+    assert first is not None and replays.take_pass(small, 512, 1) is None
+    replays.give(first)
+    second = replays.take_pass(large, 128, 1)
+    assert second is not None and second is not first, "the first has no room for so many"
+    replays.give(second)
+    assert replays.take_pass(small, 128, 1) is second
+    assert Replays(model).take_pass(small, 32, WORTH_A_PASS) is not None
 
 
 @torch.no_grad()

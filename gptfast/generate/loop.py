@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gptfast.generate.speculative import Speculation
 
 CHUNK = 512  # prompt tokens of all rows in one forward pass: many for each weight read, few enough for caches
-PASS = 128  # of them in a recorded pass: as fast a token as more, and what it works on stays in the caches
+PASSES = 512, 128  # of them in a recorded pass
 WORTH_RECORDING = 8  # decode steps
 BLOCK = 256  # tokens by which a KV cache grows
 
@@ -109,7 +109,7 @@ class Loop:
         """Feeds right-padded chunks; the logits (B, V) after each row's last token."""
         lengths, device = [len(t) for t in todo], cache.lengths.device
         width, logits, done = max(1, CHUNK // len(todo)), None, 0
-        if len(todo) == 1 and self.replays is not None and lengths[0] >= PASS:
+        if len(todo) == 1 and self.replays is not None:
             logits, done = self._replayed(cache, todo[0], report)
         for start in range(done, max(lengths), width):
             parts = [t[start : start + width] for t in todo]
@@ -129,25 +129,27 @@ class Loop:
         return logits
 
     def _replayed(self, cache: KVCache, todo: list[int], report: Callable[[int], None]) -> tuple[Tensor | None, int]:
-        """Feeds as many tokens of one row as recorded passes take: how many, and the logits (1, V) after the last if it
-        was the row's. Recorded where a pass comes twice: recording takes as long as one more."""
+        """Feeds as many tokens of one row as recorded passes take: the logits (1, V) if the last was the row's, and how
+        many. Recording takes as long as one more pass, so one is recorded for what has come before or comes often."""
         assert self.replays is not None
-        self.replays.prompts += 1
-        recorded = self.replays.take_pass(cache, len(todo) >= 2 * PASS or self.replays.prompts > 1, PASS)
-        if recorded is None:
-            return None, 0
-        end, logits = len(todo) // PASS * PASS, None
-        try:
-            for start in range(0, end, PASS):
-                branch, stream = recorded.run(torch.tensor([todo[start : start + PASS]], dtype=torch.int64))
-                cache.advance(PASS)
-                if start + PASS == len(todo):
-                    model = self.replays.model
-                    logits = model.head_of(model.joined(branch[:, -1], stream[:, -1])).float()
-                report(start + PASS)
-        finally:
-            self.replays.give(recorded)
-        return logits, end
+        done, logits = 0, None
+        for tokens in PASSES:
+            end = done + (len(todo) - done) // tokens * tokens
+            recorded = self.replays.take_pass(cache, tokens, (end - done) // tokens) if end > done else None
+            if recorded is None:
+                continue
+            try:
+                for start in range(done, end, tokens):
+                    branch, stream = recorded.run(torch.tensor([todo[start : start + tokens]], dtype=torch.int64))
+                    cache.advance(tokens)
+                    if start + tokens == len(todo):
+                        model = self.replays.model
+                        logits = model.head_of(model.joined(branch[:, -1], stream[:, -1])).float()
+                    report(start + tokens)
+            finally:
+                self.replays.give(recorded)
+            done = end
+        return logits, done
 
     @torch.no_grad()
     def begin(self, rows: list[Row], sources: list[int], sampler: Sampler) -> None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from gptfast.generate.sampler import Sampler
 
 log = logging.getLogger("gptfast")
+WORTH_A_PASS = 6  # passes over a prompt, the first of which is recorded: it takes twice as long, the others 0.8
 KEPT = 4  # recorded passes of one number of tokens that wait for the next call
 
 # Functions whose result is new memory and yet no part of the computation: fresh memory, and values read to be checked.
@@ -203,13 +204,21 @@ class Recording:
         settings = model.activations, model.backend, os.environ.get("GPTFAST_BACKEND")
         return cls, cache.batch, cache.capacity, tokens, cache.dtype, *settings
 
+    def serves(self, key: tuple[Any, ...], cache: KVCache) -> bool:
+        """Whether it was recorded for such a key and can work on this cache."""
+        return self.key == key
+
     def bind(self, cache: KVCache) -> None:
         """Makes what follows work on this cache."""
         from gptfast.kernels.cpu import Plan
 
-        moved = dict(zip(self._recorded, _pointers(cache)))
+        moved, strides = dict(zip(self._recorded, _pointers(cache))), _strides(cache)
+
+        def fits(name: str, value: Any) -> Any:
+            return moved.get(value, value) if isinstance(value, int) else strides.get(name, value)
+
         self._bound = [
-            (op, threads, {n: moved.get(v, v) if isinstance(v, int) else v for n, v in fields.items()})
+            (op, threads, {name: fits(name, value) for name, value in fields.items()})
             for op, threads, fields in self._launches
         ]
         self._plan, self._cache, self._keys = Plan(self._bound), cache, cache.k[0]
@@ -225,16 +234,26 @@ class Recording:
 
 class Pass(Recording):
     """A recorded pass over so many tokens of a prompt, up to the head. What lies between its launches is as much as the
-    tokens of one layer need."""
+    tokens of one layer need. It serves smaller caches too."""
 
     def __init__(self, model: GPT, cache: KVCache, tokens: int) -> None:
         super().__init__(model, cache, tokens)
+        self.capacity = cache.capacity
         self.positions.copy_(cache.lengths[:, None] + torch.arange(tokens))
         if model.config.positions == "rope":
             model.rope_tables(cache.capacity, model.device)  # made now: a plan could not repeat it
         # What it writes behind the lengths is overwritten by the first that is replayed.
         self._made, self._launches, memory = record_in_arena(lambda: model.branches(self.ids, cache, self.positions))
         self._keep = model, model._tables, memory
+
+    @classmethod
+    def key_of(cls, model: GPT, cache: KVCache, tokens: int) -> tuple[Any, ...]:
+        kind, batch, _, *rest = super().key_of(model, cache, tokens)
+        return kind, batch, *rest
+
+    def serves(self, key: tuple[Any, ...], cache: KVCache) -> bool:
+        # Its tables of angles, and its room for partial results, are for so many tokens.
+        return self.key == key and cache.capacity <= self.capacity
 
     def run(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """What model.branches gives for tokens (B, T) int64; the next pass overwrites it."""
@@ -360,7 +379,7 @@ class Replays:
 
     def __init__(self, model: GPT) -> None:
         self.model = model
-        self.prompts = 0  # that were long enough for a Pass
+        self._passes: dict[int, int] = {}  # how many were wanted, by their tokens
         self._free: list[Recording] = []  # the last one used at the end
         self._refused: set[tuple[Any, ...]] = set()
         self._lock = threading.Lock()
@@ -372,14 +391,18 @@ class Replays:
         """
         return self._take(Replay, cache, record, tokens)
 
-    def take_pass(self, cache: KVCache, record: bool, tokens: int) -> Pass | None:
-        """The same for so many tokens of a prompt."""
-        return self._take(Pass, cache, record, tokens)
+    def take_pass(self, cache: KVCache, tokens: int, times: int) -> Pass | None:
+        """The same for so many tokens of a prompt: recorded where as many passes are wanted now, or were before, as pay
+        for it."""
+        with self._lock:
+            before = self._passes.get(tokens, 0)
+            self._passes[tokens] = before + times
+        return self._take(Pass, cache, before > 0 or times >= WORTH_A_PASS, tokens)
 
     def _take(self, kind: type[R], cache: KVCache, record: bool, tokens: int) -> R | None:
         key = kind.key_of(self.model, cache, tokens) if isinstance(self.model, GPT) else ()
         with self._lock:
-            found = next((r for r in self._free if isinstance(r, kind) and r.key == key), None)
+            found = next((r for r in self._free if isinstance(r, kind) and r.serves(key, cache)), None)
             if found is not None:
                 self._free.remove(found)
             elif not record or key in self._refused or not _replayable(self.model, cache):
@@ -397,6 +420,10 @@ class Replays:
         """Takes one back, for the next call."""
         recording.unbind()
         with self._lock:
+            if isinstance(recording, Pass):  # that for the largest caches serves all
+                same = [r for r in self._free if isinstance(r, Pass) and r.key == recording.key]
+                recording = max(*same, recording, key=lambda r: r.capacity) if same else recording
+                self._free = [r for r in self._free if r not in same]
             alike = [r for r in self._free if type(r) is type(recording) and r.tokens == recording.tokens]
             self._free = [r for r in self._free if r not in alike[: 1 - KEPT]] + [recording]
 
@@ -414,6 +441,14 @@ def recordable(backend: str | None) -> bool:
     """Whether ops on the CPU's tensors, asked of this backend, are the CPU's kernels, which alone write their launches
     down: those of an interpreted backend would be missing from a plan."""
     return (backend or os.environ.get("GPTFAST_BACKEND") or "cpu") == "cpu" and reason_missing("cpu") is None
+
+
+def _strides(cache: KVCache) -> dict[str, tuple[int, ...]]:
+    """The fields of attention's launches that say how a cache of this capacity lies in memory."""
+    named = {"k": cache.k[0], "v": cache.v[0]}
+    if cache.k_scale is not None and cache.v_scale is not None:
+        named |= {"k_scale": cache.k_scale[0], "v_scale": cache.v_scale[0]}
+    return {f"{name}_strides": t.stride()[:3] for name, t in named.items()}
 
 
 def _pointers(cache: KVCache) -> list[int]:
