@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from gptfast import ops
 from gptfast.formats.extras import need
 from gptfast.formats.files import FormatError, read_json, replacing
-from gptfast.layers import Dropout, Linear, Weight
+from gptfast.layers import Dropout, Linear, Weight, set_weight
 from gptfast.model import GPT, convert, huggingface
 from gptfast.quantize import PackedWeight, QuantizedWeight
 
@@ -152,6 +152,20 @@ def add_lora(model: GPT, config: LoRAConfig | None = None, *, seed: int = 0) -> 
     if quantised and model.activations is None:
         model.activations = "exact"
     return model
+
+
+def blank_of(model: GPT) -> GPT:
+    """A model of the same layers whose parameters are on the meta device, to be loaded; what is quantised, which no
+    parameter holds, is shared."""
+    made = GPT(model.config, device="meta")
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, (QuantizedWeight, PackedWeight)):
+            set_weight(made.get_submodule(name), weight)
+    if adapted(model):
+        add_lora(made, lora_config(model))
+    made.activations, made.backend = model.activations, model.backend
+    return made
 
 
 def adapted(model: nn.Module) -> dict[str, LoRALinear]:

@@ -78,8 +78,8 @@ def main(stage: str, arguments: Sequence[str]) -> int:
     except KeyboardInterrupt as error:
         print(f"gptfast: {error or 'stopped'}; the same command goes on", file=sys.stderr)
         return 130
+    _export_adapter(made, given)
     if world.first:
-        _export_adapter(made, given)
         found = {"stage": stage, "out": given.out, **result._asdict()}
         if given.json:
             print(json.dumps(found))
@@ -201,7 +201,9 @@ def _initial(source: str, weights: str | None) -> tuple[GPT, Tokenizer]:
 
 
 def _export_adapter(made: Stage, given: argparse.Namespace) -> None:
-    """With LoRA, the adapter by itself too, in PEFT's files."""
+    """With LoRA, the adapter by itself too, in PEFT's files. All processes call it."""
     if getattr(given, "lora_rank", 0):
         model: Any = made.modules["model"]
-        save_adapter(model, Path(given.out) / "adapter")
+        whole = made.whole(model)
+        if whole is not None and made.world.first:
+            save_adapter(whole, Path(given.out) / "adapter")

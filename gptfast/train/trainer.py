@@ -26,6 +26,7 @@ from gptfast.model import GPT
 from gptfast.train import checkpoint
 from gptfast.train.config import StageConfig, same_but
 from gptfast.train.logs import Bar, Logs
+from gptfast.train.lora import blank_of
 from gptfast.train.optim import AdamW
 from gptfast.train.packing import IGNORED, Packed, seed_of, share
 from gptfast.train.parallel import Runner, World
@@ -80,7 +81,7 @@ class Stage(ABC):
 
     def whole(self, model: GPT) -> GPT | None:
         """The model with all of its parameters; None in processes other than the first where FSDP2 has cut them."""
-        return self.world.whole(model, lambda: GPT(model.config, device="meta"))
+        return self.world.whole(model, lambda: blank_of(model))
 
 
 class Supervised(Stage):

@@ -23,7 +23,7 @@ STEPS, PROCESSES = 3, 2
 
 def stages() -> dict[str, Stage]:
     """Fresh ones: two calls give the same."""
-    made = {name: stage(name, dropout=0.0, steps=STEPS) for name in ("sft", "reward", "ranked", "dpo", "ppo")}
+    made = {name: stage(name, dropout=0.0, steps=STEPS) for name in ("sft", "reward", "ranked", "dpo", "dpo with adapters", "ppo")}
     ppo = made["ppo"]
     assert isinstance(ppo, PPO)
     recorded = [ppo.gather(step) for step in range(STEPS)]
@@ -76,7 +76,7 @@ def saving(rank: int, folder: str) -> None:
     os._exit(0)
 
 
-EVALUATED = ("reward", "dpo")
+EVALUATED = ("reward", "dpo", "dpo with adapters")
 CUT = {"steps": 4, "save_every": 2, "eval_every": 2, "log_every": 1}
 
 
