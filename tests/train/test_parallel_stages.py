@@ -23,7 +23,8 @@ STEPS, PROCESSES = 3, 2
 
 def stages() -> dict[str, Stage]:
     """Fresh ones: two calls give the same."""
-    made = {name: stage(name, dropout=0.0, steps=STEPS) for name in ("sft", "reward", "ranked", "dpo", "dpo with adapters", "ppo")}
+    names = ("sft", "reward", "ranked", "dpo", "dpo with adapters", "ppo")
+    made = {name: stage(name, dropout=0.0, steps=STEPS) for name in names}
     ppo = made["ppo"]
     assert isinstance(ppo, PPO)
     recorded = [ppo.gather(step) for step in range(STEPS)]
