@@ -59,6 +59,7 @@ class OnlineConfig(StageConfig):
     minibatches: int = dial(4, "optimiser steps of an epoch", least=1)
     micro_tokens: int = dial(8192, "tokens of one forward and backward pass: less takes less memory", least=1)
     clip: float = dial(0.2, "how far a token's probability ratio may leave 1 and still be learnt from", least=0, most=1)
+    caution: float = dial(0.0, "deviations between a reward ensemble's members that are taken off a score", least=0)
     score_clip: float = dial(5.0, "scores are cut to +- this; 0 = never", least=0)
     missing_end_penalty: float = dial(1.0, "taken off the score of an answer that didn't end by itself", least=0)
     entropy_coefficient: float = dial(0.0, "bonus for a token's entropy, in the loss", least=0)
@@ -76,6 +77,7 @@ class Experience:
     responses: list[list[int]]
     ended: list[bool]
     scores: list[float]  # as the judge gave them
+    doubts: list[float]  # the standard deviation between the judge's members, where it has some
     logprobs: list[Tensor]  # of each response's tokens, under the policy that wrote it
     reference: list[Tensor]
     entropy: list[Tensor]
@@ -181,7 +183,8 @@ class Online(Stage):
     @torch.no_grad()
     def look(self, samples: Samples, messages: list[list[dict[str, str]]]) -> Experience:
         """Has the answers judged and computes what the models think of them."""
-        made = Experience(samples.prompts, samples.responses, samples.ended, self.judge(samples, messages), [], [], [])
+        judged = self.judge(samples, messages)
+        made = Experience(samples.prompts, samples.responses, samples.ended, *judged, [], [], [])
         made.sampled = [torch.tensor(row) for row in samples.logprobs]
         for rows in self._pieces(made):
             packed, lengths = made.pack(rows), [len(made.responses[i]) for i in rows]
@@ -207,19 +210,21 @@ class Online(Stage):
             room -= made.tokens(i)
         return pieces
 
-    def judge(self, samples: Samples, messages: list[list[dict[str, str]]]) -> list[float]:
-        """A score for each answer."""
+    def judge(self, samples: Samples, messages: list[list[dict[str, str]]]) -> tuple[list[float], list[float]]:
+        """A score for each answer, and how far the judge's members differ about it."""
         if isinstance(self.reward, RewardModel | RewardEnsemble):
-            return self.reward.rewards(samples.prompts, samples.responses).tolist()
-        return call_reward(self.reward, messages, samples.texts)
+            scores, doubts = self.reward.judged(samples.prompts, samples.responses)
+            return scores.tolist(), doubts.tolist()
+        return call_reward(self.reward, messages, samples.texts), [0.0] * len(samples)
 
     def judge_tokens(self, packed: Packed, lengths: Sequence[int]) -> Sequence[Tensor]:
         """Values of each answer's tokens, where a stage has them."""
         return []
 
     def shaped_scores(self, experience: Experience) -> Tensor:
-        """Scores as they are learnt from, (n,) fp32: clipped, less the penalty where an answer didn't end by itself."""
-        scores = torch.tensor(experience.scores)
+        """Scores as they are learnt from, (n,) fp32: less the judge's doubts, clipped, less the penalty where an answer
+        didn't end by itself."""
+        scores = torch.tensor(experience.scores) - self.config.caution * torch.tensor(experience.doubts)
         if self.config.score_clip:
             scores = scores.clamp(-self.config.score_clip, self.config.score_clip)
         return scores - self.config.missing_end_penalty * ~torch.tensor(experience.ended)
@@ -247,6 +252,7 @@ class Online(Stage):
             "objective/entropy": float(torch.cat(experience.entropy).mean()),
             "objective/score": float(scores.mean()),
             "objective/score_std": float(scores.std()) if len(scores) > 1 else 0.0,
+            "objective/doubt": sum(experience.doubts) / len(experience),
             "objective/ended": sum(experience.ended) / len(experience),
             "objective/length": sum(lengths) / len(lengths),
             "objective/sampler_gap": float((torch.cat(experience.sampled) - logprobs).abs().max()),
@@ -276,7 +282,7 @@ class Online(Stage):
             return []
         options: dict[str, Any] = dict(max_new_tokens=self.config.max_new_tokens, temperature=self.config.temperature)
         made = self.rollout(self.heldout_ids[:few], step=-1, seed=self.config.seed, **options)
-        scores = self.judge(made, [self.heldout_messages[i] for i in made.sources])
+        scores, _ = self.judge(made, [self.heldout_messages[i] for i in made.sources])
         return [
             {"prompt": self.heldout_messages[i][-1]["content"], "text": text, "score": score, "finish_reason": finish}
             for i, text, score, finish in zip(made.sources, made.texts, scores, made.finishes)

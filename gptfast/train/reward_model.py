@@ -9,8 +9,8 @@ A reward model may be wide besides deep (Cheng et al., arXiv:1606.07792): then r
 neighbouring tokens beside the head's, from a table that a hash indexes. Thousands of ratings teach a small transformer
 few of the phrases that such numbers just hold. Transformers reads the deep part alone.
 
-An ensemble is the mean of models that began differently: it errs less, and is harder to please by a flaw of one (Coste
-et al., arXiv:2310.02743).
+An ensemble is the mean of models that began differently: it errs less, and is harder to please by a flaw of one. Where
+its members differ is what it doesn't know, which a policy may be kept from (Coste et al., arXiv:2310.02743).
 """
 
 from __future__ import annotations
@@ -165,7 +165,13 @@ class Judging:
     @torch.no_grad()
     def rewards(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Tensor:
         """The normalised score of each response (token ids, its end token included), (n,) fp32."""
-        return (self._all_raw([[*p, *r] for p, r in zip(prompts, responses)]) - self.mean) / self.std
+        return self.judged(prompts, responses)[0]
+
+    @torch.no_grad()
+    def judged(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """The rewards, and the standard deviation between the members' scores of each (0 for one model), (n,) fp32."""
+        each = self._each_raw([[*p, *r] for p, r in zip(prompts, responses)])
+        return (each.mean(0) - self.mean) / self.std, each.std(0, correction=0) / self.std
 
     @torch.no_grad()
     def normalise(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> None:
@@ -178,13 +184,16 @@ class Judging:
         self.std.copy_(raw.std().clamp(min=1e-6)[None])
 
     def _all_raw(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        return self._each_raw(sequences).mean(0)
+
+    def _each_raw(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         module, training = cast(nn.Module, self), self.training
         module.eval()
         try:
-            found = [self.raw(packed) for packed in rows_of(sequences)]
+            found = [self.each([packed] * self.members) for packed in rows_of(sequences)]
         finally:
             module.train(training)
-        return torch.cat(found) if found else torch.zeros(0)
+        return torch.cat(found, 1) if found else torch.zeros(self.members, 0)
 
 
 class RewardModel(Judging, Scorer):

@@ -15,7 +15,7 @@ from gptfast.train.grpo import GRPO, GRPOConfig
 from gptfast.train.online import Experience, Online
 from gptfast.train.parallel import World
 from gptfast.train.ppo import PPO, STATISTICS, KLController, PPOConfig
-from gptfast.train.reward_model import RewardModel
+from gptfast.train.reward_model import RewardEnsemble, RewardModel
 from gptfast.train.sequences import row_parts
 from gptfast.train.trainer import Trainer, make_optimizer
 from gptfast.train.verify import arithmetic_prompts, arithmetic_reward
@@ -29,6 +29,10 @@ def ppo(model: GPT | None = None, reward: Any = tiny.share_of_e, reference: GPT 
     few: dict[str, Any] = dict(prompts_per_step=5, max_new_tokens=12, minibatches=2, epochs=2)
     config = PPOConfig(**(QUIET | few | dials))
     return PPO(config, model or tiny.model(), tiny.tokenizer(), PROMPTS, reward, reference=reference)
+
+
+def two_judges() -> RewardEnsemble:
+    return RewardEnsemble([RewardModel(tiny.model(i), i) for i in (3, 4)])
 
 
 def nudge(model: torch.nn.Module, by: float = 0.02, seed: int = 9) -> None:
@@ -91,7 +95,8 @@ def by_hand(stage: PPO, made: Experience) -> tuple[list[Any], list[Any], list[fl
     rewards, penalties, scores = [], [], []
     for i in range(len(made)):
         per_token = -stage.controller.beta * oracles.kl(c.kl, *(f64(x[i]) for x in (made.logprobs, made.reference)))
-        score = made.scores[i] if not c.score_clip else max(-c.score_clip, min(c.score_clip, made.scores[i]))
+        score = made.scores[i] - c.caution * made.doubts[i]
+        score = score if not c.score_clip else max(-c.score_clip, min(c.score_clip, score))
         if not made.ended[i]:
             score -= c.missing_end_penalty
         penalties.append(per_token.sum())
@@ -116,12 +121,15 @@ def by_hand(stage: PPO, made: Experience) -> tuple[list[Any], list[Any], list[fl
         {"whiten_rewards": True, "whiten_advantages": False, "missing_end_penalty": 0.0},
         {"score_clip": 0.05, "whiten_advantages": False},
         {"score_clip": 0.0, "lam": 1.0},
+        {"caution": 2.0, "score_clip": 0.5, "whiten_advantages": False},
     ],
     ids=str,
 )
 def test_advantages(dials: dict[str, Any]) -> None:
-    stage = ppo(tiny.model(1), reference=tiny.model(2), samples_per_prompt=3, **dials)
+    reward = two_judges() if "caution" in dials else tiny.share_of_e
+    stage = ppo(tiny.model(1), reward, reference=tiny.model(2), samples_per_prompt=3, **dials)
     made, _ = stage.gather(0)
+    assert any(made.doubts) == ("caution" in dials)
     assert any(made.ended) or not dials.get("missing_end_penalty", 1)
     advantages, returns, found = stage.advantages(made)
     wanted_A, wanted_R, penalties, scores = by_hand(stage, made)

@@ -238,6 +238,11 @@ def test_an_ensemble_is_the_mean(tmp_path: Path) -> None:
     prompts, answers = [[1], [2, 3], [4]], [[5, 6], [7], [8, 9]]
     ensemble.normalise(prompts, answers)
     rewards = ensemble.rewards(prompts, answers)
+    again, doubts = ensemble.judged(prompts, answers)
+    each = torch.stack([m.rewards(prompts, answers) for m in models])  # mean 0, deviation 1: as they are
+    assert torch.equal(again, rewards) and doubts.shape == (3,)
+    torch.testing.assert_close(doubts, (each.var(0, correction=0)).sqrt() / ensemble.std)
+    assert not models[0].judged(prompts, answers)[1].any()
     assert float(rewards.mean()) == pytest.approx(0, abs=1e-6) and float(rewards.std()) == pytest.approx(1, abs=1e-6)
     ensemble.save_folder(tmp_path / "model", tiny.tokenizer())
     loaded = read_reward(tmp_path / "model")
@@ -373,3 +378,36 @@ def test_hidden_tokens() -> None:
     optimizers = [AdamW(stage.model.parameters(), lr=1e-3) for stage in stages]
     losses = [stage.step(1, optimizer)["loss"] for stage, optimizer in zip(stages, optimizers)]
     assert losses[1] == losses[2] != losses[0]
+
+
+def test_a_part_of_an_answer_says_less() -> None:
+    """About the share that was asked for: a run of the text's tokens between the prompt and the marks at the end, whose
+    rating is as much nearer to the mean as the run is shorter. The answers themselves stay whole."""
+    answers = [Answer(tiny.user("say"), "abcdefgh" * (i % 3 + 1) + "xyz", float(i % 7)) for i in range(60)]
+    config = RankedConfig(batch_size=60, fragments=0.4, **QUIET)
+    stage = Ranked(config, RewardEnsemble([wide(1), wide(2)]), tiny.tokenizer(), answers)
+    rows = [list(range(60)), list(range(59, -1, -1))]
+    whole = [list(s) for s in stage.sequences]
+
+    def cut(step: int) -> tuple[list[list[list[int]]], torch.Tensor]:
+        sequences = [[stage.sequences[i] for i in mine] for mine in rows]
+        ratings = stage.ratings[torch.tensor(rows)]
+        stage._cut(step, rows, sequences, ratings)
+        return sequences, ratings
+
+    sequences, ratings = cut(3)
+    again, once_more = cut(3)
+    assert again == sequences and torch.equal(once_more, ratings) and cut(4)[0] != sequences
+    assert stage.sequences == whole
+    marks, mean, cuts = stage.tokenizer.special_ids, float(stage.ratings.mean()), 0
+    for mine, found, rated in zip(rows, sequences, ratings.tolist()):
+        for i, sequence, rating in zip(mine, found, rated):
+            begin = len(prompt_ids(answers[i].prompt, stage.tokenizer))
+            end = max(k for k, id in enumerate(whole[i]) if id not in marks) + 1
+            assert sequence[:begin] == whole[i][:begin] and end < len(whole[i])
+            part = sequence[begin : len(sequence) - (len(whole[i]) - end)]
+            assert sequence[begin + len(part) :] == whole[i][end:]
+            assert any(whole[i][k : k + len(part)] == part for k in range(begin, end)) and part
+            assert rating == pytest.approx(mean + (answers[i].score - mean) * len(part) / (end - begin), abs=1e-6)
+            cuts += len(part) < end - begin
+    assert abs(cuts - 48) < 5 * math.sqrt(120 * 0.4 * 0.6)

@@ -106,7 +106,8 @@ def stage(name: str, dropout: float = 0.1, **dials: Any) -> Stage:
     if name == "ranked":
         answers = [Answer(ASK, text, float(i % 7)) for i, text in enumerate(texts)]
         both = [RewardModel(backbone, i, neighbours=40) for i, backbone in enumerate((model, copy.deepcopy(model)))]
-        return Ranked(RankedConfig(**given(batch_size=12)), RewardEnsemble(both), words, answers, pairs[:4])
+        config = RankedConfig(**given(batch_size=12, fragments=0.4))
+        return Ranked(config, RewardEnsemble(both), words, answers, pairs[:4])
     if name.startswith("dpo"):
         if name == "dpo with adapters":
             add_lora(model, LoRAConfig(rank=2, dropout=0.1))
