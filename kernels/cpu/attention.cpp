@@ -193,6 +193,14 @@ struct Head {
     for (int r = 0; r < t.width; r++) t.m[r] = NONE, t.l[r] = 0;
   }
 
+  // From a key to the one a chunk later, and to that of the head which is probably read next, from so many chunks
+  // earlier on. In elements.
+  int64_t chunk_on() const { return CHUNK * a.k_strides[1]; }
+  int64_t next_head(int chunks) const {
+    if (hk + 1 < a.Hk) return a.k_strides[2] - chunks * chunk_on();
+    return (s.b + 1 < a.B ? a.k_strides[0] - chunks * chunk_on() : chunk_on()) - hk * a.k_strides[2];
+  }
+
   static constexpr int64_t copy_stride(int64_t D) { return D + 64 / (int64_t)sizeof(C); }  // spread over L1's sets
   // Group g of a chunk's keys or values, of which [begin, end) of the chunk are needed. Where they don't lie evenly, or
   // not all of them may be read, they are copied to `spare`, another one standing for those not needed; as are those
@@ -341,7 +349,9 @@ void run_strip(const Head<T, C>& head, Tile* tiles, int count, int first, int la
         for (int g = begin; g < end; g++) touch_rows(k[g], head.D);
         for (int g = begin; g < end; g++) prefetch_rows(v[g], head.D, 0);
       }
-      chunk_few_rows(tiles[0], head.keys(tiles[0], c, x.bias), k, v, x.s);
+      Keys keys = head.keys(tiles[0], c, x.bias);
+      keys.next = c + 1 < last ? head.chunk_on() : head.next_head(c - first);
+      chunk_few_rows(tiles[0], keys, k, v, x.s);
       continue;
     }
     const int slot = c % x.slots;
@@ -428,11 +438,24 @@ Span span(const Attention& a, int64_t b) {
   return {low / CHUNK, max(low / CHUNK, (int)ceil_div(high, CHUNK))};
 }
 
+// Whether heads are too few, or of too different lengths, for each to be one worker's, who merges its chunks himself.
+bool uneven(const Attention& a, int workers) {
+  int64_t chunks = 0, longest = 0;
+  for (int64_t b = 0; b < a.B; b++) {
+    const int64_t size = span(a, b).size();
+    chunks += size;
+    longest = max(longest, size);
+  }
+  return longest > 1 && longest * 4 * workers > chunks * a.Hk;
+}
+
 // Single chunks, each worker beginning with the part that it had the last time (decoding, it finds the keys in its own
 // cache), then the merge.
 template <class T, class C>
-void by_chunks(const Attention& a, Worker& worker, int64_t total) {
+void by_chunks(const Attention& a, Worker& worker) {
   Scratch x(a, worker, 1, 1);
+  int64_t total = 0;
+  for (int64_t b = 0; b < a.B; b++) total += span(a, b).size();
   auto partial = [&](int64_t b, int64_t hk, int chunk, int tile) {
     return a.workspace + ((b * a.Hk + hk) * a.chunks + chunk) * a.partial +
            tile * ROWS * (round_up((int)a.D, LANES) + 2);
@@ -471,11 +494,8 @@ void by_chunks(const Attention& a, Worker& worker, int64_t total) {
 
 template <class T, class C>
 void run(const Attention& a, Worker& worker) {
-  int64_t chunks = 0;
-  if (a.workspace && worker.count > 1)
-    for (int64_t b = 0; b < a.B; b++) chunks += span(a, b).size();
-  if (chunks > a.B)  // some sequence has more than one
-    by_chunks<T, C>(a, worker, chunks);
+  if (a.workspace && worker.count > 1 && uneven(a, worker.count))
+    by_chunks<T, C>(a, worker);
   else
     by_strips<T, C>(a, worker);
 }

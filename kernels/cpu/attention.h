@@ -99,6 +99,7 @@ struct Keys {
   Terms terms;
   const float* bias;  // [width][CHUNK]
   Dropout dropout;
+  int64_t next;  // from each key to the one that is read a chunk later, in elements
   int first_group() const { return begin / LANES; }
   int last_group() const { return (int)ceil_div(end, LANES); }
 };
@@ -297,15 +298,20 @@ void chunk_rows(const Tile& t, const Keys& keys, const float* kt, const float* v
 
 // Keys are turned in registers and used there, for all rows and GROUPS x LANES keys at a time.
 template <class T, int R>
-NOINLINE void qk_few(const float* q, const Rows<T>* k, int first, int last, int dim, float* s) {
+NOINLINE void qk_few(const float* q, const Rows<T>* k, const Rows<T>* v, int first, int last, int dim, float* s) {
   for (int g = first / GROUPS * GROUPS; g < last; g += GROUPS) {
-    auto rows = [&](int u) { return k[max(first, min(g + u, last - 1))]; };
+    auto at = [&](int u) { return max(first, min(g + u, last - 1)); };
+    auto rows = [&](int u) { return k[at(u)]; };
     Quads quads[2] = {Quads(rows(0)), Quads(rows(GROUPS - 1))};
+    Lines<T> values[2] = {Lines<T>(v[at(0)]), Lines<T>(v[at(GROUPS - 1)])};
     const f32v scales[2] = {rows(0).scales(), rows(GROUPS - 1).scales()};
     f32v acc[R][GROUPS] = {};
     int d = 0;
     NO_UNROLL for (; d + DIMS<T> <= dim; d += DIMS<T>) {
       f32v words[GROUPS][4];
+      if constexpr (FETCH_NEXT) {
+        UNROLL for (int u = 0; u < GROUPS; u++) values[u].fetch();
+      }
       UNROLL for (int u = 0; u < GROUPS; u++) quads[u].turn(words[u], T{});
       UNROLL for (int i = 0; i < DIMS<T>; i++) {
         f32v key[GROUPS];
@@ -365,20 +371,22 @@ constexpr int dim_vectors(int R) {
 }
 
 template <class T, int R, int ND>
-NOINLINE void pv_few(const Rows<T>* v, int d, int n, const float* p, float* o, int stride, const float* a,
-                     const float* b, int begin, int end) {
+NOINLINE void pv_few(const Rows<T>* k, const Rows<T>* v, const Keys& keys, int d, int n, const float* p, float* o,
+                     int stride, const float* a, const float* b) {
+  const int begin = keys.begin, end = keys.end;
   f32v acc[R][ND] = {};
   for (int g = begin / LANES; g * LANES < end; g++) {
     const int last = min(end - g * LANES, LANES);
     int j = max(begin - g * LANES, 0);
     const T* from = v[g].at + j * v[g].stride + d;
-    NO_UNROLL for (; j < last; j++, from += v[g].stride) {
+    const T* ahead = FETCH_NEXT ? k[g].at + keys.next + j * k[g].stride + d : from + AHEAD * v[g].stride;
+    NO_UNROLL for (; j < last; j++, from += v[g].stride, ahead += FETCH_NEXT ? k[g].stride : v[g].stride) {
       f32v weight[R];
       UNROLL for (int r = 0; r < R; r++) weight[r] = splat(p[r * CHUNK + g * LANES + j]);
       UNROLL for (int u = 0; u < ND; u++) {
         f32v x = v[g].scaled(j, ND == 1 ? load(from, n) : load(from + u * LANES));
         x = in_register(x);
-        if (u % (64 / (LANES * (int)sizeof(T))) == 0) __builtin_prefetch(from + AHEAD * v[g].stride + u * LANES);
+        if (u % (64 / (LANES * (int)sizeof(T))) == 0) __builtin_prefetch(ahead + u * LANES);
         UNROLL for (int r = 0; r < R; r++) acc[r][u] = fma(weight[r], x, acc[r][u]);
       }
     }
@@ -393,14 +401,14 @@ NOINLINE void pv_few(const Rows<T>* v, int d, int n, const float* p, float* o, i
 
 // All dims from d on.
 template <class T, int R, int ND = dim_vectors(R)>
-void pv_dims(const Tile& t, const Keys& keys, const Rows<T>* v, int d, const float* p, const float* a, const float* b) {
+void pv_dims(const Tile& t, const Keys& keys, const Rows<T>* k, const Rows<T>* v, int d, const float* p, const float* a,
+             const float* b) {
   const int stride = round_up(t.dim, LANES);
-  for (; d + ND * LANES <= t.dim; d += ND * LANES)
-    pv_few<T, R, ND>(v, d, LANES, p, t.o, stride, a, b, keys.begin, keys.end);
+  for (; d + ND * LANES <= t.dim; d += ND * LANES) pv_few<T, R, ND>(k, v, keys, d, LANES, p, t.o, stride, a, b);
   if constexpr (ND > 1)
-    pv_dims<T, R, ND / 2>(t, keys, v, d, p, a, b);
+    pv_dims<T, R, ND / 2>(t, keys, k, v, d, p, a, b);
   else if (d < t.dim)
-    pv_few<T, R, 1>(v, d, t.dim - d, p, t.o, stride, a, b, keys.begin, keys.end);
+    pv_few<T, R, 1>(k, v, keys, d, t.dim - d, p, t.o, stride, a, b);
 }
 
 // One chunk: R rows, k and v by groups.
@@ -408,10 +416,10 @@ template <class T, int R>
 void chunk_few(const Tile& t, const Keys& keys, const Rows<T>* k, const Rows<T>* v, float* s) {
   float mc[LANES], lc[LANES] = {}, a[LANES], b[LANES];
   store(mc, splat(NONE));
-  qk_few<T, R>(t.q, k, keys.first_group(), keys.last_group(), t.dim, s);
+  qk_few<T, R>(t.q, k, v, keys.first_group(), keys.last_group(), t.dim, s);
   for (int r = 0; r < R; r++) softmax_few(t, keys, r, s + r * CHUNK, mc + r, lc + r);
   merge(t.m, t.l, load(mc), load(lc), a, b);
-  pv_dims<T, R>(t, keys, v, 0, s, a, b);
+  pv_dims<T, R>(t, keys, k, v, 0, s, a, b);
 }
 template <class T, int R = 1>
 void chunk_few_rows(const Tile& t, const Keys& keys, const Rows<T>* k, const Rows<T>* v, float* s) {

@@ -38,8 +38,8 @@ constexpr int GROUPS = LANES == 4 ? 1 : 2;  // vectors of keys side by side in t
 constexpr int AHEAD = 8;                    // values are prefetched so many keys ahead
 // Decoding, keys are read across, 16 bytes of each of 16 at a time, which no prefetcher follows: with AVX2 a chunk's
 // keys are first read in order, and its values fetched meanwhile. Costs a tenth where they are in L2 already; a model's
-// weights have just passed through it.
-constexpr bool FETCH_CHUNK = VEC_BYTES == 32;
+// weights have just passed through it. With AVX-512 the keys' products fetch the values, and those the next keys.
+constexpr bool FETCH_CHUNK = VEC_BYTES == 32, FETCH_NEXT = VEC_BYTES == 64;
 constexpr int DIM = 256;  // the largest head
 constexpr float NONE = -__builtin_inff();
 #define NOINLINE __attribute__((noinline))
@@ -185,6 +185,20 @@ template <class T>
 INLINE void prefetch_rows(const Rows<T>& rows, int dim, int ahead) {
   for (int i = 0; i < LANES; i++) prefetch_row(rows.at + (ahead * LANES + i) * rows.stride, dim);
 }
+// The same by and by: a quarter of a line of each row at a time, as keys are turned.
+template <class T>
+struct Lines {
+  const char* at;
+  int64_t stride;
+  int turns = 0;
+
+  explicit Lines(const Rows<T>& rows) : at((const char*)rows.at), stride(rows.stride * (int64_t)sizeof(T)) {}
+  INLINE void fetch() {
+    UNROLL for (int i = 0; i < LANES / 4; i++) __builtin_prefetch(at + i * stride);
+    at += LANES / 4 * stride;
+    if (++turns % 4 == 0) at += 64 - LANES * stride;
+  }
+};
 // Loads every line of a group.
 template <class T>
 INLINE void touch_rows(const Rows<T>& rows, int dim) {
