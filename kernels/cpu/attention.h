@@ -8,6 +8,7 @@
 #pragma once
 #include "attention_keys.h"
 #include "philox.h"
+#include "transpose.h"
 
 namespace gptfast::ISA::attn {
 
@@ -114,21 +115,6 @@ struct Plain {
   }
   bool has(int group) const { return begin <= group && group < end; }
 };
-
-// In-register transpose of LANES x LANES values: the steps from `from` down to 1 swap blocks of that size.
-INLINE void transpose(f32v* r, int from = LANES / 2) {
-  const i32v lane = iota();
-#pragma GCC unroll 4
-  for (int s = from; s; s /= 2) {
-    const i32v low = (lane & s) ? lane - s + LANES : lane, high = (lane & s) ? lane + LANES : lane + s;
-    UNROLL for (int i = 0; i < LANES; i++) {
-      if (i & s) continue;
-      const f32v a = r[i], b = r[i + s];
-      r[i] = __builtin_shuffle(a, b, low);
-      r[i + s] = __builtin_shuffle(a, b, high);
-    }
-  }
-}
 
 // m = max(m, m_c) and the factors a = e^(m_old - m), b = e^(m_c - m) that bring both sides to it; l = l a + l_c b.
 INLINE void merge(float* m, float* l, f32v mc, f32v lc, float* a, float* b) {

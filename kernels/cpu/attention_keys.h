@@ -43,7 +43,6 @@ constexpr bool FETCH_CHUNK = VEC_BYTES == 32, FETCH_NEXT = VEC_BYTES == 64;
 constexpr int DIM = 256;  // the largest head
 constexpr float NONE = -__builtin_inff();
 #define NOINLINE __attribute__((noinline))
-#define UNROLL _Pragma("GCC unroll 16")
 #define NO_UNROLL _Pragma("GCC unroll 1")
 
 template <class T>

@@ -90,7 +90,7 @@ void pack_columns(const T* w, int64_t stride, int n, int64_t length, float* out)
         if (c + i < n) __builtin_prefetch(p + LANES * stride);
         t[i] = c + i < n ? load(p, deep) : f32v{};
       }
-      attn::transpose(t);
+      transpose(t);
       for (int i = 0; i < deep; i++) store(to + (k + i) * COLS, t[i]);
     }
   }

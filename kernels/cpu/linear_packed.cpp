@@ -15,6 +15,8 @@ constexpr int TILE = 6, ABREAST = 1, ONE_ABREAST = 4;  // 12 of 16
 constexpr int TILE = 3, ABREAST = 1, ONE_ABREAST = 1;
 #endif
 constexpr int64_t BLOCK_TILES = 256 / TILE;  // rows whose sums stay in L2 while panels pass
+constexpr int64_t SPAN = 4 * CHUNK;          // of their depth, what stays there while the columns of a task pass
+constexpr int64_t DEEP = 768, GROUPS = 4;    // more than so much depth wouldn't: so many times the columns a task, at most
 constexpr int64_t AHEAD = 1536;              // bytes of each panel: DRAM latency at a thread's share of the bandwidth
 // AVX2, one row: four streams that the hardware's prefetcher sees by itself; asked for as well they are 0.9x as fast.
 constexpr bool fetches(int abreast) { return VEC_BYTES != 32 || abreast == ABREAST; }
@@ -30,7 +32,7 @@ __attribute__((noinline)) void tile(const float* x, const W* w, int64_t stride, 
 #pragma GCC unroll 1
   for (; length > 0; length--, x += MR, w += PANEL, next += ahead.step) {
     f32v b[NV];
-    if (VEC_BYTES == 32 && NP == ABREAST) __builtin_prefetch(x + next_x);
+    if (VEC_BYTES >= 32 && MR > 1 && NP == ABREAST) __builtin_prefetch(x + next_x);
 #pragma GCC unroll 4
     for (int p = 0; p < NP; p++) {
       if (fetches(NP)) __builtin_prefetch(next + p * stride * sizeof(W));
@@ -48,28 +50,36 @@ __attribute__((noinline)) void tile(const float* x, const W* w, int64_t stride, 
     for (int v = 0; v < NV; v++, sums += LANES) store(sums, add ? load(sums) + acc[i][v] : acc[i][v]);
 }
 
-// Columns of NP panels from panel `first` on, for the tiles [begin, end) of at most HIGH rows.
+// `count` times the columns of NP panels, from panel `first` on, for the tiles [begin, end) of at most HIGH rows.
 template <class W, int NP, int HIGH>
 void block(const Linear& a, const float* x, const Tiles& tiles, int64_t begin, int64_t end, int64_t first,
-           float* sums) {
+           int64_t count, float* sums) {
   constexpr int COLS = NP * PANEL, LINE = PANEL * sizeof(W);
-  const W* weight = (const W*)a.weight + first * PANEL * a.depth;
-  const int64_t row = tiles.begin(begin);
-  for (int64_t k = 0; k < a.depth; k += CHUNK)
-    for (int64_t t = begin; t < end; t++)
-      with_int<1, HIGH>(tiles.height(t), [&](auto rows) {
-        constexpr int MR = decltype(rows)::value;
-        const int64_t r = tiles.begin(t), length = min(CHUNK, a.depth - k);
-        Ahead ahead = {AHEAD, LINE};
-        if (VEC_BYTES == 32 && end - begin > 1) {  // each tile its share of the next chunk: 1.15x from memory
-          ahead.step = ceil_div(LINE, end - begin);
-          ahead.bytes = length * (LINE + (t - begin) * ahead.step);
-        }
-        tile<MR, NP>(x + r * a.depth + k * MR, weight + k * PANEL, PANEL * a.depth, length, ahead,
-                     t + 1 < end ? MR * a.depth : 0, sums + (r - row) * COLS, k > 0);
-      });
-  const int n = (int)min<int64_t>(COLS, a.cols - first * PANEL);
-  for (int64_t r = row; r < tiles.begin(end); r++) store_outputs(a, r, first * PANEL, sums + (r - row) * COLS, n);
+  const int64_t row = tiles.begin(begin), size = (tiles.begin(end) - row) * COLS;
+  for (int64_t from = 0; from < a.depth; from += SPAN)
+    for (int64_t c = 0; c < count; c++)
+      for (int64_t k = from; k < min(from + SPAN, a.depth); k += CHUNK)
+        for (int64_t t = begin; t < end; t++)
+          with_int<1, HIGH>(tiles.height(t), [&](auto rows) {
+            constexpr int MR = decltype(rows)::value;
+            const int64_t r = tiles.begin(t), length = min(CHUNK, a.depth - k);
+            const W* weight = (const W*)a.weight + (first + c * NP) * PANEL * a.depth + k * PANEL;
+            Ahead ahead = {AHEAD, LINE};
+            if (VEC_BYTES == 32 && end - begin > 1) {  // each tile its share of the next chunk: 1.15x from memory
+              ahead.step = ceil_div(LINE, end - begin);
+              ahead.bytes = length * (LINE + (t - begin) * ahead.step);
+            }
+            float* out = sums + c * size + (r - row) * COLS;
+            const int64_t col = (first + c * NP) * PANEL;
+            const int n = (int)min<int64_t>(COLS, a.cols - col);
+            const bool last = k + CHUNK >= a.depth;
+            if (last && tiles.count > 1)
+              for (int i = 0; i < MR; i++) prefetch_outputs(a, r + i, col, n);
+            tile<MR, NP>(x + r * a.depth + k * MR, weight, PANEL * a.depth, length, ahead,
+                         t + 1 < end ? MR * a.depth : 0, out, k > 0);
+            if (last)
+              for (int i = 0; i < MR; i++) store_outputs(a, r + i, col, out + i * COLS, n);
+          });
 }
 
 }  // namespace
@@ -77,12 +87,13 @@ void block(const Linear& a, const float* x, const Tiles& tiles, int64_t begin, i
 // y = x W^T + bias. x is first laid out in fp32 tiles: together in the workspace, or, without one, by every worker for
 // itself.
 void linear_packed(const Linear& a, Worker& worker) {
-  constexpr int64_t SUMS = BLOCK_TILES * TILE * ABREAST * PANEL;
   const Tiles tiles(a.rows, TILE), blocks(tiles.count, BLOCK_TILES);
+  const int64_t columns = tiles.count == 1 ? 1 : min(ceil_div(a.depth, DEEP), GROUPS);
+  const int64_t sums_size = BLOCK_TILES * TILE * ABREAST * PANEL * columns;
   const bool shared = a.workspace;
   const int64_t floats = x_floats(a, shared ? TILE : a.rows);
-  float* sums = (float*)worker.scratch((SUMS + floats + (shared ? 0 : a.rows * a.depth)) * sizeof(float));
-  float *made = sums + SUMS, *x = shared ? (float*)a.workspace : made + floats;
+  float* sums = (float*)worker.scratch((sums_size + floats + (shared ? 0 : a.rows * a.depth)) * sizeof(float));
+  float *made = sums + sums_size, *x = shared ? (float*)a.workspace : made + floats;
   prepare(shared, tiles.count, worker, [&](int64_t begin, int64_t end) {
     with_storage(a.dtype, [&](auto t) {
       for (int64_t i = begin; i < end; i++) {
@@ -95,22 +106,24 @@ void linear_packed(const Linear& a, Worker& worker) {
   const int64_t panels = ceil_div(a.cols, PANEL);
   with_storage(a.format, [&](auto w) {
     using W = decltype(w);
-    auto columns = [&](auto np, auto high) {
+    auto all = [&](auto np, auto high) {
       constexpr int NP = decltype(np)::value, HIGH = decltype(high)::value;
-      worker.each(ceil_div(panels, NP) * blocks.count, [&](int64_t task) {
+      const Tiles groups(panels / NP, columns);
+      const int64_t rest = panels % NP;
+      worker.each((groups.count + (rest > 0)) * blocks.count, [&](int64_t task) {
         if (task == 0 && !shared) write_others(a, made);
-        const int64_t first = task / blocks.count * NP, b = blocks.begin(task % blocks.count),
+        const int64_t group = task / blocks.count, b = blocks.begin(task % blocks.count),
                       e = blocks.begin(task % blocks.count + 1);
-        if (first + NP <= panels)
-          block<W, NP, HIGH>(a, x, tiles, b, e, first, sums);
+        if (group < groups.count)
+          block<W, NP, HIGH>(a, x, tiles, b, e, groups.begin(group) * NP, groups.height(group), sums);
         else
-          for (int64_t p = first; p < panels; p++) block<W, 1, HIGH>(a, x, tiles, b, e, p, sums);
+          block<W, 1, HIGH>(a, x, tiles, b, e, panels - rest, rest, sums);
       });
     };
     if (a.rows == 1)
-      columns(Int<ONE_ABREAST>{}, Int<1>{});
+      all(Int<ONE_ABREAST>{}, Int<1>{});
     else
-      columns(Int<ABREAST>{}, Int<TILE>{});
+      all(Int<ABREAST>{}, Int<TILE>{});
   });
 }
 

@@ -2,8 +2,8 @@
 // once, which costs as much as 10 rows or columns of the product; the tiles then read nothing but whole lines.
 #include "product.h"
 
-#include "attention.h"
 #include "kernels.h"
+#include "transpose.h"
 
 namespace gptfast::ISA {
 
@@ -25,7 +25,7 @@ INLINE void pack_along(const T* x, int64_t row_stride, int count, int64_t length
         const int deep = (int)min<int64_t>(LANES, length - k);
         f32v t[LANES];
         for (int j = 0; j < LANES; j++) t[j] = i + j < count ? load(x + (i + j) * row_stride + k, deep) : f32v{};
-        attn::transpose(t);
+        transpose(t);
         for (int j = 0; j < deep; j++) store(out + (k + j) * R + i, t[j]);
       }
   } else {

@@ -23,6 +23,7 @@
 #define VEC_BYTES 16
 #endif
 #define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
 
 namespace gptfast::ISA {
 
