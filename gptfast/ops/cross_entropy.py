@@ -371,6 +371,7 @@ _linear_registered = loss_gradients.register(
     kept=("made_x", "made_weight", "made_bias"),
     kept_fake=_made,
     kept_reference=_made_reference,
+    kept_are_gradients=True,
 )
 _registered = loss_gradients.register(
     *("cross_entropy", "cross_entropy"),

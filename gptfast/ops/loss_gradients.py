@@ -1,9 +1,13 @@
 """The losses over a vocabulary as PyTorch's ops: gptfast::<op> and gptfast::<op>_backward.
 
 The forward op returns its results and what the backward reads beside the arguments: for linear_cross_entropy with a
-scalar loss the gradients themselves, in fp32 but for x's, made where the logits are there anyway; for cross_entropy the
+scalar loss the gradients themselves, in fp32, made where the logits are there anyway; for cross_entropy the
 log-sum-exp of each row and what it was rounded by. The others' backward computes the logits again. Gradients of
 gradients are autograd's, through the reference.
+
+Gradients that the forward made are the largest tensors of a training step. So the first backward takes them from the
+graph, scales them where they are, which a loss's own backward() needn't, and hands them on: they become the parameters'
+.grad as they are. A second one over a retained graph makes them again.
 """
 
 from __future__ import annotations
@@ -30,11 +34,13 @@ def register(
     kept: tuple[str, ...] = (),
     kept_fake: Callable[..., tuple[Tensor, ...]] = lambda **_: (),
     kept_reference: Callable[..., tuple[Tensor, ...]] = lambda **_: (),
+    kept_are_gradients: bool = False,
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Registers both ops and returns the first, which gives a call's results.
 
     arguments: of the schema. results(**arguments): empty tensors like the `outputs` results. kept: the names of what
     the backward reads too; empty tensors like it, and its values where no kernel makes them, of (wants=, **arguments).
+    kept_are_gradients: it is the gradients of `differentiable` by the first result, a number, or empty.
     check(**arguments): raises where the arguments' contents don't fit.
     """
     names = [part.split()[-1] for part in arguments.split(", ")]
@@ -89,7 +95,9 @@ def register(
         extra = output[outputs:]
         ctx.numbers = {name: x for name, x in given.items() if not isinstance(x, Tensor)}
         ctx.names = [name for name in names if name not in ctx.numbers]
-        ctx.save_for_backward(*(given[name] for name in ctx.names), *extra)
+        own = kept_are_gradients and not library.watched(dict(zip(kept, extra)))
+        ctx.own = extra if own else None
+        ctx.save_for_backward(*(given[name] for name in ctx.names), *(() if own else extra))
         ctx.mark_non_differentiable(*extra)
         ctx.set_materialize_grads(False)
 
@@ -100,6 +108,12 @@ def register(
             return {}
         saved = dict(zip([*ctx.names, *kept], ctx.saved_tensors))
         wants = [needs[name] for name in differentiable]
+        if ctx.own is not None:
+            if not torch.is_grad_enabled():
+                own, ctx.own = ctx.own, ()
+                if all(g.shape == saved[n].shape for n, g, want in zip(differentiable, own, wants) if want) and own:
+                    return {n: _scaled(g, upstream[0], saved[n]) for n, g, w in zip(differentiable, own, wants) if w}
+            saved |= dict(zip(kept, ctx.own or [nothing(saved[device])] * len(kept)))
         made = second(
             **{f"d{i}": upstream[i] for i in range(outputs)},
             **{**ctx.numbers, **saved, "wants": wants},
@@ -124,6 +138,14 @@ def register(
         return made[:outputs] if isinstance(made, tuple) else (made,)
 
     return call
+
+
+def _scaled(gradient: Tensor, factor: Tensor | None, like: Tensor) -> Tensor:
+    """gradient * factor, in place, in the dtype of the tensor that it is of."""
+    assert factor is not None
+    if gradient.device.type != "cpu" or factor.item() != 1:  # a GPU's factor isn't waited for
+        gradient *= factor.to(gradient.dtype)
+    return gradient.to(like.dtype)
 
 
 def _tensors(n: int) -> str:

@@ -22,14 +22,35 @@ def test_a_scaled_loss_keeps_small_gradients_of_fp16(isa: str) -> None:
     assert (x.grad - wide.grad).abs().max() <= 2**-10 * wide.grad.abs().max()
 
 
+@pytest.mark.parametrize("factor", [1, 3])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_graph_that_is_kept_gives_the_same_gradients_again(reduction: str) -> None:
+def test_a_graph_that_is_kept_gives_the_same_gradients_again(reduction: str, factor: int) -> None:
+    """Whatever became of the first ones."""
     x, weight = torch.randn(9, 8, requires_grad=True), torch.randn(300, 8, requires_grad=True)
-    loss = ops.linear_cross_entropy(x, weight, torch.arange(9), reduction=reduction).sum() * 3
+    loss = ops.linear_cross_entropy(x, weight, torch.arange(9), reduction=reduction).sum() * factor
     first = torch.autograd.grad(loss, (x, weight), retain_graph=True)
+    kept = [g.clone() for g in first]
+    for g in first:
+        g.zero_()
     second = torch.autograd.grad(loss, (x, weight))
-    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert all(torch.equal(a, b) for a, b in zip(kept, second))
     assert all(a.data_ptr() != b.data_ptr() for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_of_the_gradients_later(dtype: torch.dtype) -> None:
+    """A graph asked for x's gradient alone, then for the weight's, then for both by backward()."""
+    x, weight = (torch.randn(n, 8).to(dtype).requires_grad_() for n in (9, 300))
+    loss = ops.linear_cross_entropy(x, weight, torch.arange(9)) / 4
+    (dx,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (dweight,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    loss.backward()
+    assert x.grad is not None and torch.equal(x.grad, dx)
+    assert weight.grad is not None and torch.equal(weight.grad, dweight)
+    x.grad = weight.grad = None
+    (ops.linear_cross_entropy(x, weight, torch.arange(9)) / 4).backward()
+    for grad, wanted in ((x.grad, dx), (weight.grad, dweight)):
+        assert grad is not None and torch.equal(grad, wanted)
 
 
 def test_gradients_of_gradients() -> None:
