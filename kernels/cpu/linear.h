@@ -91,26 +91,6 @@ INLINE void prepare(bool shared, int64_t tasks, Worker& worker, F f) {
     f((int64_t)0, tasks);
 }
 
-// rows x K of x in fp32 as [k][rows], rows <= LANES.
-template <class T>
-INLINE void interleave_rows(const T* x, int64_t stride, int64_t K, int rows, float* out) {
-  for (int64_t k = 0; k < K; k += LANES) {
-    const int n = (int)min<int64_t>(LANES, K - k);
-    f32v t[LANES];
-    UNROLL for (int i = 0; i < LANES; i++) t[i] = i < rows ? load(x + i * stride + k, n) : f32v{};
-    transpose(t);
-    // What lies beyond the rows is written over by the next, which at the end isn't there.
-    const int whole = (int)min<int64_t>(n, K - k - ceil_div(LANES, rows) + 1);
-    UNROLL for (int i = 0; i < LANES; i++) {
-      float* to = out + (k + i) * rows;
-      if (i < whole)
-        store(to, t[i]);
-      else if (i < n)
-        store(to, t[i], rows);
-    }
-  }
-}
-
 // Brings y[row, col .. col + n] to L1 while its sums are made: stores that miss would be served one after another.
 INLINE void prefetch_outputs(const Linear& a, int64_t row, int64_t col, int n) {
   const int64_t size = a.dtype == FLOAT32 ? 4 : 2;

@@ -176,7 +176,7 @@ void linear_exact(const Linear& a, Worker& worker) {
       for (int64_t i = begin; i < end; i++) {
         const int rows = tiles.height(i);
         const auto from = x_rows<decltype(t)>(a, tiles.begin(i), rows, shared, made);
-        interleave_rows(from.x, from.stride, a.depth, rows, x + tiles.begin(i) * a.depth);
+        interleave_rows(from.x, from.stride, a.depth, rows, rows, x + tiles.begin(i) * a.depth);
       }
     });
   });

@@ -16,7 +16,7 @@ constexpr int TILE = 3, ABREAST = 1, ONE_ABREAST = 1;
 #endif
 constexpr int64_t BLOCK_TILES = 256 / TILE;  // rows whose sums stay in L2 while panels pass
 constexpr int64_t SPAN = 4 * CHUNK;          // of their depth, what stays there while the columns of a task pass
-constexpr int64_t DEEP = 768, GROUPS = 4;    // more than so much depth wouldn't: so many times the columns a task, at most
+constexpr int64_t DEEP = 768, GROUPS = 4;    // more depth would not stay: a task takes more columns, up to 4 times
 constexpr int64_t AHEAD = 1536;              // bytes of each panel: DRAM latency at a thread's share of the bandwidth
 // AVX2, one row: four streams that the hardware's prefetcher sees by itself; asked for as well they are 0.9x as fast.
 constexpr bool fetches(int abreast) { return VEC_BYTES != 32 || abreast == ABREAST; }
@@ -99,7 +99,7 @@ void linear_packed(const Linear& a, Worker& worker) {
       for (int64_t i = begin; i < end; i++) {
         const int rows = tiles.height(i);
         const auto from = x_rows<decltype(t)>(a, tiles.begin(i), rows, shared, made);
-        interleave_rows(from.x, from.stride, a.depth, rows, x + tiles.begin(i) * a.depth);
+        interleave_rows(from.x, from.stride, a.depth, rows, rows, x + tiles.begin(i) * a.depth);
       }
     });
   });

@@ -28,6 +28,8 @@ INLINE void pack_along(const T* x, int64_t row_stride, int count, int64_t length
         transpose(t);
         for (int j = 0; j < deep; j++) store(out + (k + j) * R + i, t[j]);
       }
+  } else if constexpr (R <= LANES) {
+    interleave_rows(x, row_stride, length, R, count, out);
   } else {
     float lines[R][CHUNK] = {};
     for (int i = 0; i < count; i++)
@@ -154,9 +156,16 @@ void product(const Product& p, Worker& worker) {
     const int64_t bottom = min(top + ROWS, p.rows), right = min(left + COLS, p.cols);
     for (int64_t from = 0; from < p.depth; from += CHUNK) {
       const int64_t length = min(CHUNK, p.depth - from);
-      for (int64_t n = left; n < right; n += NR)
+      auto tiles = [&](int64_t m, int64_t n) {
+        multiply(p, a + from * rows + m * length, b + from * cols + n * length, from, length, m, n, bottom, right);
+      };
+      // A panel of B stays in L1 where it fits, else that of A does.
+      if (LANES == 16)
         for (int64_t m = top; m < bottom; m += MR)
-          multiply(p, a + from * rows + m * length, b + from * cols + n * length, from, length, m, n, bottom, right);
+          for (int64_t n = left; n < right; n += NR) tiles(m, n);
+      else
+        for (int64_t n = left; n < right; n += NR)
+          for (int64_t m = top; m < bottom; m += MR) tiles(m, n);
     }
   });
 }

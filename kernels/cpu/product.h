@@ -6,7 +6,8 @@
 namespace gptfast::ISA::products {
 
 constexpr int MR = LANES == 16 ? 12 : 6, NR = 2 * LANES;  // the sums of a tile fill the registers but for three
-constexpr int64_t CHUNK = 384;  // the op page's constant. A panel of B stays in L1: 24 KB with 8 lanes
+constexpr int64_t CHUNK = 384;  // the op page's constant. A panel of B stays in L1 with 8 lanes: 24 KB
+constexpr int64_t AHEAD = LANES == 16 ? 2048 : 0;  // bytes of a panel of B that comes from L2
 
 // c (MR, NR) = what it holds if `add`, else 0, + a b over `depth` + bias (NR), if there is one.
 INLINE void tile(const float* a, const float* b, int64_t depth, float* c, int64_t stride, bool add, const float* bias) {
@@ -14,6 +15,7 @@ INLINE void tile(const float* a, const float* b, int64_t depth, float* c, int64_
 #pragma GCC unroll 12
   for (int i = 0; i < MR; i++) sums[i][0] = sums[i][1] = f32v{};
   for (int64_t k = 0; k < depth; k++, a += MR, b += NR) {
+    if (AHEAD) __builtin_prefetch((const char*)b + AHEAD), __builtin_prefetch((const char*)b + AHEAD + 64);
     const f32v b0 = in_register(load(b)), b1 = in_register(load(b + LANES));
 #pragma GCC unroll 12
     for (int i = 0; i < MR; i++) {

@@ -19,4 +19,24 @@ INLINE void transpose(f32v* r, int from = LANES / 2) {
   }
 }
 
+// rows x K of x in fp32 as [k][rows], rows <= LANES; those from `present` on are zero.
+template <class T>
+INLINE void interleave_rows(const T* x, int64_t stride, int64_t K, int rows, int present, float* out) {
+  for (int64_t k = 0; k < K; k += LANES) {
+    const int n = (int)min<int64_t>(LANES, K - k);
+    f32v t[LANES];
+    UNROLL for (int i = 0; i < LANES; i++) t[i] = i < present ? load(x + i * stride + k, n) : f32v{};
+    transpose(t);
+    // What lies beyond the rows is written over by the next, which at the end isn't there.
+    const int whole = (int)min<int64_t>(n, K - k - ceil_div(LANES, rows) + 1);
+    UNROLL for (int i = 0; i < LANES; i++) {
+      float* to = out + (k + i) * rows;
+      if (i < whole)
+        store(to, t[i]);
+      else if (i < n)
+        store(to, t[i], rows);
+    }
+  }
+}
+
 }  // namespace gptfast::ISA
