@@ -6,6 +6,7 @@ speculation, start, hogged, train; what follows it are its own options.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -56,4 +57,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output left: neither that nor what is still to be flushed is an error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
