@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 MIN_SAMPLE_S = 3e-3  # a sample repeats its call until it takes this long: the clock and one interruption don't show
 # Untimed before each sample: after the pause below the cores' clock is down and weights have left the caches, for every
-# contender, and a short call takes 20 to 40 ms to be as fast as in a running model. Figures: LOG.md, "A pause's shadow".
+# contender: a short call needs 20 to 40 ms to be as fast as in a running model. Figures: LOG.md, "A pause's shadow".
 WARM_S = 40e-3
 # Asleep between contenders. Idle threads of OpenMP spin for some milliseconds after their work, ours for 0.1: without
 # the pause they spin on the cores that the next contender wants. Figures: LOG.md, "idle threads that spin". For up to
