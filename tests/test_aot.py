@@ -41,16 +41,14 @@ def test_what_ships_compiles_well(arch: str, names: list[str]) -> None:
     by, kept = table.read(TABLE)
     if by != table.compiler():
         pytest.skip(f"the kernels compile well; {TABLE.name} was written with {by}, here is {table.compiler()}")
-    has = {(call, a) for (call, _, _), cells in kept.items() for a in cells}
-    said = table.differences(kept, (c for c in found if (c.call, c.arch) in has))
+    said = table.differences(kept, found)
     assert not said, "if that is meant: gptfast kernels --table tests/data/kernels.csv\n" + "\n".join(said)
 
 
-def test_the_table_has_the_sample_and_no_spills() -> None:
+def test_the_table_has_everything_and_no_spills() -> None:
     _, kept = table.read(TABLE)
     has = {(call, arch) for (call, _, _), cells in kept.items() for arch in cells}
-    assert {(call, arch) for arch, names in SAMPLE.items() for call in names} <= has
-    assert {call for call, _ in has} <= set(shipped.names())
+    assert has == {(call, arch) for arch in aot.TARGETS for call in shipped.names()}
     assert not [(key, arch, c) for key, cells in kept.items() for arch, c in cells.items() if c.split()[1] != "0"]
 
 
@@ -94,7 +92,11 @@ def problems(c: aot.Compiled) -> list[str]:
         narrow = {
             w: n for w, n in (*r["loads"].items(), *r["stores"].items()) if int(w) < (128 if "bf16" in c.call else 64)
         }
-        allowed = 2 * (c.kernel == "_layer_norm_kernel")  # a row's mean and rstd
+        allowed = 0
+        if (
+            c.kernel == "_layer_norm_kernel"
+        ):  # a row's mean, rstd; weight and bias, where threads have more bytes
+            allowed = 2 + 2 * (int(c.options["BLOCK_C"]) * 2 < 16 * r["threads"])
         if not c.arch.startswith("gfx") and sum(narrow.values()) > allowed:
             said.append(f"{what}: accesses of fewer than 128 bits: {narrow}")
     return said

@@ -351,7 +351,8 @@ def attention_backward(
     N = 0 if cu_seqlens_q is None else len(cu_seqlens_q) - 1
     rest = (mask, bias, floats(alibi_slopes), edges(cu_seqlens_q), edges(cu_seqlens_k), N, Sq, Sk, H, H // Hk)
     plain = is_plain(terms, mask, dropout_p)
-    tile = tiles.attention_dq(D, q.dtype, arch(q), plain, mask is not None or bias is not None)
+    reads = mask is not None or bias is not None
+    tile = tiles.attention_dq(D, q.dtype, arch(q), plain, reads)
     block = [1, 1, tile.blocks["BLOCK_N"], tile.blocks["BLOCK_D"]]
     launch(
         *(_attention_dq_kernel, grid(q, tile.blocks["BLOCK_M"], cu_seqlens_q)),
@@ -376,7 +377,7 @@ def attention_backward(
         **strides(out=out),
         tile=tile,
     )
-    tile = tiles.attention_dkdv(D, q.dtype, arch(q), plain)
+    tile = tiles.attention_dkdv(D, q.dtype, arch(q), plain, reads, cu_seqlens_q is not None)
     block = [1, 1, tile.blocks["BLOCK_M"], tile.blocks["BLOCK_D"]]
     launch(
         *(_attention_dkdv_kernel, grid(k, tile.blocks["BLOCK_N"], cu_seqlens_k)),

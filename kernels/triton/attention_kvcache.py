@@ -329,7 +329,7 @@ def attention_kvcache(
     page = 1
     if table is not None:
         page, room = room, room * table.shape[1]
-    tile = tiles.attention_kvcache(Sq * (H // Hk), D, q.dtype, arch(q))
+    tile = tiles.attention_kvcache(Sq * (H // Hk), D, q.dtype, arch(q), k_cache.dtype == torch.int8, table is not None)
     caches = strides(kc=k_cache, vc=v_cache)
     for name, t in (("ks", k_scale), ("vs", v_scale)):
         caches |= {f"{name}_{axis}": 0 if t is None else t.stride(n) for n, axis in enumerate(("batch", "row", "head"))}

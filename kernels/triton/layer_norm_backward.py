@@ -162,7 +162,7 @@ def normalise_backward(
     dsum, dsum_stride = (None, 0) if dsum is None else rows(dsum)
     dx = empty(s.shape, s.dtype, s)
     dresidual = empty(s.shape, s.dtype, s) if wants_residual and dropout_p else None
-    tile = tiles.layer_norm_backward(C, arch(s))
+    tile = tiles.layer_norm_backward(C, arch(s), dropout_p > 0)
     chunk = tiles.chunk_of(N, tile.blocks["BLOCK_R"])
     chunks, wanted = cdiv(N, chunk), wants_weight + wants_bias
     partial = empty((wanted, chunks, C), torch.float32, s)

@@ -189,10 +189,9 @@ def linear(
     y = empty((*x.shape[:-1], N), x.dtype, x)
     x, x_row = rows(x)
     bias = None if bias is None else bias.contiguous()
-    quantised = isinstance(weight, QuantizedWeight)
-    if quantised:
+    if isinstance(weight, QuantizedWeight):
         operands = torch.bfloat16 if activations == "int8" else x.dtype
-        tile = tiles.linear_quantised(M, arch(x))
+        tile = tiles.linear_quantised(M, operands.itemsize, KINDS[weight.kind].halves == 2, arch(x))
     else:
         operands = x.dtype if x.dtype == weight.dtype else torch.float32
         tile = tiles.linear(M, operands.itemsize, arch(x))

@@ -152,7 +152,7 @@ def _policy_results_kernel(
 ):  # fmt: skip
     """The loss and the statistics from the sequences' sums."""
     tokens = all_tokens(counts, B, T, HAS_MASK, BLOCK).to(tl.float64)
-    n = tl.maximum(tokens, 1.0)
+    share = 1.0 / tl.maximum(tokens, 1.0)  # one division: each is a call, and what lives across calls is spilled
     loss = tl.full((), 0.0, tl.float64)
     for begin in range(0, B, BLOCK):
         i = begin + tl.arange(0, BLOCK)
@@ -164,15 +164,15 @@ def _policy_results_kernel(
     if HAS_DENOMINATOR:
         loss = loss / tl.cast(denominator, tl.float64)
     else:
-        loss = loss / (tl.maximum(tl.cast(B, tl.float64), 1.0) if IS_SEQUENCES else n)
-    apart = sum_rows(sums + 3 * B, B, BLOCK) / n
-    variance = sum_rows(sums + 4 * B, B, BLOCK) / n - apart * apart
+        loss = loss / tl.maximum(tl.cast(B, tl.float64), 1.0) if IS_SEQUENCES else loss * share
+    apart = sum_rows(sums + 3 * B, B, BLOCK) * share
+    variance = sum_rows(sums + 4 * B, B, BLOCK) * share - apart * apart
     tl.store(results, loss.to(tl.float32))
-    tl.store(results + 1, (sum_rows(sums + B, B, BLOCK) / n).to(tl.float32))
-    tl.store(results + 2, (sum_rows(sums + 2 * B, B, BLOCK) / n).to(tl.float32))
+    tl.store(results + 1, (sum_rows(sums + B, B, BLOCK) * share).to(tl.float32))
+    tl.store(results + 2, (sum_rows(sums + 2 * B, B, BLOCK) * share).to(tl.float32))
     tl.store(results + 3, tl.where(tokens > 0, 1.0 + apart, 0.0).to(tl.float32))
     tl.store(results + 4, tl.where(variance < 0, 0.0, variance).to(tl.float32))
-    tl.store(results + 5, (sum_rows(sums + 5 * B, B, BLOCK) / n).to(tl.float32))
+    tl.store(results + 5, (sum_rows(sums + 5 * B, B, BLOCK) * share).to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["B"])

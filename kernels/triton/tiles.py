@@ -49,6 +49,9 @@ LIMITS = {
 }
 
 
+AMPERE = ("sm_80", "sm_86", "sm_89")  # and Ada: mma.sync, no copies of blocks by descriptor
+
+
 def limits(arch: str) -> Limits:
     """An architecture's limits; of one that isn't listed, the smallest of its maker's."""
     return LIMITS.get(arch) or LIMITS["sm_86" if arch.startswith("sm_") else "gfx90a"]
@@ -86,14 +89,15 @@ def layer_norm(C: int, arch: str) -> Tile:
     )
 
 
-def layer_norm_backward(C: int, arch: str) -> Tile:
+def layer_norm_backward(C: int, arch: str, dropout: bool = False) -> Tile:
     """Seven values of each element are live at once (dy, s, weight, two sums, products): rows of up to 8,192 columns
-    fit in the registers of 1,024 threads. Wider rows go in blocks of columns."""
+    fit in the registers of 1,024 threads. Wider rows go in blocks of columns. Philox's four words need registers, too:
+    512 threads of 64 spill, half as many don't."""
     BLOCK_C = bounded(next_power_of_2(C), 1, 8192 if C <= 8192 else 1024)
     BLOCK_R = bounded(1024 // BLOCK_C, 1, 16)
     lanes = limits(arch).lanes
     return Tile(
-        num_warps=bounded(BLOCK_R * BLOCK_C // (8 * lanes), 1, 512 // lanes),  # 8 values a thread
+        num_warps=bounded(BLOCK_R * BLOCK_C // ((16 if dropout else 8) * lanes), 1, 512 // lanes),  # values a thread
         blocks={"BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C, "STAGES": 1},
     )
 
@@ -179,7 +183,8 @@ def sampling_choose_tile(chunk: int) -> Tile:
 def product_tile(M: int, N: int, itemsize: int, adds: bool, arch: str) -> Tile:
     """K in blocks of 64 16-bit or 32 fp32 numbers, always: 128 bytes, one swizzled line of shared memory."""
     if itemsize == 4:  # no tensor cores: 32 sums in the registers of each of 256 threads
-        return Tile(8, 2, blocks={"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP": 8})
+        # For 2 stages ptxas makes room for three programs on sm_90, and spills.
+        return Tile(8, 3 if arch == "sm_90" else 2, blocks={"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP": 8})
     roomy = limits(arch).shared >= 163 << 10 and limits(arch).lanes == 32
     # What is added to takes as many registers as the sums: 128 x 256 of both would spill; sm_100 spills without it.
     wide = roomy and N > 2048 and not adds and arch not in ("sm_100", "sm_103")
@@ -197,18 +202,24 @@ def linear(M: int, itemsize: int, arch: str) -> Tile:
     few = M <= 16
     if itemsize == 4:  # no tensor cores: 8 or 32 sums, and as many of all chunks, in the registers of each thread
         blocks = {"BLOCK_N": 64, "BLOCK_R": 16 if few else 64, "BLOCK_K": 32, "CHUNK": 256}
-        return Tile(4 if few else 8, 2, _one_instruction(blocks, arch))
-    blocks = {"BLOCK_N": 64 if few else 128, "BLOCK_R": 16 if few else 128, "BLOCK_K": 64, "CHUNK": 1024}
+        stages = 3 if arch == "sm_120" and not few else 2  # for 2 ptxas makes room for two programs there, and spills
+        return Tile(4 if few else 8, stages, _one_instruction(blocks, arch))
+    # sm_120 has mma.sync's operands in registers beside two tiles of 64 sums: half of the outputs fit.
+    wide = 64 if few or arch == "sm_120" else 128
+    blocks = {"BLOCK_N": wide, "BLOCK_R": 16 if few else 128, "BLOCK_K": 64, "CHUNK": 1024}
     stage = (blocks["BLOCK_N"] + blocks["BLOCK_R"]) * blocks["BLOCK_K"] * itemsize
     return Tile(4 if few else 8, bounded(limits(arch).shared // stage, 1, 4), _one_instruction(blocks, arch))
 
 
-def linear_quantised(M: int, arch: str) -> Tile:
-    """Three tiles of sums (a group's, a chunk's, all) are in registers: 32 of each in 256 threads. A chunk of 512 makes
-    512 programs of one row and a matrix of 4096 x 4096: four on each of an H100's SMs."""
+def linear_quantised(M: int, itemsize: int, minimum: bool, arch: str) -> Tile:
+    """Three tiles of sums (a group's, a chunk's, all) are in registers: 32 of each in 256 threads. `minimum`: and those
+    of x, as many, so that half of the outputs fit in fp32. A chunk of 512 makes 512 programs of one row and a matrix of
+    4096 x 4096: four on each of an H100's SMs."""
     few = M <= 16
-    blocks = {"BLOCK_N": 64 if few else 128, "BLOCK_R": 16 if few else 64, "CHUNK": 512}
-    return Tile(4 if few else 8, 3, _one_instruction(blocks, arch))
+    blocks = {"BLOCK_N": 64 if few or (itemsize == 4 and minimum) else 128, "BLOCK_R": 16 if few else 64, "CHUNK": 512}
+    # For 3 stages ptxas makes room for two programs there, and spills.
+    stages = 2 if arch in AMPERE and itemsize == 2 and minimum and not few else 3
+    return Tile(4 if few else 8, stages, _one_instruction(blocks, arch))
 
 
 def _one_instruction(blocks: dict[str, int], arch: str) -> dict[str, int]:
@@ -254,7 +265,10 @@ def attention(D: int, dtype: torch.dtype, arch: str, plain: bool = True, reads: 
     if dtype.itemsize == 4:
         blocks = {"BLOCK_M": 64 if BLOCK_D <= 64 else 32, "BLOCK_N": 32 if BLOCK_D <= 128 else 16}
         warps = 8 if plain or limits(arch).lanes == 32 else 4  # of four each may have 512 registers
-        return Tile(warps, 2, {**blocks, "BLOCK_D": BLOCK_D, "HOLDS_Q": 0, "JOINS": 0, "COLUMNS": 1})
+        stages = 2
+        if not plain and limits(arch).lanes == 32 and BLOCK_D <= 128:  # what spills with neither 2 nor the other number
+            stages = 3 if reads or BLOCK_D <= 64 else 1
+        return Tile(warps, stages, {**blocks, "BLOCK_D": BLOCK_D, "HOLDS_Q": 0, "JOINS": 0, "COLUMNS": 1})
     blocks = {"BLOCK_M": 128, "BLOCK_N": 64 if BLOCK_D <= 128 else 32, "BLOCK_D": BLOCK_D}
     hopper = arch == "sm_90"
     more = {"HOLDS_Q": int(hopper and plain and BLOCK_D <= 128), "JOINS": int(hopper), "COLUMNS": 8 if hopper else 1}
@@ -277,16 +291,19 @@ def attention_dq(D: int, dtype: torch.dtype, arch: str, plain: bool = True, read
     BLOCK_D = bounded(next_power_of_2(D), 16, 256)
     if dtype.itemsize == 4:
         blocks = {"BLOCK_M": 32, "BLOCK_N": 32 if BLOCK_D <= 64 else 16, "BLOCK_D": BLOCK_D}
-        # For 2 stages ptxas takes as many registers as let more programs in, and spills, beside terms everywhere and on
+        if limits(arch).lanes == 64:
+            return Tile(8 if plain or not reads else 4, 2, blocks)  # of four each may have 512 registers
+        # For 2 stages ptxas takes as many registers as let more programs in, and spills: beside terms, on sm_90, and on
         # sm_120, which has no room for those programs' memory.
-        third = BLOCK_D == 128 and (arch == "sm_120" or not plain) and limits(arch).lanes == 32
+        third = BLOCK_D == 128 and (arch in ("sm_90", "sm_120") or not plain)
         return Tile(num_warps=8, num_stages=2 + third, blocks=blocks)
     if limits(arch).lanes == 64:  # from D = 80 on 255 registers are too few, and only four warps may have 512
         blocks = {"BLOCK_M": 64, "BLOCK_N": 64 if BLOCK_D <= 128 else 32, "BLOCK_D": BLOCK_D}
         return Tile(num_warps=8 if plain and BLOCK_D <= 64 else 4, blocks=blocks)
-    small = arch in ("sm_80", "sm_86", "sm_89") and reads  # what else a pair has is read into registers, too
+    small = arch in AMPERE and reads  # what else a pair has is read into registers, too
     if (arch == "sm_120" or small) and BLOCK_D <= 64:  # ptxas spills with more rows, at 255 registers
-        return Tile(num_warps=4, num_stages=2, blocks={"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_D": BLOCK_D})
+        warps = 4 if plain or reads else 8  # beside dropout's words it spills at 168, too
+        return Tile(warps, num_stages=2, blocks={"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_D": BLOCK_D})
     if arch == "sm_90" and BLOCK_D <= 128:  # two programs to a multiprocessor: 1.2x at D = 64 on an H200, 1.02x at 128
         warps = 8 if reads and BLOCK_D == 128 else 4
         return Tile(warps, num_stages=3, blocks={"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": BLOCK_D})
@@ -296,14 +313,19 @@ def attention_dq(D: int, dtype: torch.dtype, arch: str, plain: bool = True, read
     if small or full:
         BLOCK_M = 32
     blocks = {"BLOCK_M": BLOCK_M, "BLOCK_N": 64 if BLOCK_D <= 128 else 32, "BLOCK_D": BLOCK_D}
-    return Tile(num_warps=8, num_stages=2, blocks=blocks)
+    # For 2 stages ptxas makes room for three programs on sm_100, and spills beside terms; 3 have room for one.
+    third = arch in ("sm_100", "sm_103") and BLOCK_D == 128 and not plain and not reads
+    return Tile(num_warps=8, num_stages=2 + third, blocks=blocks)
 
 
-def attention_dkdv(D: int, dtype: torch.dtype, arch: str, plain: bool = True) -> Tile:
+def attention_dkdv(
+    D: int, dtype: torch.dtype, arch: str, plain: bool = True, reads: bool = False, varlen: bool = False
+) -> Tile:
     """Four products: D = 128 and 128 keys are 128 sums of dk and dv in each of 256 threads, beside 16 scores of each
     kind for 32 queries; with 64 queries it spills. 64 keys in 128 threads are as many sums: at D = 64 1.17x on an H200,
     at 128 as well, but there it spills. Elsewhere than on Hopper half of the keys fit. `plain`: without terms of
-    scores. BLOCK_M is the order of summation."""
+    scores; `reads`: a bias or a mask is among them; `varlen`: the ends of sequences are in registers, too, and half of
+    the keys. BLOCK_M is the order of summation."""
     BLOCK_D = bounded(next_power_of_2(D), 16, 256)
     if dtype.itemsize == 4:
         blocks = {"BLOCK_M": 32 if BLOCK_D <= 128 else 16, "BLOCK_N": 32, "BLOCK_D": BLOCK_D}
@@ -311,27 +333,31 @@ def attention_dkdv(D: int, dtype: torch.dtype, arch: str, plain: bool = True) ->
             return Tile(4, blocks=blocks)
         # D = 128: 32 sums of dk and dv in each of 256 threads spill where ptxas leaves room for two programs, and 16 in
         # each of 512 beside terms of scores.
-        if BLOCK_D == 128 and not plain:
+        stages = 1
+        if not plain and (BLOCK_D == 128 or (BLOCK_D <= 64 and reads)):
+            # The number of stages with which ptxas doesn't make room for a second program, and spill.
+            blocks["BLOCK_N"], stages = 16, 1 if BLOCK_D == 128 and reads else 2
+        if BLOCK_D > 128 and limits(arch).shared < 100 << 10:  # 32 keys, their values and what they have are 100 KiB
             blocks["BLOCK_N"] = 16
         wide = BLOCK_D == 128 and (plain or arch == "sm_120")  # which has no memory for the second program
-        return Tile(16 if wide else 8, blocks=blocks)
+        return Tile(16 if wide else 8, stages, blocks)
     if limits(arch).lanes == 64:  # as for dq; keys of which every thread has 256 sums, at D = 256 too
         blocks = {"BLOCK_M": 32, "BLOCK_N": 64 if BLOCK_D <= 128 else 16, "BLOCK_D": BLOCK_D}
         return Tile(num_warps=8 if plain and BLOCK_D <= 64 else 4, blocks=blocks)
     if not plain:  # with 64 keys all spill
         stages = 3 if arch == "sm_90" and BLOCK_D <= 64 else 2
-        if BLOCK_D > 128 and arch in ("sm_80", "sm_86", "sm_89"):  # these with 32 too, if anything is fetched ahead
+        if BLOCK_D > 128 and arch in AMPERE:  # these with 32 too, if anything is fetched ahead
             stages = 1
         return Tile(4 if BLOCK_D <= 64 else 8, stages, {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_D": BLOCK_D})
     if arch == "sm_120" and BLOCK_D <= 64:  # ptxas spills with more keys, at 255 registers
         return Tile(num_warps=4, num_stages=2, blocks={"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_D": BLOCK_D})
     if arch == "sm_90" and BLOCK_D <= 64:
         return Tile(num_warps=4, num_stages=3, blocks={"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_D": BLOCK_D})
-    BLOCK_N = 32 if BLOCK_D > 128 else 128 if arch == "sm_90" else 64
+    BLOCK_N = 32 if BLOCK_D > 128 or varlen else 128 if arch == "sm_90" else 64
     return Tile(num_warps=8, num_stages=2, blocks={"BLOCK_M": 32, "BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D})
 
 
-def attention_kvcache(R: int, D: int, dtype: torch.dtype, arch: str) -> Tile:
+def attention_kvcache(R: int, D: int, dtype: torch.dtype, arch: str, int8: bool = False, paged: bool = False) -> Tile:
     """R: rows of a KV head, its query heads times the queries. Chunks of 256 keys: one sequence of 8,192 tokens with 8
     KV heads is 256 programs for an H100's 132 SMs, and what the chunks leave is 1/64 of the keys and values in bf16."""
     BLOCK_D = bounded(next_power_of_2(D), 16, 256)
@@ -340,7 +366,10 @@ def attention_kvcache(R: int, D: int, dtype: torch.dtype, arch: str) -> Tile:
     blocks = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D, "CHUNK": 256}
     if arch == "sm_120" and BLOCK_M == 64 and BLOCK_D > 64:  # 64 sums, 32 scores: what is fetched ahead would spill
         return Tile(num_warps=4, blocks=blocks)
-    return Tile(num_warps=4 if dtype.itemsize == 2 else 8, num_stages=3 if dtype.itemsize == 2 else 2, blocks=blocks)
+    if dtype.itemsize == 4:  # bytes that are fetched ahead are made numbers ahead, too, in registers: they would spill
+        return Tile(num_warps=8, num_stages=1 if int8 else 2, blocks=blocks)
+    crowded = paged and arch == "sm_90" and BLOCK_D <= 64  # for 3 ptxas makes room for seven programs, and spills
+    return Tile(num_warps=4, num_stages=2 if crowded else 3, blocks=blocks)
 
 
 def attention_append(D: int) -> Tile:
