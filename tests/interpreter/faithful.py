@@ -22,6 +22,8 @@ def patched_once(patch: Callable[[Any], Any], scope: type) -> Callable[[Any], An
         if current:
             return scope()
         made = patch(everywhere)
+        # Triton 3.6 asks NumPy for the int of an array of one, which NumPy 2.4 no longer gives.
+        made.set_attr(tl.tensor, "__index__", lambda self: int(self.handle.data.item()))
         restore = made.restore
 
         def put_back() -> None:

@@ -75,6 +75,10 @@ class Numerics:
             return small_handle(op(widened(arg)), arg.dtype.scalar)
         return super().unary_op(arg, op)  # pyright: ignore
 
+    def get_bf16(self, value: float) -> Any:
+        """A constant, which Triton 3.6's interpreter doesn't have."""
+        return small_handle(np.array([value]), tl.bfloat16)
+
     def create_fma(self, x: Any, y: Any, z: Any) -> Any:
         """One rounding: a product of fp32 is exact in fp64."""
         if z.dtype.scalar == tl.float64:

@@ -69,7 +69,7 @@ def check_rows(op: Op, arguments: dict[str, Any], whole: list[Tensor], backend: 
 
 
 @pytest.mark.parametrize(("op", "case", "dtype"), conformance())
-def test_every_backend_means_thesame(op: Op, case: Case, dtype: torch.dtype) -> None:
+def test_every_backend_means_the_same(op: Op, case: Case, dtype: torch.dtype) -> None:
     arguments = case.arguments(dtype)
     where.skip_unfit(arguments)
     refused = {b: where.refusal(op, where.here(op, arguments), b) for b in where.backends()}
