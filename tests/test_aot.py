@@ -93,9 +93,7 @@ def problems(c: aot.Compiled) -> list[str]:
             w: n for w, n in (*r["loads"].items(), *r["stores"].items()) if int(w) < (128 if "bf16" in c.call else 64)
         }
         allowed = 0
-        if (
-            c.kernel == "_layer_norm_kernel"
-        ):  # a row's mean, rstd; weight and bias, where threads have more bytes
+        if c.kernel == "_layer_norm_kernel":  # a row's mean, rstd; weight and bias, where threads have more bytes
             allowed = 2 + 2 * (int(c.options["BLOCK_C"]) * 2 < 16 * r["threads"])
         if not c.arch.startswith("gfx") and sum(narrow.values()) > allowed:
             said.append(f"{what}: accesses of fewer than 128 bits: {narrow}")

@@ -81,6 +81,14 @@ def run(folder: Path, cases: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=1200)
 
 
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_a_bug_has_its_place_and_its_case(mutant: Mutant) -> None:
+    """What `make test` can say at once: that neither has moved since the mutants last ran."""
+    assert (ROOT / "kernels" / "triton" / mutant.file).read_text().count(mutant.old) == 1
+    file, _, test = mutant.case.partition("::")
+    assert f"def {test.partition('[')[0]}(" in (ROOT / file).read_text()
+
+
 needs_triton = pytest.mark.skipif(not where.on_the_cpu(), reason="it starts interpreted sessions of its own")
 
 
