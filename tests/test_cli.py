@@ -183,3 +183,17 @@ def test_kernels_lists_what_a_call_launches() -> None:
     found = json.loads(line)
     assert (found["arch"], found["kernel"], found["error"]) == ("sm_80", "_gated_kernel", None)
     assert found["resources"]["spills"] == 0 < found["resources"]["registers"]
+    turn = found["turn"]
+    assert turn["bytes"] >= 3 * 2048 * 2  # a program's gate, up and y, in bf16, and nothing is read twice
+    assert turn["bound"] in turn["cycles"] and sum(turn["mix"].values()) == found["resources"]["instructions"]
+
+
+def test_kernels_are_compared_and_drawn(tmp_path: Path, fails: Callable[..., str]) -> None:
+    pytest.importorskip("triton")
+    said = gptfast("kernels", "swiglu 1536 bf16", "-a", "sm_80", "--compare", "geglu 1536 bf16").stdout.decode()
+    assert "swiglu 1536 bf16, sm_80" in said and "geglu 1536 bf16, sm_80" in said
+    assert "issue slots" in said and "bound on the chip" in said and "ratio" in said
+    gptfast("kernels", "swiglu 1536 bf16", "-a", "sm_80", "--plot", str(tmp_path / "k.png"))
+    assert (tmp_path / "k.png").read_bytes()[:4] == b"\x89PNG"
+    assert "expected one call on either side" in fails("kernels", "swiglu", "--compare", "geglu")
+    assert "no --json" in fails("kernels", "swiglu 1536 bf16", "--json", "--compare", "geglu 1536 bf16")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -79,11 +80,11 @@ def compile_call(name: str, arch: str) -> Iterator[Compiled]:
             continue
         seen.add(None if compiled is None else compiled.hash)
         options = {k: v for k, v in launch.named.items() if k.isupper() or k in ("num_warps", "num_stages")}
-        found = None if compiled is None else _resources(compiled, arch)
+        found = None if compiled is None else _resources(compiled, arch, launch)
         yield Compiled(name, arch, launch.kernel.__name__, {k: str(v) for k, v in options.items()}, found, error)
 
 
-def _resources(compiled: Any, arch: str) -> dict[str, Any]:
+def _resources(compiled: Any, arch: str, launch: Any) -> dict[str, Any]:
     """sass.resources(), kept beside the kernel in Triton's cache: the disassembler alone takes half a second, longer
     than most kernels' compilation, and many calls share kernels."""
     from triton.runtime.cache import get_cache_manager
@@ -94,7 +95,9 @@ def _resources(compiled: Any, arch: str) -> dict[str, Any]:
     kept, name = get_cache_manager(compiled.hash), f"resources-{reader}.json"
     if path := kept.get_file(name):
         return json.loads(Path(path).read_text())
-    found = asdict(sass.resources(compiled, arch))
+    blocks = [t for t in (*launch.arguments, *launch.named.values()) if hasattr(t, "block_shape")]
+    described = sum(math.prod(t.block_shape) * t.base.element_size() for t in blocks)
+    found = asdict(sass.resources(compiled, arch, described))
     kept.put(json.dumps(found), name, binary=False)
     return found
 

@@ -45,6 +45,10 @@ class Resources:
     # The loops without loops of their own, in the order of the code: the instructions of one turn by name, "HGMMA".
     # Every instruction takes an issue slot of its warp.
     loops: list[dict[str, int]] = field(default_factory=list)
+    # The loop of most instructions, or the whole program if there is none: its instructions by full name, and the bytes
+    # of global memory that a program asks for in it.
+    hot: dict[str, int] = field(default_factory=dict)
+    hot_bytes: int = 0
 
 
 def slots(loop: dict[str, int]) -> int:
@@ -52,12 +56,13 @@ def slots(loop: dict[str, int]) -> int:
     return sum(loop.values())
 
 
-def resources(compiled: Any, arch: str) -> Resources:
-    """What a kernel that Triton compiled for `arch` uses."""
-    return _amd(compiled) if arch.startswith("gfx") else _nvidia(compiled, arch)
+def resources(compiled: Any, arch: str, described: int = 0) -> Resources:
+    """What a kernel that Triton compiled for `arch` uses. described: bytes of the blocks that it copies by descriptors,
+    each once a turn: the instruction doesn't say how many."""
+    return _amd(compiled) if arch.startswith("gfx") else _nvidia(compiled, arch, described)
 
 
-def _nvidia(compiled: Any, arch: str) -> Resources:
+def _nvidia(compiled: Any, arch: str, described: int) -> Resources:
     text, usage = _disassembled(compiled.asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage[-500:]
@@ -67,6 +72,10 @@ def _nvidia(compiled: Any, arch: str) -> Resources:
     required = re.search(r"\.reqntid (\d+)", compiled.asm["ptx"])
     threads = int(required[1]) if required else 32 * compiled.metadata.num_warps
     occupancy, limit = _occupancy(arch, registers, shared, threads)
+    turns = _loops(text)
+    hot = max(turns, key=len, default=names)
+    asked = (_widths(hot, ("LDG", "LDGSTS")), _widths(hot, ("STG",)))
+    by_descriptor = described if any(name.startswith("UTMALDG") for name in hot) else 0
     return Resources(
         registers=registers,
         spills=sum(name.startswith(("LDL", "STL")) for name in names) + (stack > 0),
@@ -79,29 +88,52 @@ def _nvidia(compiled: Any, arch: str) -> Resources:
         occupancy=occupancy,
         limit=limit,
         fits=shared <= SM[arch][2] << 10,
-        loops=loops(text),
+        loops=[_by_short_name(turn) for turn in turns],
+        hot=dict(Counter(hot)),
+        hot_bytes=threads * sum(_bytes(widths) for widths in asked) + by_descriptor,
     )
 
 
+def _bytes(widths: dict[str, int]) -> int:
+    """Of one thread's accesses by their bits."""
+    return sum(int(bits) // 8 * count for bits, count in widths.items())
+
+
 def loops(text: str) -> list[dict[str, int]]:
-    """Resources.loops of a listing. A loop is what lies between a branch backwards and its target. What holds the
-    end of the program is none: there a wait that took longer returns to where it was left."""
-    body: list[tuple[str, str]] = []  # name, operands
+    """Resources.loops of a listing."""
+    return [_by_short_name(turn) for turn in _loops(text)]
+
+
+def _by_short_name(names: list[str]) -> dict[str, int]:
+    return dict(Counter(name.partition(".")[0] for name in names))
+
+
+def _loops(text: str) -> list[list[str]]:
+    """The instructions of each inner loop of NVIDIA's listing."""
+    names: list[str] = []
     labels: dict[str, int] = {}
+    branches: dict[int, str] = {}
     for line in text.splitlines():
         if label := LABEL.match(line):
-            labels[label[1]] = len(body)
+            labels[label[1]] = len(names)
         elif found := INSTRUCTION.search(line):
-            body.append((found[1], found[2]))
-    ends = {n for n, (name, _) in enumerate(body) if name == "EXIT"}
+            if found[1].startswith("BRA") and (target := re.search(r"(\.L_[\w$.]+)", found[2])):
+                branches[len(names)] = target[1]
+            names.append(found[1])
+    return _turns(names, labels, branches, "EXIT")
+
+
+def _turns(names: list[str], labels: dict[str, int], branches: dict[int, str], end: str) -> list[list[str]]:
+    """A loop is what lies between a branch backwards and its target. What holds the end of the program is none: there a
+    wait that took longer returns to where it was left."""
+    ends = {n for n, name in enumerate(names) if name == end}
     spans = []
-    for n, (name, operands) in enumerate(body):
-        target = re.search(r"(\.L_[\w$.]+)", operands) if name.startswith("BRA") else None
-        first = labels.get(target[1], n + 1) if target else n + 1
-        if n - first >= SHORTEST and not any(first <= end <= n for end in ends):
+    for n, target in branches.items():
+        first = labels.get(target, n + 1)
+        if n - first >= SHORTEST and not any(first <= at <= n for at in ends):
             spans.append((first, n))
     inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
-    return [dict(Counter(name.partition(".")[0] for name, _ in body[first : last + 1])) for first, last in inner]
+    return [names[first : last + 1] for first, last in inner]
 
 
 def _disassembled(cubin: bytes) -> tuple[str, str]:
@@ -154,6 +186,14 @@ def _amd(compiled: Any) -> Resources:
             found[str(32 * int(m[2] or 1)) if word.startswith("dword") else "16" if "short" in word else "8"] += 1
         return dict(found)
 
+    names, turns = _amd_loops(listing)
+    hot = max(turns, key=len, default=names)
+
+    def asked(name: str) -> int:
+        """Bytes of one lane's access."""
+        found = re.match(r"(?:global|buffer|flat)_(?:load|store)_(dwordx?(\d?)|\w*short|\w*byte)", name)
+        return 0 if not found else 4 * int(found[2] or 1) if found[1].startswith("dword") else 1 + ("short" in found[1])
+
     registers, threads = number(r"\.vgpr_count"), 64 * compiled.metadata.num_warps
     waves = number("Occupancy")
     return Resources(
@@ -169,4 +209,22 @@ def _amd(compiled: Any) -> Resources:
         occupancy=waves / 8,
         limit="registers",
         fits=compiled.metadata.shared <= AMD_SHARED << 10,
+        loops=[dict(Counter(turn)) for turn in turns],
+        hot=dict(Counter(hot)),
+        hot_bytes=threads * sum(map(asked, hot)),
     )
+
+
+def _amd_loops(listing: str) -> tuple[list[str], list[list[str]]]:
+    """All instructions of AMD's listing, and those of each inner loop."""
+    names: list[str] = []
+    labels: dict[str, int] = {}
+    branches: dict[int, str] = {}
+    for line in listing.splitlines():
+        if label := re.match(r"^(\.LBB\w+):", line):
+            labels[label[1]] = len(names)
+        elif found := re.match(r"^\s+((?:v|s|ds|global|buffer|flat|scratch)_\w+)\s*(\.LBB\w+)?", line):
+            if found[2]:
+                branches[len(names)] = found[2]
+            names.append(found[1])
+    return names, _turns(names, labels, branches, "s_endpgm")
