@@ -1,7 +1,7 @@
 """`python -m benchmarks`: every op case, then whole-model generation, recorded in results/<machine>/*.csv.
 
 Give a name to run one: ops, curve, gaps, generate, losses, patched, preferences, quality, rlhf, rollouts, scaling,
-speculation, start, hogged, train; what follows it are its own options.
+speculation, start, hogged, tiles, train; what follows it are its own options.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from benchmarks import (
     scaling,
     speculation,
     start,
+    tiles,
     train,
 )
 
@@ -42,6 +43,7 @@ ALL = {
     "scaling": scaling.main,
     "speculation": speculation.main,
     "start": start.main,
+    "tiles": tiles.main,
     "hogged": hogged.main,
     "train": train.main,
 }

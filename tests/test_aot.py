@@ -142,6 +142,36 @@ def bytes_of(widths: dict[str, int], threads: int) -> int:
     return sum(int(bits) // 8 * n for bits, n in widths.items()) * threads
 
 
+def test_a_launch_s_options_can_be_changed() -> None:
+    import gptfast.kernels.triton as backend
+    from gptfast.kernels.triton.tiles import Tile
+
+    def kernel() -> None: ...
+
+    with backend.recording("sm_80") as launches:
+        with backend.changed("kernel", num_warps=16):
+            backend.launch(kernel, (1,), tile=Tile(4, 2))
+        backend.launch(kernel, (1,), tile=Tile(4, 2))
+    assert [(n.named["num_warps"], n.named["num_stages"]) for n in launches] == [(16, 2), (4, 2)]
+    for c in aot.compiled_apart([("rope 9/3 64 bf16", "sm_80", "_rope_kernel", {"num_warps": 8})]):
+        assert c.options["num_warps"] == "8" and c.resources is not None and c.resources["threads"] == 256
+
+
+def test_the_search_finds_the_tile_that_ships() -> None:
+    from rich.progress import Progress
+
+    from benchmarks import tiles
+
+    found = tiles.search("rope 9/3 64 bf16", "sm_80", "_rope_kernel", Progress(disable=True))
+    [ours] = [c for c in found if c.ships]
+    assert ours.cycles == 1 and len(found) > 4 and all(c.cycles >= 0.5 for c in found)
+    assert [round(c.cycles, 2) for c in found] == sorted(round(c.cycles, 2) for c in found)
+    tile = {"num_warps": 8, "num_stages": 2, "BLOCK_M": 128}
+    around = list(tiles.neighbours(tile, "_attention_kernel"))
+    assert tile in around and {t["BLOCK_M"] for t in around} == {64, 128, 256}
+    assert not {"BLOCK_N", "BLOCK_D"} & set(around[0])  # which decide the order of summation
+
+
 def test_a_compiler_that_dies_costs_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aot, "WORKER", DYING)
     found = list(aot.survey(["first", "deadly", "last"], ["sm_90"]))

@@ -89,7 +89,7 @@ def test_a_sample_is_the_time_of_one_call() -> None:
 
 def test_short_calls_are_repeated_until_they_can_be_timed() -> None:
     clock = Clock()
-    (samples,) = timing.interleave({"a": clock.works("a", 1e-6)}, 3, settle_s=0, clock=clock).values()
+    (samples,) = timing.interleave({"a": clock.works("a", 1e-6)}, 3, warm_s=3e-3, settle_s=0, clock=clock).values()
     assert samples == pytest.approx([1e-6] * 3)
     assert 3 * 6000 <= len(clock.log) <= 3 * 6800 + 6000  # 3 ms untimed and 3 ms timed, each round
 

@@ -13,8 +13,8 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,11 @@ def compile_launch(launch: Any, arch: str) -> Any:
     return triton.compile(source, target=target, options=options.__dict__)
 
 
-def compile_call(name: str, arch: str) -> Iterator[Compiled]:
-    """Every kernel that a shipped call (gptfast.profile.shipped) launches, each once."""
+def compile_call(
+    name: str, arch: str, kernel: str = "", options: Mapping[str, Any] | None = None
+) -> Iterator[Compiled]:
+    """Every kernel that a shipped call (gptfast.profile.shipped) launches, each once; or those named `kernel` alone,
+    with `options` that aren't their tiles'."""
     from gptfast.profile import shipped
 
     seen = set()
@@ -71,6 +74,9 @@ def compile_call(name: str, arch: str) -> Iterator[Compiled]:
             return
         if launch is None:
             return
+        if kernel and launch.kernel.__name__ != kernel:
+            continue
+        launch = replace(launch, named=launch.named | dict(options or {}))
         compiled = error = None
         try:
             compiled = compile_launch(launch, arch)
@@ -79,9 +85,9 @@ def compile_call(name: str, arch: str) -> Iterator[Compiled]:
         if compiled is not None and compiled.hash in seen:
             continue
         seen.add(None if compiled is None else compiled.hash)
-        options = {k: v for k, v in launch.named.items() if k.isupper() or k in ("num_warps", "num_stages")}
+        given = {k: v for k, v in launch.named.items() if k.isupper() or k in ("num_warps", "num_stages")}
         found = None if compiled is None else _resources(compiled, arch, launch)
-        yield Compiled(name, arch, launch.kernel.__name__, {k: str(v) for k, v in options.items()}, found, error)
+        yield Compiled(name, arch, launch.kernel.__name__, {k: str(v) for k, v in given.items()}, found, error)
 
 
 def _resources(compiled: Any, arch: str, launch: Any) -> dict[str, Any]:
@@ -104,7 +110,13 @@ def _resources(compiled: Any, arch: str, launch: Any) -> dict[str, Any]:
 
 def survey(names: Iterable[str], archs: Iterable[str] = TARGETS) -> Iterator[Compiled]:
     """compile_call() for all of them, in processes of their own; one that dies costs the call that it died of."""
-    left = [(name, arch) for arch in archs for name in names]
+    names = list(names)
+    yield from compiled_apart([(name, arch) for arch in archs for name in names])
+
+
+def compiled_apart(jobs: Iterable[tuple[Any, ...]]) -> Iterator[Compiled]:
+    """compile_call(*job) for all of them, as survey() does it."""
+    left = list(jobs)
     while left:
         with tempfile.TemporaryFile("w+") as complaints:
             worker = subprocess.Popen(
@@ -131,14 +143,14 @@ def survey(names: Iterable[str], archs: Iterable[str] = TARGETS) -> Iterator[Com
             complaints.seek(0)
             complaint = complaints.read()
         if worker.returncode and left:
-            name, arch = left.pop(0)
+            name, arch, *_ = left.pop(0)
             yield Compiled(name, arch, "", {}, None, f"the compiler died ({worker.returncode}): {complaint[-2000:]}")
 
 
 def work() -> None:
     """What a process of survey() does: calls as JSON in, a line for each kernel out, and one after each call."""
     kernels.compile_only()
-    for name, arch in json.load(sys.stdin):
-        for compiled in compile_call(name, arch):
+    for job in json.load(sys.stdin):
+        for compiled in compile_call(*job):
             print(json.dumps(asdict(compiled)), flush=True)
-        print("done", name, flush=True)
+        print("done", job[0], flush=True)

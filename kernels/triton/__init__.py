@@ -70,6 +70,7 @@ class _Recorder:
 
 
 _recorder: _Recorder | None = None
+_changes: dict[str, dict[str, Any]] = {}  # of a kernel's options, by its name
 reached: list[Tensor] = []  # by the launch in progress, through addresses in memory
 
 
@@ -84,6 +85,17 @@ def recording(arch: str) -> Iterator[list[Launch]]:
         yield _recorder.launches
     finally:
         _recorder = None
+
+
+@contextmanager
+def changed(kernel: str, **options: Any) -> Iterator[None]:
+    """Within it a kernel, by its name, is launched with other options than its tile's: num_warps, num_stages. Blocks
+    are counted by the grid before, and may be changed only where launches are recorded. For one thread."""
+    _changes[kernel] = options
+    try:
+        yield
+    finally:
+        del _changes[kernel]
 
 
 def launch(
@@ -105,6 +117,8 @@ def launch(
         return
     named |= tile.options
     named["enable_fp_fusion"] = fp_fusion
+    if _changes:
+        named |= _changes.get(kernel.__name__, {})
     if _recorder is not None:
         _recorder.launches.append(Launch(kernel, grid, arguments, named))
         return
