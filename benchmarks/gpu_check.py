@@ -1,7 +1,8 @@
 """`make gpu-check`: is every op right on this GPU, and how fast? One command, one report.
 
-The tests of the op pages run with `--device cuda`; then each case of gpu_cases.py is timed against eager PyTorch,
-torch.compile of it and, where it applies, F.scaled_dot_product_attention, and set against the bandwidth and the matrix
+The tests of the op pages run with `--device cuda`; where NVIDIA's compute-sanitizer is on the path, some under it, too.
+Then each case of gpu_cases.py is timed against eager PyTorch, torch.compile of it and, where they apply and are
+installed, F.scaled_dot_product_attention, flash-attn, Liger and FlashInfer, and set against the bandwidth and the matrix
 rate that this GPU shows. Whatever was found is on disk at once, as report.json and report.md under --out.
 """
 
@@ -12,6 +13,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import gpu_rivals
 from gptfast.kernels import reason_missing
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +39,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="folder of the report (default: benchmarks/results/<gpu>)")
     parser.add_argument("--tests-s", type=float, default=1800, help="seconds for the tests; 0 leaves them out")
     parser.add_argument("--budget-s", type=float, default=900, help="seconds for the timings; 0 leaves them out")
+    parser.add_argument("--sanitizer-s", type=float, default=600, help="seconds for compute-sanitizer; 0 leaves it out")
     parser.add_argument("--only", default="", help="ops whose names contain this")
     parser.add_argument("--workers", type=int, default=8, help="processes that share the tests")
     options = parser.parse_args(argv)
@@ -47,13 +51,15 @@ def main(argv: Sequence[str]) -> int:
     report.add("environment", environment())
     if options.tests_s:
         run_tests(report, options.tests_s, options.workers, options.only)
+    if options.sanitizer_s:
+        run_sanitizer(report, options.sanitizer_s, options.only)
     if options.budget_s:
         from benchmarks.gpu_timing import run_timings
 
         run_timings(report, options.budget_s, options.only)
     print(f"\n{report.folder}/report.md")
-    tests = report.parts.get("tests", {})
-    return int(bool(tests.get("failed") or tests.get("unfinished")))
+    tests, watched = report.parts.get("tests", {}), report.parts.get("sanitizer", {})
+    return int(bool(tests.get("failed") or tests.get("unfinished") or watched.get("errors")))
 
 
 class Report:
@@ -131,6 +137,36 @@ def run_tests(report: Report, seconds: float, workers: int, only: str) -> None:
         print(f"  {failure['test']}: {failure['why'][:300]}")
 
 
+def run_sanitizer(report: Report, seconds: float, only: str) -> None:
+    """Cases of the ops in fp32 under compute-sanitizer's memcheck, one process, as far as the time goes: it makes
+    kernels ten to a hundred times as slow."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        report.add("sanitizer", {"missing": "compute-sanitizer isn't on the path; it comes with the CUDA toolkit"})
+        return
+    log = report.folder / "sanitizer.log"
+    command = [tool, "--tool", "memcheck", "--target-processes", "all", "--print-limit", "20", sys.executable]
+    command += ["-m", "pytest", "-p", "no:xdist", TESTS[0], "--device", "cuda", "-m", "not slow", "-x"]
+    command += ["-k", f"float32 and ({only})" if only else "float32"]
+    began = time.monotonic()
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(60)
+    errors, took = sanitized(log.read_text()), round(time.monotonic() - began)
+    report.add("sanitizer", {"errors": errors, "seconds": took})
+    print(f"compute-sanitizer: {len(errors)} errors in {took} s")
+
+
+def sanitized(log: str) -> list[str]:
+    """The first lines of the errors that compute-sanitizer tells of."""
+    said = [line.removeprefix("=========").strip() for line in log.splitlines() if line.startswith("=========")]
+    return [line for line in said if re.match(r"Invalid|Out-of|Misaligned|Program hit|Race|Leaked", line)][:40]
+
+
 def recorded(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -143,12 +179,16 @@ def markdown(parts: dict[str, Any]) -> str:
         counts = ", ".join(f"{tests[k]} {k}" for k in ("passed", "failed", "skipped"))
         lines += ["", "## Tests", "", f"{counts} in {tests['seconds']} s{', unfinished' * tests['unfinished']}", ""]
         lines += [f"- `{f['test']}`: {f['why'].splitlines()[0] if f['why'] else ''}" for f in tests["failures"]]
+    if watched := parts.get("sanitizer"):
+        said = watched.get("missing") or f"{len(watched['errors'])} errors in {watched['seconds']} s"
+        lines += ["", "## compute-sanitizer", "", said, "", *(f"- {error}" for error in watched.get("errors", ()))]
     if ceilings := parts.get("ceilings"):
         lines += ["", "## What this GPU shows", ""]
         lines += [f"- {key}: {value:,.0f}" for key, value in ceilings.items()]
     if rows := parts.get("timings"):
         names = ["op", "case", "dtype", "pass", "us", "eager", "compiled", "sdpa", "x eager", "x compiled", "x sdpa"]
-        names += ["bound", "%", "error", "note"]
+        rivals = [name for name in gpu_rivals.NAMES if any(row.get(name) for row in rows)]
+        names += [*rivals, *(f"x {name}" for name in rivals), "bound", "%", "error", "note"]
         lines += ["", "## Timings", "", TIMES, "", "|" + "|".join(names) + "|", "|" + "---|" * len(names)]
         lines += ["|" + "|".join(_cell(row.get(name)) for name in names) + "|" for row in rows]
     return "\n".join(lines) + "\n"

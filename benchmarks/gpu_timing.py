@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import gpu_cases
+from benchmarks import gpu_cases, gpu_rivals
 from benchmarks.gpu_check import Report
 from gptfast.bench.check import check
 from gptfast.ops import dispatch
@@ -110,11 +110,14 @@ def made(op: Op, case: Case, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def contend(row: dict[str, Any], op: Op, arguments: dict[str, Any], way: Callable[..., Run]) -> None:
-    """Ours, eager and SDPA, each as far as it gets."""
+    """Ours, eager, SDPA and the libraries that are installed, each as far as it gets."""
     _try(row, "us", lambda: median(way(op, op.function, arguments)))
     _try(row, "eager", lambda: median(way(op, op.baseline or op.reference, arguments)))
     if op.name == "attention" and set(arguments) <= {"q", "k", "v", "causal"}:
         _try(row, "sdpa", lambda: median(way(op, sdpa, arguments)))
+    for name, call in gpu_rivals.rivals(op.name, arguments).items():
+        if way is _plain or name != "flashinfer":  # which has no gradients
+            _try(row, name, lambda: median(way(op, call, arguments)))  # noqa: B023
     _ratios(row)
 
 
@@ -129,7 +132,7 @@ def compiled(op: Op, case: Case, row: dict[str, Any]) -> None:
 
 
 def _ratios(row: dict[str, Any]) -> None:
-    for name in ("eager", "compiled", "sdpa"):
+    for name in ("eager", "compiled", "sdpa", *gpu_rivals.NAMES):
         if row.get("us") and row.get(name):
             row[f"x {name}"] = round(row[name] / row["us"], 2)
 
@@ -202,6 +205,7 @@ def print_row(row: dict[str, Any]) -> None:
         f"{row['op']:20s} {row['case'][:34]:34s} {row['dtype']:8s} {row['pass'][:16]:16s} {number('us'):>9s} us"
         f"  eager {number('eager'):>9s} ({number('x eager', 2)}x)  compiled {number('compiled'):>9s}"
         f" ({number('x compiled', 2)}x)  sdpa {number('x sdpa', 2)}x  {number('%', 0):>4s}%  err {number('error', 2)}"
-        f"  {row.get('note', '')[:200]}",
+        + "".join(f"  {name} {number(f'x {name}', 2)}x" for name in gpu_rivals.NAMES if row.get(name))
+        + f"  {row.get('note', '')[:200]}",
         flush=True,
     )
