@@ -1,9 +1,9 @@
 """`make gpu-check`: is every op right on this GPU, and how fast? One command, one report.
 
-The tests of the op pages run with `--device cuda`; where NVIDIA's compute-sanitizer is on the path, some under it, too.
-Then each case of gpu_cases.py is timed against eager PyTorch, torch.compile of it and, where they apply and are
-installed, F.scaled_dot_product_attention, flash-attn, Liger and FlashInfer, and set against the bandwidth and the matrix
-rate that this GPU shows. Whatever was found is on disk at once, as report.json and report.md under --out.
+The tests of the op pages run with `--device cuda`; where NVIDIA's compute-sanitizer is on the path, some under it,
+too. Then each case of gpu_cases.py is timed against eager PyTorch, torch.compile of it and, where they apply and are
+installed, F.scaled_dot_product_attention, flash-attn, Liger and FlashInfer, and set against the bandwidth and the
+matrix rate that this GPU shows. Whatever was found is on disk at once, as report.json and report.md under --out.
 """
 
 from __future__ import annotations
