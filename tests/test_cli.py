@@ -197,3 +197,6 @@ def test_kernels_are_compared_and_drawn(tmp_path: Path, fails: Callable[..., str
     assert (tmp_path / "k.png").read_bytes()[:4] == b"\x89PNG"
     assert "expected one call on either side" in fails("kernels", "swiglu", "--compare", "geglu")
     assert "no --json" in fails("kernels", "swiglu 1536 bf16", "--json", "--compare", "geglu 1536 bf16")
+    assert "got sm_80 on both sides" in fails("kernels", "swiglu 1536 bf16", "-a", "sm_80", "--compare", "sm_80")
+    said = fails("kernels", "swiglu 1536 bf16", "-a", "sm_80", "--compare", "rope 9/3 64 bf16")
+    assert "launch no kernel of one name" in said

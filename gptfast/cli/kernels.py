@@ -96,14 +96,20 @@ def _compare(names: list[str], archs: tuple[str, ...], other: str) -> int:
         if len(names) != 1 or len(others) != 1:
             raise ValueError(f"--compare: expected one call on either side, got {len(names)} and {len(others)}")
         pairs = [((names[0], arch), (others[0], arch)) for arch in archs]
+    if not pairs or any(first == second for first, second in pairs):
+        raise ValueError(f"--compare: expected another call or architecture, got {other} on both sides")
     sides = {side for pair in pairs for side in pair}
     found: dict[tuple[str, str], list[aot.Compiled]] = {side: [] for side in sides}
     for arch in sorted({arch for _, arch in sides}):
         for compiled in _shown(sorted({name for name, a in sides if a == arch}), (arch,)):
             found[compiled.call, compiled.arch].append(compiled)
     for pair in pairs:
-        for first, second in _paired(*(found[side] for side in pair)):
+        shared = list(_paired(*(found[side] for side in pair)))
+        for first, second in shared:
             out.print(_side_by_side(first, second))
+        if not shared:
+            both = " and ".join(", ".join(side) for side in pair)
+            raise ValueError(f"--compare: {both} launch no kernel of one name")
     return sum(c.resources is None for compiled in found.values() for c in compiled)
 
 

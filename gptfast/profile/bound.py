@@ -64,7 +64,7 @@ PATTERNS = {
 
 
 def kind(name: str) -> str:
-    """ "matrix", "fp32", ... of an instruction; "integers" if it is of none of PATTERNS."""
+    """What an instruction is there for, one of PATTERNS; "integers" if none of them matches."""
     return next((k for k, pattern in PATTERNS.items() if pattern.match(name)), "integers")
 
 
