@@ -129,7 +129,7 @@ CASES: dict[str, dict[str, Make]] = {
 
 def cases(only: str) -> Iterator[tuple[Op, Case]]:
     """The cases of a GPU's size first, then the pages' own; those of ops whose names contain `only`."""
-    pages = {name: op for name, op in ops.pages().items() if only in name and op.kernels}
+    pages = {name: op for name, op in ops.pages().items() if only in name and "triton" in op.kernels}
     for name, op in pages.items():
         for label, make in CASES.get(name, {}).items():
             yield op, Case(label, make, frozenset({"gpu"}))

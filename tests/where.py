@@ -58,13 +58,6 @@ def refusal(op: Op, arguments: dict[str, Any], backend: str) -> str | None:
     return None
 
 
-def has_kernel(op: Op, backend: str) -> bool:
-    """Whether a backend serves this op at all."""
-    case = op.cases()[0]
-    reason = refusal(op, here(op, case.arguments(op.dtypes[0])), backend)
-    return reason is None or "has no kernel for" not in reason
-
-
 def here(op: Op, arguments: dict[str, Any]) -> dict[str, Any]:
     """A case's arguments on the device of this session. Strides and places in memory stay, so that what is aligned is
     and what isn't is not."""

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.ops.philox import philox
 from gptfast.ops.sampling import survivors
 
 Real = float | Tensor
@@ -162,33 +161,18 @@ def chain_speculative_sampling(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Speculative sampling (Leviathan et al., arXiv:2211.17192): draft tokens that the target keeps, and one more.
 
-    draft_probs (B, n, V), draft_token_ids (B, n), target_probs (B, n + 1, V). A token is kept while
-    u * draft < target, u uniform in [0, 1); at the first that isn't, one is drawn from max(target - draft, 0), after
-    the last from the target. Returns ids (B, n + 1) int32, -1 behind the last; how many draft tokens would be kept each
-    by itself, and how many were, (B,) int32, added to the tensors given for them.
+    draft_probs (B, n, V), draft_token_ids (B, n), target_probs (B, n + 1, V). Returns ids (B, n + 1) int32, -1 behind
+    the last; how many draft tokens would be kept each by itself, and how many were, (B,) int32, added to the tensors
+    given for them. Which, says the page gptfast/ops/speculative_sampling.py.
     """
-    B, n, _ = draft_probs.shape
     key, step = _random(generator, seed, offset)
-    row = torch.arange(B, device=draft_probs.device)
-    at = torch.arange(n, device=draft_probs.device)
-    key_, step_ = (torch.as_tensor(t, dtype=torch.int64, device=row.device).reshape(-1, 1) for t in (key, step))
-    r0, r1, _, _ = philox(key_, step_, row[:, None] * (n + 1) + at)
-    u = (r1.double() * 2.0**32 + r0.double()) * 2.0**-64
-    chosen = draft_token_ids.long()[..., None]
-    p, q = (t[:, :n].gather(-1, chosen)[..., 0].double() for t in (target_probs, draft_probs))
-    keep = u * q < p
-    kept = keep.cumprod(-1).sum(-1)
-    last = target_probs[row, kept]
-    draft = draft_probs[row, kept.clamp(max=n - 1)] if n else torch.zeros_like(last)
-    rest = torch.where((kept < n)[:, None], (last - draft).clamp(min=0), last)
-    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, last)
-    new = ops.sample(rest.log(), seed=key, step=step, stream=row * (n + 1) + n)
-    ids = torch.full((B, n + 1), -1, dtype=torch.int32, device=row.device)
-    ids[:, :n] = torch.where(at < kept[:, None], draft_token_ids, -1).to(torch.int32)
-    ids[row, kept] = new.to(torch.int32)
-    counts = (maybe_output_accepted_token_num, keep.sum(-1)), (maybe_output_emitted_draft_token_num, kept)
-    accepted, emitted = (c.to(torch.int32) if given is None else given.add_(c) for given, c in counts)
-    return ids, accepted, emitted
+    stream = torch.arange(draft_probs.shape[0], device=draft_probs.device)
+    ids, *found = ops.speculative_sampling(
+        draft_probs, draft_token_ids, target_probs, seed=key, step=step, stream=stream
+    )
+    given = maybe_output_accepted_token_num, maybe_output_emitted_draft_token_num
+    accepted, emitted = (c.to(torch.int32) if g is None else g.add_(c) for g, c in zip(given, found))
+    return ids.to(torch.int32), accepted, emitted
 
 
 def _random(generator: torch.Generator | None, seed: Integer | None, offset: Integer | None) -> tuple[Any, Any]:

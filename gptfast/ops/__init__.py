@@ -21,6 +21,7 @@ from gptfast.ops.rms_norm import rms_norm
 from gptfast.ops.rope import rope, rope_frequencies, rope_tables
 from gptfast.ops.sampling import sample
 from gptfast.ops.spec import Op
+from gptfast.ops.speculative_sampling import speculative_sampling
 from gptfast.ops.token_logprobs import token_kl, token_logprobs
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "rope_tables",
     "sample",
     "simpo_loss",
+    "speculative_sampling",
     "swiglu",
     "token_kl",
     "token_logprobs",

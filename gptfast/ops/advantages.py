@@ -15,7 +15,8 @@ mask              bool like rewards or x, or None: all. gae leaves out what it d
                   `next` is the next token that is kept, so padding on either side and holes (a tool's output) change
                   nothing. The results are 0 where it is False, and anything may stand there, NaN too
 group_size        n; N is a multiple of it; 1 gives 0, "rloo" wants 2
-the results       float32 (float64 for float64); no gradients flow through gae and group_advantages
+the results       float32 (float64 for float64); no gradients flow through gae and group_advantages; those of whiten
+                  are the reference's
 
 gae's rows depend on nothing but themselves, and so do a group's advantages; whiten's normaliser is the whole mask's.
 
@@ -181,8 +182,8 @@ def group_advantages(rewards: Tensor, group_size: int, *, kind: str = "grpo", ba
         rewards.dim() == 1 and rewards.is_floating_point() and rewards.numel() % group_size == 0,
         lambda: f"group_advantages: expected rewards (N) of floats in groups of {group_size}, got {shape(rewards)}",
     )
-    arguments = dict(rewards=rewards, group_size=group_size, kind=kind)
-    return dispatch.without_kernels(
+    arguments = dict(rewards=rewards.detach(), group_size=group_size, kind=kind)
+    return dispatch.as_reference_compiled(
         "advantages.group_advantages", backend, group_advantages_reference, rewards, **arguments
     )
 
@@ -195,7 +196,7 @@ def whiten(x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, ba
     require(x.is_floating_point(), lambda: f"whiten: expected x of floats, got {shape(x)}")
     _check_mask("whiten", x, mask)
     arguments = dict(x=x, mask=mask, shift_mean=shift_mean)
-    return dispatch.without_kernels("advantages.whiten", backend, whiten_reference, x, **arguments)
+    return dispatch.as_reference_compiled("advantages.whiten", backend, whiten_reference, x, **arguments)
 
 
 def _check_mask(op: str, x: Tensor, mask: Tensor | None) -> None:
@@ -225,6 +226,6 @@ _gae = library.define(
 
 OPS = [
     Op("gae", gae, gae_reference, gae_cost, _gae_cases, take=_take),
-    Op("group_advantages", group_advantages, group_advantages_reference, _cost, _group_cases, kernels=False),
-    Op("whiten", whiten, whiten_reference, _cost, _whiten_cases, kernels=False),
+    Op("group_advantages", group_advantages, group_advantages_reference, _cost, _group_cases, kernels=("triton",)),
+    Op("whiten", whiten, whiten_reference, _cost, _whiten_cases, kernels=("triton",)),
 ]

@@ -60,10 +60,11 @@ def run(op: str, backend: str | Explain | None, reference: Callable[..., Any], d
     return reference(**arguments) if function is None else function(**arguments)
 
 
-def without_kernels(
+def as_reference_compiled(
     op: str, backend: str | Explain | None, reference: Callable[..., Any], device: Tensor, **arguments: Any
 ) -> Any:
-    """run() for ops that no backend has a kernel for. torch.compile traces the reference and nothing of the choice."""
+    """run() for ops that torch.compile fuses as well as any kernel could: it traces the reference and nothing of the
+    choice."""
     if backend is None and torch.compiler.is_compiling():
         return reference(**arguments)
     return run(op, backend, reference, device, **arguments)

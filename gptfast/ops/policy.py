@@ -14,7 +14,7 @@ al., arXiv:2503.20783) "tokens" with denominator = B times the longest completio
 advantages (gptfast/ops/advantages.py).
 
 logprobs              (B, T)  of the tokens under the policy that is trained; float32, bfloat16 or float16 (float64 on
-                      the reference); it and values are the only tensors that get a gradient
+                      the reference); it and values are the only tensors that get a gradient, kl_estimate's too
 old_logprobs          (B, T)  of the policy that sampled them
 reference_logprobs    (B, T)  of the model that beta keeps it near; needed where beta isn't 0
 advantages            (B, T), or (B): one for each sequence
@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gptfast.ops import dispatch, library, policy_gradients
+from gptfast.ops import dispatch, policy_gradients
 from gptfast.ops.dispatch import require, shape
 from gptfast.ops.spec import Case, Cost, Inputs, Op, map_tensors, nbytes
 
@@ -252,11 +252,7 @@ def policy_loss(
         "reference_logprobs": None if reference_logprobs is None else reference_logprobs.detach(),
         "beta": beta, "kl": kl, "normalise": normalise, "denominator": denominator,
     }  # fmt: skip
-    backend, as_op = library.route("policy.policy_loss", backend, arguments)
-    if as_op:
-        loss, _, statistics = _policy_loss(**arguments, backend=backend)
-        return PolicyLoss(loss, *statistics.unbind())
-    found = dispatch.run("policy.policy_loss", backend, policy_loss_reference, logprobs, **arguments)
+    found = _policy_loss.run(backend, **arguments)
     return found if isinstance(found, dispatch.Choice) else PolicyLoss(*found)
 
 
@@ -282,11 +278,7 @@ def value_loss(
         "values": values, "old_values": old_values.detach(), "returns": returns.detach(), "mask": mask, "clip": clip,
         "denominator": denominator,
     }  # fmt: skip
-    backend, as_op = library.route("policy.value_loss", backend, arguments)
-    if as_op:
-        loss, _, statistics = _value_loss(**arguments, backend=backend)
-        return ValueLoss(loss, *statistics.unbind())
-    found = dispatch.run("policy.value_loss", backend, value_loss_reference, values, **arguments)
+    found = _value_loss.run(backend, **arguments)
     return found if isinstance(found, dispatch.Choice) else ValueLoss(*found)
 
 
@@ -301,8 +293,7 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, *, kind: str = "k3
         lambda: f"kl_estimate: expected floats of one shape, got {shape(logprobs)} and {shape(reference_logprobs)}",
     )
     require(kind in KL_KINDS, lambda: f"kl_estimate: expected kind as one of {', '.join(KL_KINDS)}, got {kind!r}")
-    arguments = dict(logprobs=logprobs, reference_logprobs=reference_logprobs, kind=kind)
-    return dispatch.without_kernels("policy.kl_estimate", backend, kl_estimate_reference, logprobs, **arguments)
+    return _kl_estimate.run(backend, logprobs=logprobs, reference_logprobs=reference_logprobs.detach(), kind=kind)
 
 
 def _check(op: str, mask: Tensor | None, **tensors: Tensor | None) -> None:
@@ -326,24 +317,35 @@ def _op(
     return Op(function.__name__, function, reference, _cost, cases, **more)
 
 
+def _like(argument: str) -> dict[str, Any]:
+    """Its gradients, and theirs."""
+    return {"differentiable": (argument,), "double_backward": True}
+
+
 def _take(arguments: Any, b: int) -> dict[str, Any]:
     return map_tensors(lambda t: t[b : b + 1], arguments)
 
 
 _policy_loss = policy_gradients.register(
-    "policy_loss",
+    "policy.policy_loss",
     "Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor? mask, float clip, float? clip_high, "
     "Tensor? reference_logprobs, float beta, str kl, str normalise, float? denominator",
-    *(5, policy_loss_reference),
+    *(["logprobs"], lambda given: ((), (5,)), policy_loss_reference),
 )
 _value_loss = policy_gradients.register(
-    "value_loss",
+    "policy.value_loss",
     "Tensor values, Tensor old_values, Tensor returns, Tensor? mask, float clip, float? denominator",
-    *(1, value_loss_reference),
+    *(["values"], lambda given: ((), (1,)), value_loss_reference),
+)
+_kl_estimate = policy_gradients.register(
+    "policy.kl_estimate",
+    "Tensor logprobs, Tensor reference_logprobs, str kind",
+    *(["logprobs"], lambda given: (given["logprobs"].shape, (0,)), kl_estimate_reference),
+    compiled=False,
 )
 
 OPS = [
-    _op(policy_loss, policy_loss_reference, _policy_cases, differentiable=("logprobs",), double_backward=True),
-    _op(value_loss, value_loss_reference, _value_cases, differentiable=("values",), double_backward=True),
-    _op(kl_estimate, kl_estimate_reference, _kl_cases, kernels=False, take=_take),
+    _op(policy_loss, policy_loss_reference, _policy_cases, **_like("logprobs")),
+    _op(value_loss, value_loss_reference, _value_cases, **_like("values")),
+    _op(kl_estimate, kl_estimate_reference, _kl_cases, kernels=("triton",), take=_take, **_like("logprobs")),
 ]

@@ -24,11 +24,12 @@ chosen, rejected, logprobs (N)  float32, bfloat16 or float16 (float64 on the ref
 reference_*                (N)  the same of the reference model, or None: zeros (a reference that is uniform)
 margin                     (N)  how much better the chosen answer is, or None: zeros
 desirable                  (N)  bool: whether the answer was judged good
-kl                         (M)  a of answers to other prompts, or None: z = 0; it gets no gradient
+kl                         (M)  a of answers to other prompts, or None: z = 0
 reduction                  "mean", or "none": a loss (N) for each
 
 Losses come in float32 (float64 for float64), whatever came in: they are sums over a batch. dpo_loss, simpo_loss and
-kto_loss also give the implied rewards, beta (ours - the reference's), without gradients. All of it is plain PyTorch.
+kto_loss also give the implied rewards, beta (ours - the reference's), without gradients. chosen, rejected and logprobs
+get gradients, nothing else does. Means are sums in fp64 on a GPU; on a CPU all of it is plain PyTorch.
 
 Where TRL differs: its "ipo" divides log-probabilities by the completions' lengths, so give mean ones for that; its
 "sigmoid" has no label smoothing; its kto_loss averages kl over all processes; its orpo_loss is lambda times ours.
@@ -36,14 +37,14 @@ Where TRL differs: its "ipo" divides log-probabilities by the completions' lengt
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gptfast.ops import dispatch
+from gptfast.ops import policy_gradients
 from gptfast.ops.dispatch import require, shape
 from gptfast.ops.spec import Case, Cost, Inputs, Op, map_tensors, nbytes
 
@@ -198,9 +199,9 @@ def reward_loss(
 
     Raises ValueError for shapes that differ and for an unknown reduction; BackendError where `backend` has no kernel.
     """
-    arguments = dict(chosen=chosen, rejected=rejected, margin=margin)
+    arguments = dict(chosen=chosen, rejected=rejected, margin=_constant(margin))
     _check("reward_loss", reduction, **arguments)
-    return _run("reward_loss", backend, reward_loss_reference, **arguments, centring=centring, reduction=reduction)
+    return _reward_loss.run(backend, **arguments, centring=centring, reduction=reduction)
 
 
 def dpo_loss(
@@ -220,9 +221,8 @@ def dpo_loss(
     Raises ValueError for shapes that differ, an unknown kind or reduction, beta <= 0, a label_smoothing outside
     [0, 1/2) or beside "ipo" or "hinge", which have none; BackendError where `backend` has no kernel.
     """
-    arguments = dict(
-        chosen=chosen, rejected=rejected, reference_chosen=reference_chosen, reference_rejected=reference_rejected
-    )
+    references = dict(reference_chosen=_constant(reference_chosen), reference_rejected=_constant(reference_rejected))
+    arguments = dict(chosen=chosen, rejected=rejected, **references)
     _check("dpo_loss", reduction, **arguments)
     require(kind in DPO_KINDS, lambda: f"dpo_loss: expected kind as one of {', '.join(DPO_KINDS)}, got {kind!r}")
     require(beta > 0, lambda: f"dpo_loss: expected beta > 0, got {beta}")
@@ -232,7 +232,7 @@ def dpo_loss(
         lambda: f"dpo_loss: expected label_smoothing in [0, 0.5), 0 for ipo and hinge, got {label_smoothing}, {kind}",
     )
     numbers = dict(beta=beta, kind=kind, label_smoothing=label_smoothing, reduction=reduction)
-    return _run("dpo_loss", backend, dpo_loss_reference, **arguments, **numbers)
+    return _dpo_loss.run(backend, **arguments, **numbers)
 
 
 def simpo_loss(
@@ -251,7 +251,7 @@ def simpo_loss(
     """
     _check("simpo_loss", reduction, chosen=chosen, rejected=rejected)
     numbers = dict(beta=beta, gamma=gamma, reduction=reduction)
-    return _run("simpo_loss", backend, simpo_loss_reference, chosen=chosen, rejected=rejected, **numbers)
+    return _simpo_loss.run(backend, chosen=chosen, rejected=rejected, **numbers)
 
 
 def orpo_loss(chosen: Tensor, rejected: Tensor, *, reduction: str = "mean", backend: str | None = None) -> Any:
@@ -261,7 +261,7 @@ def orpo_loss(chosen: Tensor, rejected: Tensor, *, reduction: str = "mean", back
     mean log-probability of 0 or more gives NaN or an infinity.
     """
     _check("orpo_loss", reduction, chosen=chosen, rejected=rejected)
-    return _run("orpo_loss", backend, orpo_loss_reference, chosen=chosen, rejected=rejected, reduction=reduction)
+    return _orpo_loss.run(backend, chosen=chosen, rejected=rejected, reduction=reduction)
 
 
 def kto_loss(
@@ -281,7 +281,7 @@ def kto_loss(
     Raises ValueError for shapes that differ, desirable that isn't bool, and an unknown reduction; BackendError where
     `backend` has no kernel.
     """
-    arguments = dict(logprobs=logprobs, reference_logprobs=reference_logprobs)
+    arguments = dict(logprobs=logprobs, reference_logprobs=reference_logprobs.detach())
     _check("kto_loss", reduction, **arguments)
     require(
         desirable.shape == logprobs.shape and desirable.dtype == torch.bool,
@@ -293,7 +293,7 @@ def kto_loss(
     numbers = dict(
         beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight, reduction=reduction
     )
-    return _run("kto_loss", backend, kto_loss_reference, **arguments, desirable=desirable, kl=kl, **numbers)
+    return _kto_loss.run(backend, **arguments, desirable=desirable, kl=_constant(kl), **numbers)
 
 
 def _check(op: str, reduction: str, **tensors: Tensor | None) -> None:
@@ -308,18 +308,67 @@ def _check(op: str, reduction: str, **tensors: Tensor | None) -> None:
     require(reduction in ("mean", "none"), lambda: f"{op}: expected reduction 'mean' or 'none', got {reduction!r}")
 
 
-def _run(op: str, backend: str | None, reference: Callable[..., Any], **arguments: Any) -> Any:
-    return dispatch.without_kernels(f"preference.{op}", backend, reference, next(iter(arguments.values())), **arguments)
+def _results(rewards: int) -> policy_gradients.Shapes:
+    """A loss, or one for each sequence, and the rewards of so many."""
+
+    def shapes(given: dict[str, Any]) -> tuple[Sequence[int], Sequence[int]]:
+        sequences = next(iter(given.values())).shape
+        return () if given["reduction"] == "mean" else sequences, (rewards, *sequences) if rewards else (0,)
+
+    return shapes
 
 
-def _op(function: Callable[..., Any], reference: Callable[..., Any], cases: Callable[[], list[Case]]) -> Op:
+def _register(name: str, arguments: str, wanted: Sequence[str], rewards: int, reference: Any) -> policy_gradients.Loss:
+    whole = (f"preference.{name}", f"{arguments}, str reduction", wanted, _results(rewards), reference)
+    return policy_gradients.register(*whole, compiled=False)
+
+
+PAIR = ["chosen", "rejected"]
+_reward_loss = _register(
+    "reward_loss",
+    "Tensor chosen, Tensor rejected, Tensor? margin, float centring",
+    *(PAIR, 0, reward_loss_reference),
+)
+_dpo_loss = _register(
+    "dpo_loss",
+    "Tensor chosen, Tensor rejected, Tensor? reference_chosen, Tensor? reference_rejected, float beta, str kind, "
+    "float label_smoothing",
+    *(PAIR, 2, dpo_loss_reference),
+)
+_simpo_loss = _register(
+    "simpo_loss", "Tensor chosen, Tensor rejected, float beta, float gamma", PAIR, 2, simpo_loss_reference
+)
+_orpo_loss = _register("orpo_loss", "Tensor chosen, Tensor rejected", PAIR, 0, orpo_loss_reference)
+_kto_loss = _register(
+    "kto_loss",
+    "Tensor logprobs, Tensor reference_logprobs, Tensor desirable, Tensor? kl, float beta, float desirable_weight, "
+    "float undesirable_weight",
+    *(["logprobs"], 1, kto_loss_reference),
+)
+
+
+def _constant(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach()
+
+
+def _op(
+    function: Callable[..., Any],
+    reference: Callable[..., Any],
+    cases: Callable[[], list[Case]],
+    differentiable: Sequence[str] = PAIR,
+) -> Op:
     """Each sequence of a batch has its own loss where nothing is reduced and no kl is shared; the cases test that."""
 
     def take(arguments: Any, b: int) -> dict[str, Any]:
         row = map_tensors(lambda t: t[b : b + 1], arguments)
         return {**row, "kl": arguments["kl"]} if "kl" in arguments else row
 
-    return Op(function.__name__, function, reference, _cost, cases, kernels=False, take=take)
+    def batch(arguments: Any) -> int:
+        return next(iter(arguments.values())).shape[0] if arguments.get("reduction") == "none" else 0
+
+    of: dict[str, Any] = {"kernels": ("triton",), "take": take, "batch": batch}
+    gradients: dict[str, Any] = {"differentiable": tuple(differentiable), "double_backward": True}
+    return Op(function.__name__, function, reference, _cost, cases, **of, **gradients)
 
 
 OPS = [
@@ -337,5 +386,5 @@ OPS = [
     ),
     _op(simpo_loss, simpo_loss_reference, _cases(_means, {}, {"gamma": 0.3})),
     _op(orpo_loss, orpo_loss_reference, _cases(_means, {})),
-    _op(kto_loss, kto_loss_reference, _cases(_judged, {}, {"undesirable_weight": 1.5})),
+    _op(kto_loss, kto_loss_reference, _cases(_judged, {}, {"undesirable_weight": 1.5}), ["logprobs"]),
 ]

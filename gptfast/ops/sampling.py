@@ -291,10 +291,10 @@ def sample(
     check = partial(_check, penalty)
     if plain and type(seed) is type(step) is type(stream) is int:
         sampler = dispatch.prepared("sampling.sample", backend, reference, logits, arguments, check)
-        seed, step, stream = (_integer(name, x, 1, CPU) for name, x in zip(RANDOM, (seed, step, stream)))
+        seed, step, stream = (integer(name, x, 1, CPU) for name, x in zip(RANDOM, (seed, step, stream)))
         return sampler(**arguments, seed=seed, step=step, stream=stream)
     check(**arguments)
-    seed, step, stream = (_integer(name, x, *_rows(logits)) for name, x in zip(RANDOM, (seed, step, stream)))
+    seed, step, stream = (integer(name, x, *_rows(logits)) for name, x in zip(RANDOM, (seed, step, stream)))
     arguments |= {"seed": seed, "step": step, "stream": stream}
     return dispatch.run("sampling.sample", backend, reference, logits, **arguments)
 
@@ -352,7 +352,7 @@ def _checked(
     """The parameters by name, REALS and top_k, each a number or (B,) on the device; a penalty that is on, if any."""
     parameters: dict[str, Any] = {name: _real(name, x, B, device) for name, x in zip(REALS, given)}
     on = (name for name in PENALTIES if not _is_neutral(name, parameters[name]))
-    return {**parameters, "top_k": _integer("top_k", given[-1], B, device)}, next(on, None)
+    return {**parameters, "top_k": integer("top_k", given[-1], B, device)}, next(on, None)
 
 
 @lru_cache(typed=True)  # a loop's parameters stay the same from token to token
@@ -385,17 +385,17 @@ def _fits(name: str, x: Any) -> Any:
     return (x >= least) & (x <= most) & ((x == 0) | (x >= 1e-30) if name == "temperature" else True)
 
 
-def _integer(name: str, x: Integer, B: int, device: torch.device) -> int | Tensor:
+def integer(name: str, x: Integer, B: int, device: torch.device, op: str = "sample") -> int | Tensor:
     """An integer parameter, checked: an int in the range of int64, or (B,) int64 on the device."""
     if x is None:
         return 0
     if isinstance(x, int):
         require(-(2**63) <= x < 2**64 and (name != "top_k" or 0 <= x < 2**63),
-                lambda: f"sample: expected {name} {'>= 0' if name == 'top_k' else 'of 64 bits'}, got {x}")  # fmt: skip
+                lambda: f"{op}: expected {name} {'>= 0' if name == 'top_k' else 'of 64 bits'}, got {x}")  # fmt: skip
         return _wrapped(x)
     t = torch.as_tensor(_wrapped(x), device=device)
     require(t.shape in ((), (B,)) and t.dtype in (torch.int64, torch.int32),
-            lambda: f"sample: expected {name} one integer or ({B},), got {shape(t)}")  # fmt: skip
+            lambda: f"{op}: expected {name} one integer or ({B},), got {shape(t)}")  # fmt: skip
     if name == "top_k" and t.device.type == "cpu":
         require(bool((t >= 0).all()), lambda: f"sample: expected top_k >= 0, got {t.min().item()}")
     return t.to(torch.int64).contiguous() if t.dim() else t.to(torch.int64).repeat(B)

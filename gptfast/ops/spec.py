@@ -75,7 +75,9 @@ class Op:
     double_backward: bool = False  # whether its gradients can be differentiated in turn
     exact: bool = False  # outputs equal the reference's bit for bit
     host: tuple[str, ...] = ()  # arguments that stay on the CPU wherever the others are
-    kernels: bool = True  # False where none would pay: what it works on is as small as a number for each sequence
+    # The backends with kernels. On a CPU none would pay where a call works on a number for each sequence; on a GPU each
+    # of PyTorch's ops is a launch, which takes as long for one number as for many thousands.
+    kernels: tuple[str, ...] = ("cpu", "triton")
     # The arguments of row `b` of the batch alone, and how many rows a call has; None = no batch.
     take: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
     batch: Callable[[Mapping[str, Any]], int] = field(default=lambda arguments: next(iter(arguments.values())).shape[0])

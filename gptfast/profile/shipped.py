@@ -147,6 +147,7 @@ DECODES: dict[str, tuple[int, tuple[str, ...]]] = {  # queries, terms
     "int8": (1, ("int8",)),
 }
 NO_GRADIENT = ("bias", "sinks")  # of attention: no Triton kernel makes these
+PREFERENCES = ("reward", "dpo", "simpo", "orpo", "kto")
 CALLS: dict[str, tuple[str, Make]] = {  # op, arguments
     **{f"layer_norm {C}": ("layer_norm", partial(_residual, C, True)) for C in (64, 768, 4096, 8192, 16384, 65536)},
     **{f"rms_norm {C}": ("rms_norm", partial(_norm, C, False)) for C in (128, 576, 4096, 8192, 12288, 65536)},
@@ -190,6 +191,12 @@ CALLS: dict[str, tuple[str, Make]] = {  # op, arguments
     "policy_loss": ("policy_loss", partial(_case, "policy_loss", "64x512-mask-reference-beta=0.04")),
     "value_loss": ("value_loss", partial(_case, "value_loss", "64x512-mask")),
     "gae": ("gae", partial(_case, "gae", "64x512-mask")),
+    "group_advantages": ("group_advantages", partial(_case, "group_advantages", "8x8-grpo")),
+    "whiten": ("whiten", partial(_case, "whiten", "64x512-mask")),
+    "kl_estimate": ("kl_estimate", partial(_case, "kl_estimate", "k3")),
+    **{f"{loss}_loss": (f"{loss}_loss", partial(_case, f"{loss}_loss", "64")) for loss in PREFERENCES},
+    "dpo_loss robust": ("dpo_loss", partial(_case, "dpo_loss", "33-reduction=none-kind=robust-label_smoothing=0.1")),
+    "speculative_sampling": ("speculative_sampling", partial(_case, "speculative_sampling", "3x50257")),
 }
 
 

@@ -1,16 +1,19 @@
-"""Generalised advantage estimation as a scan from the last token to the first: a sequence to a program."""
+"""Advantages: generalised advantage estimation as a scan from the last token to the first, a sequence to a program;
+those of groups, some groups to a program; whitening in two launches, of which the first sums up."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import triton
 import triton.language as tl
-from gptfast.kernels.triton import empty, launch, unsupported
+from gptfast.kernels.triton import cdiv, empty, launch, unsupported
 from gptfast.kernels.triton.policy import with_stride
-from gptfast.kernels.triton.policy_kernels import kept, read
-from gptfast.kernels.triton.tiles import sequence_tile
+from gptfast.kernels.triton.policy_kernels import kept, read, sum_rows
+from gptfast.kernels.triton.tiles import flat_tile, group_tile, sequence_tile
 
 
 @triton.jit
@@ -54,6 +57,75 @@ def _gae_kernel(
         later_value = tl.sum(tl.where(i == 0, tl.where(keep, V, next_value), 0.0), 0)
 
 
+@triton.jit(do_not_specialize=["groups"])
+def _group_advantages_kernel(
+    rewards, advantages, groups, n, KIND: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    group = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    of_groups = rewards + group[:, None] * n
+    total = tl.zeros((BLOCK_R,), tl.float64)
+    for begin in range(0, n, BLOCK_C):
+        at = begin + tl.arange(0, BLOCK_C)[None, :]
+        inside = (group < groups)[:, None] & (at < n)
+        total += tl.sum(tl.load(of_groups + at, mask=inside, other=0.0).to(tl.float64), 1)
+    mean = (total / tl.cast(n, tl.float64)).to(tl.float32)[:, None]
+    scale = tl.full((BLOCK_R,), 1.0, tl.float32)
+    if KIND == 1:
+        squares = tl.zeros((BLOCK_R,), tl.float64)
+        for begin in range(0, n, BLOCK_C):
+            at = begin + tl.arange(0, BLOCK_C)[None, :]
+            inside = (group < groups)[:, None] & (at < n)
+            r = tl.load(of_groups + at, mask=inside, other=0.0).to(tl.float32)
+            apart = tl.where(inside, r - mean, 0.0).to(tl.float64)
+            squares += tl.sum(apart * apart, 1)
+        variance = squares / tl.maximum(tl.cast(n, tl.float64) - 1.0, 1.0)
+        scale = 1.0 / (tl.sqrt(variance.to(tl.float32)) + 1e-4)
+    elif KIND == 3:
+        scale = scale * (tl.cast(n, tl.float32) / (tl.cast(n, tl.float32) - 1.0))
+    for begin in range(0, n, BLOCK_C):
+        at = begin + tl.arange(0, BLOCK_C)[None, :]
+        inside = (group < groups)[:, None] & (at < n)
+        r = tl.load(of_groups + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(advantages + group[:, None] * n + at, (r - mean) * scale[:, None], mask=inside)
+
+
+@triton.jit
+def _whiten_sums_kernel(x, mask, sums, n, chunks, HAS_MASK: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """Of a chunk: its sum, that of its squares, and how many count, at sums[s, chunk]. A square of fp32 is exact."""
+    chunk = tl.program_id(0)
+    start = chunk.to(tl.int64) * CHUNK
+    total = tl.full((), 0.0, tl.float64)
+    squares = tl.full((), 0.0, tl.float64)
+    count = tl.full((), 0.0, tl.float64)
+    for begin in range(0, CHUNK, BLOCK):
+        i = start + begin + tl.arange(0, BLOCK)
+        keep = kept(mask, 0, i, n, 0, HAS_MASK)
+        value = read(x, i, i < n, keep).to(tl.float64)
+        total += tl.sum(value, 0)
+        squares += tl.sum(value * value, 0)
+        count += tl.sum(keep.to(tl.float64), 0)
+    tl.store(sums + chunk, total)
+    tl.store(sums + chunks + chunk, squares)
+    tl.store(sums + 2 * chunks + chunk, count)
+
+
+@triton.jit
+def _whiten_kernel(
+    x, mask, sums, white, n, chunks, IS_SHIFTED: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr
+):
+    share = 1.0 / tl.maximum(sum_rows(sums + 2 * chunks, chunks, BLOCK), 1.0)
+    mean = sum_rows(sums, chunks, BLOCK) * share
+    variance = sum_rows(sums + chunks, chunks, BLOCK) * share - mean * mean
+    scale = tl.rsqrt(tl.where(variance < 0, 0.0, variance).to(tl.float32) + 1e-8)
+    mean32 = mean.to(tl.float32)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    keep = kept(mask, 0, i, n, 0, HAS_MASK)
+    out = (read(x, i, i < n, keep) - mean32) * scale
+    if not IS_SHIFTED:
+        out += mean32
+    tl.store(white + i, tl.where(keep, out, 0.0), mask=i < n)
+
+
 def supports_gae(rewards: Tensor, values: Tensor, mask: Tensor | None, gamma: float, lam: float) -> str | None:
     return unsupported(rewards, values)
 
@@ -71,3 +143,40 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor | None, gamma: float, lam:
         tile=sequence_tile(T),
     )
     return advantages, returns
+
+
+GROUP_KINDS = {"grpo": 1, "dr_grpo": 2, "rloo": 3}
+CHUNK = 4096  # elements whose sums are one: 4 blocks
+
+
+def supports_group_advantages(rewards: Tensor, group_size: int, kind: str) -> str | None:
+    return unsupported(rewards)
+
+
+def group_advantages(rewards: Tensor, group_size: int, kind: str) -> Tensor:
+    groups, tile = rewards.shape[0] // group_size, group_tile(group_size)
+    advantages = empty(rewards.shape, torch.float32, rewards)
+    launch(
+        _group_advantages_kernel,
+        (cdiv(groups, tile.blocks["BLOCK_R"]),),
+        *(rewards.contiguous(), advantages, groups, group_size),
+        KIND=GROUP_KINDS[kind],
+        tile=tile,
+    )
+    return advantages
+
+
+def supports_whiten(x: Tensor, mask: Tensor | None, shift_mean: bool) -> str | None:
+    return unsupported(x)
+
+
+def whiten(x: Tensor, mask: Tensor | None, shift_mean: bool) -> Tensor:
+    n, tile = x.numel(), flat_tile()
+    chunks, x, white = cdiv(n, CHUNK), x.contiguous(), empty(x.shape, torch.float32, x)
+    sums = empty((3, chunks), torch.float64, x)
+    mask = None if mask is None else mask.contiguous().view(torch.uint8)
+    flag: dict[str, Any] = {"HAS_MASK": mask is not None}
+    launch(_whiten_sums_kernel, (chunks,), x, mask, sums, n, chunks, CHUNK=CHUNK, **flag, tile=tile)
+    grid = (cdiv(n, tile.blocks["BLOCK"]),)
+    launch(_whiten_kernel, grid, x, mask, sums, white, n, chunks, IS_SHIFTED=shift_mean, **flag, tile=tile)
+    return white

@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.kernels.triton import empty, launch, rows, unsupported
+from gptfast.kernels.triton import cdiv, empty, launch, rows, unsupported
 from gptfast.kernels.triton.policy_kernels import (
     _count_tokens_kernel,
+    _kl_estimate_kernel,
     _policy_results_kernel,
     _policy_rows_kernel,
     _value_results_kernel,
     _value_rows_kernel,
 )
-from gptfast.kernels.triton.tiles import sequence_tile
+from gptfast.kernels.triton.tiles import flat_tile, sequence_tile
 
 KL_KINDS = {"k1": 1, "k2": 2, "k3": 3}
 
@@ -155,3 +156,30 @@ supports_value_loss_forward = supports_value_loss
 
 def value_loss_forward(**arguments: Any) -> tuple[Tensor, ...]:
     return value_loss(**arguments, gradient=True)
+
+
+def supports_kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, kind: str) -> str | None:
+    return unsupported(logprobs, reference_logprobs, backward=True)
+
+
+def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, kind: str, gradient: bool = False) -> Any:
+    """The estimates; with `gradient` those, the gradients by logprobs, both in fp32, and nothing."""
+    n, tile = logprobs.numel(), flat_tile()
+    estimate = empty(logprobs.shape, torch.float32, logprobs)
+    by = torch.empty_like(estimate) if gradient else None
+    launch(
+        _kl_estimate_kernel,
+        (cdiv(n, tile.blocks["BLOCK"]),),
+        *(logprobs.detach().contiguous(), reference_logprobs.detach().contiguous(), estimate, by, n),
+        KIND=KL_KINDS[kind],
+        USE_GRADIENT=gradient,
+        tile=tile,
+    )
+    return estimate if by is None else (estimate, by, empty((0,), torch.float32, logprobs))
+
+
+supports_kl_estimate_forward = supports_kl_estimate
+
+
+def kl_estimate_forward(**arguments: Any) -> Any:
+    return kl_estimate(**arguments, gradient=True)

@@ -68,6 +68,37 @@ def _count_tokens_kernel(mask, counts, T, stride, BLOCK: tl.constexpr):
     tl.store(counts + row, count)
 
 
+@triton.jit
+def divergence(apart, p, KIND: tl.constexpr):
+    """An estimate of KL from a difference of log-probabilities, and its slope; p says where there are any."""
+    k = clamp(apart, -FARTHEST, FARTHEST)
+    if KIND == 1:
+        value = k
+        by = tl.where(p, 1.0, 0.0)
+    elif KIND == 2:
+        value = k * k * 0.5
+        by = k
+    else:
+        e = tl.exp(-k)
+        value = exp_beyond_linear(-k, e)
+        by = 1.0 - e
+    return value, tl.where(tl.abs(apart) > FARTHEST, 0.0, by)
+
+
+@triton.jit
+def _kl_estimate_kernel(
+    logprobs, reference, estimate, gradient, n, KIND: tl.constexpr, USE_GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < n
+    p = tl.load(logprobs + i, mask=inside, other=0.0).to(tl.float32)
+    apart = p - tl.load(reference + i, mask=inside, other=0.0).to(tl.float32)
+    value, by = divergence(apart, inside, KIND)
+    tl.store(estimate + i, value, mask=inside)
+    if USE_GRADIENT:
+        tl.store(gradient + i, by, mask=inside)
+
+
 @triton.jit(do_not_specialize=["B"])
 def _policy_rows_kernel(
     logprobs, old, reference, advantages, mask, counts, sums, gradient,
@@ -106,20 +137,10 @@ def _policy_rows_kernel(
         slope = tl.where(clipped | (tl.abs(far) > FARTHEST), 0.0, plain)
         if HAS_REFERENCE:
             apart = p - read(reference + row * reference_stride, cols, inside, keep)
-            k = clamp(apart, -FARTHEST, FARTHEST)
-            if KIND == 1:
-                value = k
-                by = tl.where(keep, 1.0, 0.0)
-            elif KIND == 2:
-                value = k * k * 0.5
-                by = k
-            else:
-                e = tl.exp(-k)
-                value = exp_beyond_linear(-k, e)
-                by = 1.0 - e
+            value, by = divergence(apart, keep, KIND)
             of_kl += tl.sum(value.to(tl.float64), 0)
             loss += beta * value
-            slope += beta * tl.where(tl.abs(apart) > FARTHEST, 0.0, by)
+            slope += beta * by
         if USE_GRADIENT:
             tl.store(gradient + row * T + cols, slope * scale, mask=inside)
         beyond = (ratio - 1.0).to(tl.float64)

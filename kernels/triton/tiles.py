@@ -251,6 +251,17 @@ def sequence_tile(T: int) -> Tile:
     return Tile(bounded(block // 128, 1, 4), blocks={"BLOCK": block})
 
 
+def flat_tile() -> Tile:
+    """1,024 elements a program, 8 to a thread: 16 bytes of 16-bit numbers."""
+    return Tile(num_warps=4, blocks={"BLOCK": 1024})
+
+
+def group_tile(n: int) -> Tile:
+    """Groups of n as rows, 1,024 elements a program and at most as many of a group at a time."""
+    block = bounded(next_power_of_2(n), 1, 1024)
+    return Tile(num_warps=4, blocks={"BLOCK_R": 1024 // block, "BLOCK_C": block})
+
+
 # --- attention
 
 
