@@ -97,6 +97,19 @@ def embedding(
     Raises ValueError for shapes and dtypes that don't fit and, before anything is read, for an id or position outside
     its table; BackendError where `backend` can't serve the call.
     """
+    arguments = {"ids": ids, "weight": weight, "positions": positions, "position_weight": position_weight}
+    backend, as_op = library.route("embedding", backend, arguments)
+    if as_op:  # that one looks at what the ids are
+        _check(**arguments)
+        return _registered(**arguments, backend=backend)
+    function = dispatch.prepared("embedding", backend, reference, weight, arguments, _check)
+    _check_contents("ids", ids, weight)
+    _check_contents("positions", positions, position_weight)
+    return function(**arguments)
+
+
+def _check(ids: Tensor, weight: Tensor, positions: Tensor | None, position_weight: Tensor | None) -> None:
+    """Raises where arguments don't fit together."""
     require(
         weight.dim() == 2 and weight.is_floating_point(),
         lambda: f"embedding: expected weight (V, C) of floats, got {shape(weight)}",
@@ -108,35 +121,37 @@ def embedding(
             f"{shape(position_weight)}"
         ),
     )
-    arguments = {"ids": ids, "weight": weight, "positions": positions, "position_weight": position_weight}
-    backend, as_op = library.route("embedding", backend, arguments)
-    _check_ids("ids", ids, weight.shape[0], contents=not as_op)
-    if positions is not None and position_weight is not None:
-        C = weight.shape[1]
-        require(
-            position_weight.dim() == 2 and position_weight.shape[1] == C and position_weight.dtype == weight.dtype,
-            lambda: (
-                f"embedding: expected position_weight (P, {C}) like weight {shape(weight)}, got "
-                f"{shape(position_weight)}"
-            ),
-        )
-        _check_ids("positions", positions, position_weight.shape[0], contents=not as_op)
-        require(
-            positions.dim() <= ids.dim() and all(p in (1, i) for p, i in zip(positions.shape[::-1], ids.shape[::-1])),
-            lambda: f"embedding: expected positions that broadcast to ids {shape(ids)}, got {shape(positions)}",
-        )
-    if as_op:
-        return _registered(**arguments, backend=backend)
-    return dispatch.run("embedding", backend, reference, weight, **arguments)
-
-
-def _check_ids(name: str, ids: Tensor, count: int, contents: bool = True) -> None:
-    require(ids.dtype == torch.int64, lambda: f"embedding: expected {name} of int64, got {shape(ids)}")
-    # Without values here, or where the op that PyTorch knows is called, that one looks.
-    if not contents or ids.is_meta or torch.compiler.is_compiling() or ids.numel() == 0:
+    for name, t in (("ids", ids), ("positions", positions)):
+        require(t is None or t.dtype == torch.int64, lambda: f"embedding: expected {name} of int64, got {shape(t)}")  # noqa: B023
+    if positions is None or position_weight is None:
         return
-    ends = ids.aminmax()
-    low, high = (int(end) for end in ends) if ids.is_cpu else torch.stack(ends).tolist()  # one copy from the device
+    C = weight.shape[1]
+    require(
+        position_weight.dim() == 2 and position_weight.shape[1] == C and position_weight.dtype == weight.dtype,
+        lambda: (
+            f"embedding: expected position_weight (P, {C}) like weight {shape(weight)}, got {shape(position_weight)}"
+        ),
+    )
+    require(
+        positions.dim() <= ids.dim() and all(p in (1, i) for p, i in zip(positions.shape[::-1], ids.shape[::-1])),
+        lambda: f"embedding: expected positions that broadcast to ids {shape(ids)}, got {shape(positions)}",
+    )
+
+
+FEW = 64  # ids that are looked at one by one: less than two reductions take
+
+
+def _check_contents(name: str, ids: Tensor | None, table: Tensor | None) -> None:
+    """Raises for an id outside its table, where there are values to look at."""
+    if ids is None or table is None or ids.is_meta or torch.compiler.is_compiling() or ids.numel() == 0:
+        return
+    if ids.is_cpu and ids.numel() <= FEW:
+        values = ids.flatten().tolist()
+        low, high = min(values), max(values)
+    else:
+        ends = ids.aminmax()
+        low, high = (int(end) for end in ends) if ids.is_cpu else torch.stack(ends).tolist()  # one copy from the device
+    count = table.shape[0]
     if low < 0 or high >= count:
         bad = ids[(ids < 0) | (ids >= count)][0].item()
         raise ValueError(f"embedding: expected {name} in [0, {count}), got {bad}")
@@ -151,9 +166,8 @@ def _take(arguments: Any, b: int) -> dict[str, Any]:
 
 
 def _run(backend: str | None, **arguments: Any) -> Tensor:
-    _check_ids("ids", arguments["ids"], arguments["weight"].shape[0])
-    if arguments["positions"] is not None:
-        _check_ids("positions", arguments["positions"], arguments["position_weight"].shape[0])
+    _check_contents("ids", arguments["ids"], arguments["weight"])
+    _check_contents("positions", arguments["positions"], arguments["position_weight"])
     return dispatch.run("embedding", backend, reference, arguments["weight"], **arguments)
 
 

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gptfast import _cpu
-from gptfast.kernels.cpu import DTYPES, empty, pointer, rows, threads, unsupported
+from gptfast.kernels.cpu import DTYPES, as_rows, empty, pointer, prepare, rows, threads, unsupported
 
 PANELS = -1  # the stride that says so
 
@@ -27,6 +29,35 @@ def embedding(ids: Tensor, weight: Tensor, positions: Tensor | None, position_we
     return _gather(ids, weight, stride, weight.shape[1], positions, position_weight)
 
 
+def prepare_embedding(
+    ids: Tensor, weight: Tensor, positions: Tensor | None, position_weight: Tensor | None
+) -> Callable[..., Tensor]:
+    C = weight.shape[1]
+    inputs: dict[str, tuple[str, Any]] = {"ids": ("ids", Tensor.contiguous), "weight": ("weight", as_rows)}
+    position_stride = 0
+    if positions is not None and position_weight is not None:
+        inputs["positions"] = "positions", partial(_for_each, ids.shape)
+        inputs["position_weight"] = "position_weight", as_rows
+        position_stride = rows(position_weight)[1]
+    return prepare(
+        "embedding",
+        threads(ids.numel() * C),
+        {"out": ((*ids.shape, C), weight.dtype)},
+        inputs,
+        dict(ids=ids, weight=weight, positions=positions, position_weight=position_weight),
+        rows=ids.numel(),
+        cols=C,
+        weight_stride=rows(weight)[1],
+        position_stride=position_stride,
+        dtype=DTYPES[weight.dtype],
+    )
+
+
+def _for_each(shape: torch.Size, positions: Tensor) -> Tensor:
+    """Positions, one for each id."""
+    return (positions if positions.shape == shape else positions.expand(shape)).contiguous()
+
+
 def embedding_packed(ids: Tensor, packed: Tensor, positions: Tensor | None, position_weight: Tensor | None) -> Tensor:
     """The same of a PackedWeight's panels (N / 16, C, 16)."""
     return _gather(ids, packed, PANELS, packed.shape[1], positions, position_weight)
@@ -38,7 +69,7 @@ def _gather(
     ids = ids.contiguous()
     position_stride = 0
     if positions is not None and position_weight is not None:
-        positions = positions.expand(ids.shape).contiguous()
+        positions = _for_each(ids.shape, positions)
         position_weight, position_stride = rows(position_weight)
     out = empty((*ids.shape, C), weight.dtype)
     _cpu.embedding(
