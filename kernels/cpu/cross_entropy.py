@@ -172,7 +172,14 @@ class Gradients:
 
 def total(t: Tensor) -> Tensor:
     """The sum in fp64, in an order that the number of threads doesn't change: PyTorch's own sum shares out more."""
+    if t.numel() <= 16384:
+        return t.sum(dtype=torch.float64)
     return torch.stack([piece.sum(dtype=torch.float64) for piece in t.split(16384)]).sum()
+
+
+def reciprocal(n: int) -> Tensor:
+    """1 / n, of a double rounded to fp32; infinite where n is 0."""
+    return torch.tensor(1 / n if n else torch.inf, dtype=torch.float32)
 
 
 class Loss:
@@ -191,34 +198,44 @@ class Loss:
         """counts: which rows count, None = all."""
         rows = target.shape[0]
         self.smoothing, self.z_loss, self.reduction = label_smoothing, z_loss, reduction
-        self.weights = torch.ones(rows) if class_weight is None else class_weight[target.clamp(min=0)]
+        self.weights: Tensor | None = None  # of each row; None: 1
+        if class_weight is not None:
+            self.weights = class_weight[target.clamp(min=0)]
         if counts is not None:
-            self.weights = torch.where(counts, self.weights, 0.0)
+            self.weights = torch.where(counts, 1.0 if self.weights is None else self.weights, 0.0)
         self.rows = rows if counts is None else int(counts.sum())
         self.share = label_smoothing / cols
         self.whole = float(cols) if class_weight is None else total(class_weight).item()
-        self.per_row, self.per_z = torch.ones(()), torch.ones(())
-        if reduction == "mean":
-            self.per_row, self.per_z = (1 / total(self.weights)).float(), (1 / torch.tensor(float(self.rows)))
+        self.per_row = self.per_z = reciprocal(self.rows if reduction == "mean" else 1)
+        if reduction == "mean" and class_weight is not None and self.weights is not None:
+            self.per_row = (1 / total(self.weights)).float()
 
-    def of(self, part: slice, got: Rows) -> tuple[Tensor, Tensor]:
-        """The cross-entropy of each row, and z_loss * lse^2."""
-        ce = (1 - self.smoothing) * self.weights[part] * got.nll
+    def of(self, part: slice, got: Rows) -> tuple[Tensor, Tensor | None]:
+        """The cross-entropy of each row, and z_loss * lse^2, where there is one."""
+        ce = got.nll
+        if self.weights is not None:
+            ce = (1 - self.smoothing) * self.weights[part] * ce
+        elif self.smoothing:
+            ce = (1 - self.smoothing) * ce
         if self.smoothing:
-            ce += self.share * got.smooth
-        return ce, self.z_loss * got.lse**2
+            ce = ce + self.share * got.smooth
+        return ce, self.z_loss * got.lse**2 if self.z_loss else None
 
-    def reduced(self, ce: Tensor, z: Tensor) -> Tensor:
+    def reduced(self, ce: Tensor, z: Tensor | None) -> Tensor:
         """What they add to a mean or a sum, in fp64."""
-        return total(ce * self.per_row) + (total(z * self.per_z) if self.z_loss else 0)
+        of_rows = total(ce * self.per_row)
+        return of_rows if z is None else of_rows + total(z * self.per_z)
 
     def coefficients(self, part: slice, got: Rows, upstream: Tensor | None) -> dict[str, Tensor]:
         """Those of vocabulary.h's Gradient. upstream (rows): the gradients of the losses; None = 1."""
-        weights = self.weights[part]
+        rows = got.lse.shape
         per_row, per_z = (self.per_row, self.per_z) if upstream is None else (upstream, upstream)
-        hit = per_row * (1 - self.smoothing) * weights
-        even = (per_row * self.share).expand(weights.shape).contiguous()
-        scale = hit + even * self.whole
+        hit = per_row * (1 - self.smoothing) if self.smoothing else per_row
+        hit = hit.expand(rows).contiguous() if self.weights is None else hit * self.weights[part]
+        even, scale = torch.zeros(rows), hit
+        if self.smoothing:
+            even = (per_row * self.share).expand(rows).contiguous()
+            scale = hit + even * self.whole
         if self.z_loss:
             scale = scale + 2 * self.z_loss * got.lse * per_z
         return {"lse": got.lse, "rest": got.rest, "scale": scale, "even": even, "hit": hit}
@@ -303,7 +320,7 @@ def _linear_cross_entropy(
         got = head.logits(rows, ids, room, label_smoothing > 0, False)
         ce, z = loss.of(part, got)
         if reduction == "none":
-            losses[rows] = ce + z
+            losses[rows] = ce if z is None else ce + z
         else:
             losses += loss.reduced(ce, z)
         if room is not None:
@@ -340,7 +357,8 @@ def cross_entropy_forward(
     common, loss, block_weight = _rows(
         logits, target, class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction
     )
-    made = Rows(*(torch.empty(target.numel()) for _ in range(5)))
+    lse, rest, nll, smooth = (torch.empty(target.numel()) for _ in range(4))
+    made = Rows(lse, rest, nll, smooth, entropy=nll)  # which nobody asks for
     _cpu.cross_entropy(
         threads(logits.numel()),
         **fields(common),
@@ -351,8 +369,9 @@ def cross_entropy_forward(
         block_weight=pointer(block_weight),
     )
     ce, z = loss.of(slice(None), made)
-    result = (ce + z).reshape(target.shape) if reduction == "none" else loss.reduced(ce, z).float()
-    return result, made.lse, made.rest
+    if reduction == "none":
+        return (ce if z is None else ce + z).reshape(target.shape), made.lse, made.rest
+    return loss.reduced(ce, z).float(), made.lse, made.rest
 
 
 def cross_entropy_backward(
@@ -382,8 +401,10 @@ def _rows(
 ) -> tuple[dict[str, Any], Loss, Tensor | None]:
     """What both launches over rows of logits take, their loss, and the sums of the blocks' class weights."""
     flat, cols = target.reshape(-1), logits.shape[-1]
-    counts = flat != ignore_index
-    ids = torch.where(counts, flat, -1).int()
+    counts, ids = None, flat.int()
+    if flat.numel() and (ignore_index >= 0 or flat.min().item() < 0):
+        counts = flat != ignore_index
+        ids = torch.where(counts, flat, -1).int()
     logits, stride = rows(logits.reshape(-1, cols))
     weights, block_weight = class_weights(class_weight)
     common = dict(
