@@ -79,7 +79,7 @@ def run_ops(
     """Checks and times every bench case that `patterns` (op, or op/case, with wildcards) select; with `backward`, a
     forward and a backward together.
 
-    `threads` is given to PyTorch and to gptfast alike (None = as PyTorch is set). `on_row` sees each row at once.
+    Cases with what gets no gradient (a packed weight) are left out with `backward`. `threads` is given to PyTorch and to gptfast alike (None = as PyTorch is set). `on_row` sees each row at once.
     Raises ValueError where nothing is selected or a contender is unknown.
     """
     if unknown := set(contenders) - set(CONTENDERS):
@@ -92,9 +92,10 @@ def run_ops(
     rows = []
     with threads_set(threads):
         for op, case, dtype in chosen:
-            row = measure(
-                *(op, case.name, case.arguments(dtype), contenders), rounds=rounds, dtype=dtype, backward=backward
-            )
+            arguments = case.arguments(dtype)
+            if backward and not all(isinstance(arguments.get(n), Tensor | None) for n in op.differentiable):
+                continue  # a quantised or packed weight gets no gradient
+            row = measure(*(op, case.name, arguments, contenders), rounds=rounds, dtype=dtype, backward=backward)
             rows.append(row)
             if on_row is not None:
                 on_row(row)

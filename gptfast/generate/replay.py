@@ -299,9 +299,11 @@ class Replay(Recording):
         self._plan.run(torch.get_num_threads())
         return self.logits.float()
 
-    def draws(self, sampler: Sampler, tokens: list[int], masked: bool) -> tuple[list[int], list[float] | None]:
-        """A step of the cache's only row and a token drawn after each of its T, in one call; the caller advances the
-        cache. sampler: one row for each of the tokens, the same until this is bound anew.
+    def draws(
+        self, sampler: Sampler, tokens: list[int], length: int, masked: bool
+    ) -> tuple[list[int], list[float] | None]:
+        """A step of the cache's only row, which holds `length` tokens, and a token drawn after each of its T, in one
+        call; the caller advances the cache. sampler: one row for each of the tokens, the same until this is bound anew.
 
         Raises NotReplayable, with nothing done, where the sampler does more than launch a kernel.
         """
@@ -309,14 +311,15 @@ class Replay(Recording):
 
         if self._masked != masked:
             (ids, logprobs), launches, self._drawn_with = record(lambda: sampler.draw(self.logits, masked))
-            self._drawing, self._masked = (Plan([*self._bound, *launches]), ids, logprobs), masked
-        assert self._drawing is not None and self._cache is not None
-        plan, ids, logprobs = self._drawing
-        length = int(self._cache.lengths.item())
+            self._drawn = [*self._bound, *launches]
+            self._drawing, self._masked = (Plan(self._drawn), ids, logprobs), masked
+            self._drew = _arrays(ids, logprobs)
+        assert self._drawing is not None
         for i, token in enumerate(tokens):
             self._ids[i], self._positions[i] = token, length + i
-        plan.run(torch.get_num_threads())
-        return ids.tolist(), None if logprobs is None else logprobs.tolist()
+        _run(self._drawing[0], self._drawn)
+        ids, logprobs = self._drew
+        return list(ids), None if logprobs is None else list(logprobs)
 
     def took(self, seconds: float) -> None:
         """What `draws` took just now. `seconds` follows by a tenth at most: an interrupted step says little of it."""
@@ -359,16 +362,19 @@ class Replay(Recording):
         fields |= {"rows": len(ids), "history_cols": 0 if history is None else history.shape[1]}
         self._drawn = [*self._bound, *launches, ("advance", 1, fields)]
         self._drawing = Plan(self._drawn), ids, logprobs
-        # A tensor's own methods take some 100 us where a model's weights have just passed through the caches.
-        n = len(ids)
-        self._drew = (
-            (ctypes.c_int64 * n).from_address(ids.data_ptr()),
-            None if logprobs is None else (ctypes.c_float * n).from_address(logprobs.data_ptr()),
-        )
+        self._drew = _arrays(ids, logprobs)
         self._drawn_with = made, move
         self.ids[:, 0], self.positions[:, 0] = torch.tensor(tokens), lengths
         sampler.steps.fill_(step)
         self._running = None
+
+
+def _arrays(ids: Tensor, logprobs: Tensor | None) -> tuple[Any, Any]:
+    """The memory of drawn tokens (int64) and their log-probs (fp32): a tensor's own methods take some 100 us where a
+    model's weights have just passed through the caches."""
+    n = len(ids)
+    reals = None if logprobs is None else (ctypes.c_float * n).from_address(logprobs.data_ptr())
+    return (ctypes.c_int64 * n).from_address(ids.data_ptr()), reals
 
 
 R = TypeVar("R", bound=Recording)

@@ -26,6 +26,8 @@ class Steps:
         self._wide: dict[int, Sampler] = {}
         self._numbers, self._steps = integers(SIZES[-1])
         self._lengths: Tensor | None = None  # of the cache; its memory is self._count
+        self._keys: Tensor | None = None  # the cache's first layer's when its capacity was asked for
+        self._capacity = 0
         self._history: Tensor | None = None  # (SIZES[-1], longest): row i is the text up to the step's token i
         self._behind: tuple[int, list[int], int] | None = None  # of the last step: number, tokens drawn and fed
 
@@ -34,7 +36,9 @@ class Steps:
         end tokens forbidden, or none."""
         if step < self.sampler.min_new:
             most = min(most, self.sampler.min_new - step)
-        most = min(most, cache.capacity - int(cache.lengths.item()))
+        if self._keys is not cache.k[0]:  # asking a tensor takes longer
+            self._keys, self._capacity = cache.k[0], cache.capacity
+        most = min(most, self._capacity - self._length(cache))
         return max(size for size in SIZES if size <= max(most, 1))
 
     def draw(
@@ -53,13 +57,16 @@ class Steps:
             try:
                 sampler = self._sampler(tokens, step)
                 begin = perf_counter()
-                ids, logprobs = replay.draws(sampler, tokens, step < self.sampler.min_new)
+                ids, logprobs = replay.draws(sampler, tokens, self._length(cache), step < self.sampler.min_new)
                 replay.took(perf_counter() - begin)
                 self._behind = step, ids, len(tokens)
                 return zip(ids, logprobs or [None] * len(ids))
             except NotReplayable:
                 self.sampler.steady = False
         return self._one_by_one(cache, tokens, step, replay)
+
+    def _length(self, cache: KVCache) -> int:
+        return self._count[0] if cache.lengths is self._lengths else int(cache.lengths.item())
 
     def advance(self, cache: KVCache, tokens: int) -> None:
         """Counts so many of the tokens that were fed."""
