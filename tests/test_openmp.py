@@ -1,4 +1,5 @@
-"""How PyTorch's idle OpenMP threads wait while our kernels' threads work (kernels/cpu/openmp.h)."""
+"""PyTorch's OpenMP threads beside our kernels' own (kernels/cpu/openmp.h): single kernels run on them, and they sleep
+while a replay runs on ours."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ START = """
 import os, threading, time
 import torch
 from gptfast import _cpu, ops
+from gptfast.generate.replay import Recorded
 
 torch.set_num_threads(2)
 torch.manual_seed(0)
@@ -28,6 +30,14 @@ GOMP = any("libgomp" in line for line in open("/proc/self/maps"))
 def call(threads=2):
     torch.set_num_threads(threads)
     y = ops.layer_norm(x, w, b, backend="cpu").numpy().tobytes()
+    torch.set_num_threads(2)
+    return y
+
+recorded = Recorded(lambda: ops.layer_norm(x, w, b, backend="cpu"))
+
+def replay(threads=2):
+    torch.set_num_threads(threads)
+    y = recorded.run().numpy().tobytes()
     torch.set_num_threads(2)
     return y
 
@@ -52,26 +62,42 @@ def test_they_sleep_while_ours_work_and_spin_again_afterwards() -> None:
     run("""
 if GOMP and len(os.sched_getaffinity(0)) > 1:
     assert not _cpu.shares_cores()
-    call(1)
+    replay(1)
     assert not _cpu.shares_cores()  # nobody is waited for
     call()
+    assert not _cpu.shares_cores()  # they did it themselves
+    replay()
     until(lambda: not _cpu.shares_cores())
     settled = threads()
     for _ in range(3):
-        call()
+        replay()
         until(lambda: not _cpu.shares_cores())
         until(lambda: threads() <= settled)  # what stood in for our threads is gone
     _cpu.let_share(False)
-    call()
+    replay()
     assert not _cpu.shares_cores()
 """)
 
 
-def test_it_starts_with_a_launch() -> None:
+def test_a_single_kernel_runs_on_pytorchs_threads() -> None:
+    run("""
+if GOMP and len(os.sched_getaffinity(0)) > 1:
+    (x @ x.T).softmax(-1)
+    before = threads()
+    for _ in range(20):
+        call()
+    assert threads() == before  # none of ours were made
+    _cpu.let_share(False)
+    call()
+    assert threads() == before + 1
+""")
+
+
+def test_it_starts_with_a_replay() -> None:
     run("""
 if GOMP and len(os.sched_getaffinity(0)) > 1:
     def shown():
-        call()
+        replay()
         return _cpu.shares_cores()
     until(shown)
 """)
@@ -85,6 +111,7 @@ def test_what_the_environment_says_is_left_alone(environment: dict[str, str]) ->
         """
 for _ in range(20):
     call()
+    replay()
     assert not _cpu.shares_cores()
 """,
         **environment,
@@ -95,9 +122,9 @@ def test_bits_are_the_same_in_any_number_of_threads_and_callers() -> None:
     run("""
 expected = call(1)
 _cpu.let_share(False)
-assert call() == expected
+assert call() == replay() == expected
 _cpu.let_share(True)
-assert all(call(n) == expected for n in (1, 2, 4, 3, 2))
+assert all(call(n) == replay(n) == expected for n in (1, 2, 4, 3, 2))
 found = []
 def several():
     for _ in range(20):
@@ -114,9 +141,10 @@ def test_in_the_child_of_a_fork() -> None:
     run("""
 (x @ x.T).softmax(-1)  # PyTorch's threads are there, and those that stand in
 expected = call()
+assert replay() == expected
 child = os.fork()
 if child == 0:
-    same = all(call() == expected and not _cpu.shares_cores() for _ in range(5))
+    same = all(call() == replay() == expected and not _cpu.shares_cores() for _ in range(5))
     os._exit(0 if same else 3)
 _, status = os.waitpid(child, 0)
 assert os.waitstatus_to_exitcode(status) == 0

@@ -43,11 +43,23 @@ void stand_in(Parallel parallel) {
   counted.store(false);
 }
 
+// Null where it isn't to be used.
+Parallel pool() {
+  static const Parallel parallel = look_up();
+  return wanted.load(std::memory_order_relaxed) && !forked.load(std::memory_order_relaxed) ? parallel : nullptr;
+}
+
 }  // namespace
 
+bool run_on_pytorch(void (*body)(void*), void* args, int threads) {
+  const Parallel parallel = pool();
+  if (parallel) parallel(body, args, (unsigned)threads, 0);
+  return parallel;
+}
+
 void share_cores() {
-  static const Parallel parallel = look_up();
-  if (!parallel || !wanted.load(std::memory_order_relaxed) || forked.load(std::memory_order_relaxed)) return;
+  const Parallel parallel = pool();
+  if (!parallel) return;
   calls.fetch_add(1, std::memory_order_relaxed);
   if (counted.load(std::memory_order_relaxed) || counted.exchange(true)) return;
   try {

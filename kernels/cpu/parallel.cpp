@@ -183,6 +183,34 @@ struct Team {
     }
   };
 
+  // The same on PyTorch's threads, which all come and have left when it returns; false: there are none.
+  bool run_there(Body do_it, const void* on, int threads, uint64_t phases) {
+    struct Launch {
+      Body body;
+      const void* args;
+      int count;
+      uint64_t ticket;
+      std::atomic<int> came{0};
+      std::atomic<int> through{0};
+    } launch{do_it, on, threads, next_ticket};
+    const bool ran = run_on_pytorch(
+        [](void* of) {
+          Launch& mine = *(Launch*)of;
+          const int id = mine.came.fetch_add(1, std::memory_order_relaxed);
+          if (id >= mine.count) return;
+          Worker worker{id, mine.count, mine.ticket};
+          try {
+            mine.body(mine.args, worker);
+            mine.through.fetch_add(1, std::memory_order_relaxed);
+          } catch (const std::bad_alloc&) {  // the others do this worker's part
+          }
+        },
+        &launch, threads);
+    if (ran) next_ticket += phases;
+    if (ran && launch.through.load() == 0) throw std::bad_alloc();
+    return ran;
+  }
+
   // `phases`: how many tickets the launch may use. wait = false: args outlive it.
   void run(Body do_it, const void* on, int threads, uint64_t phases, bool wait, Trace* times) {
     Worker worker{0, threads, next_ticket, times};
@@ -255,6 +283,7 @@ void start(Body body, const void* args, int threads, uint64_t phases, bool wait,
     Team& team;
     ~Free() { team.busy.store(false, std::memory_order_release); }
   } free{mine};
+  if (wait && !trace && mine.run_there(body, args, threads, phases)) return;
   share_cores();
   mine.grow(threads);
   mine.run(body, args, threads < mine.size ? threads : mine.size, phases, wait, trace);
