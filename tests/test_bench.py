@@ -405,3 +405,11 @@ def test_a_loss_takes_less_memory_than_its_logits() -> None:
 
     most = {name: losses.memory_apart(name, 512, 20_000, 32) for name in (losses.OURS, losses.NAIVE)}
     assert most[losses.NAIVE] > 512 * 20_000 * 4 > most[losses.OURS]
+
+
+def test_backward_leaves_out_what_gets_no_gradient(quick: None) -> None:
+    options: dict[str, Any] = {"backward": True, "rounds": 1, "dtypes": [torch.float32]}
+    rows = bench_ops.run_ops(["linear/1x1536x576*"], **options)
+    assert [row.case for row in rows] == ["1x1536x576"]
+    with pytest.raises(ValueError, match=r"no gradient to time in linear/\*q4_1"):
+        bench_ops.run_ops(["linear/*q4_1"], **options)

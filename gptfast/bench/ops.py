@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gptfast import hardware, ops
 from gptfast.bench.check import Check, check, check_gradients
@@ -79,7 +80,8 @@ def run_ops(
     """Checks and times every bench case that `patterns` (op, or op/case, with wildcards) select; with `backward`, a
     forward and a backward together.
 
-    Cases with what gets no gradient (a packed weight) are left out with `backward`. `threads` is given to PyTorch and to gptfast alike (None = as PyTorch is set). `on_row` sees each row at once.
+    `threads` is given to PyTorch and to gptfast alike (None = as PyTorch is set). `on_row` sees each row at once. With
+    `backward`, cases with what gets no gradient (a packed weight) are left out.
     Raises ValueError where nothing is selected or a contender is unknown.
     """
     if unknown := set(contenders) - set(CONTENDERS):
@@ -99,6 +101,8 @@ def run_ops(
             rows.append(row)
             if on_row is not None:
                 on_row(row)
+    if not rows:
+        raise ValueError(f"no gradient to time in {' '.join(patterns)}: expected a case without packed weights")
     return rows
 
 
