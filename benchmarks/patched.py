@@ -1,7 +1,7 @@
 """`generate()` of Hugging Face's GPT-2 124M (fp32, random weights, SDPA), as it is and patched, in turns.
 
-Both write greedily, and must write the same tokens before anything is timed. PyTorch's idle threads spin for a while on
-the cores that the patched layers' threads want next, unless OMP_WAIT_POLICY=PASSIVE: a column says how it was.
+Both write greedily, and must write the same tokens before anything is timed. The patched
+layers run on PyTorch's own threads, unless OMP_WAIT_POLICY or GOMP_SPINCOUNT is set: a column says how it was.
 """
 
 from __future__ import annotations

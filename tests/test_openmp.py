@@ -1,5 +1,5 @@
-"""PyTorch's OpenMP threads beside our kernels' own (kernels/cpu/openmp.h): single kernels run on them, and they sleep
-while a replay runs on ours."""
+"""PyTorch's OpenMP threads beside our kernels' own (kernels/cpu/openmp.h): they sleep while kernels run on ours; or
+single kernels run on them."""
 
 from __future__ import annotations
 
@@ -27,13 +27,16 @@ torch.manual_seed(0)
 x, w, b = torch.randn(512, 768), torch.randn(768), torch.randn(768)
 GOMP = any("libgomp" in line for line in open("/proc/self/maps"))
 
-def call(threads=2):
+def call(threads=2, joined=False):
+    _cpu.join_pytorch(joined)
     torch.set_num_threads(threads)
     y = ops.layer_norm(x, w, b, backend="cpu").numpy().tobytes()
     torch.set_num_threads(2)
     return y
 
+_cpu.join_pytorch(True)  # none of our own threads yet
 recorded = Recorded(lambda: ops.layer_norm(x, w, b, backend="cpu"))
+_cpu.join_pytorch(False)
 
 def replay(threads=2):
     torch.set_num_threads(threads)
@@ -64,7 +67,7 @@ if GOMP and len(os.sched_getaffinity(0)) > 1:
     assert not _cpu.shares_cores()
     replay(1)
     assert not _cpu.shares_cores()  # nobody is waited for
-    call()
+    call(joined=True)
     assert not _cpu.shares_cores()  # they did it themselves
     replay()
     until(lambda: not _cpu.shares_cores())
@@ -79,13 +82,13 @@ if GOMP and len(os.sched_getaffinity(0)) > 1:
 """)
 
 
-def test_a_single_kernel_runs_on_pytorchs_threads() -> None:
+def test_a_single_kernel_runs_on_pytorchs_threads_where_asked() -> None:
     run("""
 if GOMP and len(os.sched_getaffinity(0)) > 1:
     (x @ x.T).softmax(-1)
     before = threads()
     for _ in range(20):
-        call()
+        call(joined=True)
     assert threads() == before  # none of ours were made
     _cpu.let_share(False)
     call()
@@ -110,7 +113,7 @@ def test_what_the_environment_says_is_left_alone(environment: dict[str, str]) ->
     run(
         """
 for _ in range(20):
-    call()
+    call(joined=True)
     replay()
     assert not _cpu.shares_cores()
 """,
@@ -124,27 +127,29 @@ expected = call(1)
 _cpu.let_share(False)
 assert call() == replay() == expected
 _cpu.let_share(True)
-assert all(call(n) == replay(n) == expected for n in (1, 2, 4, 3, 2))
+assert all(call(n) == call(n, True) == replay(n) == expected for n in (1, 2, 4, 3, 2))
 found = []
 def several():
     for _ in range(20):
         (x @ x.T).softmax(-1)  # PyTorch's own threads in between
         found.append(ops.layer_norm(x, w, b, backend="cpu").numpy().tobytes())
-callers = [threading.Thread(target=several) for _ in range(4)]
-for caller in callers: caller.start()
-for caller in callers: caller.join()
-assert found == [expected] * 80
+for join in (False, True):
+    _cpu.join_pytorch(join)
+    callers = [threading.Thread(target=several) for _ in range(4)]
+    for caller in callers: caller.start()
+    for caller in callers: caller.join()
+assert found == [expected] * 160
 """)
 
 
 def test_in_the_child_of_a_fork() -> None:
     run("""
 (x @ x.T).softmax(-1)  # PyTorch's threads are there, and those that stand in
-expected = call()
+expected = call(joined=True)
 assert replay() == expected
 child = os.fork()
 if child == 0:
-    same = all(call() == replay() == expected and not _cpu.shares_cores() for _ in range(5))
+    same = all(call(joined=True) == replay() == expected and not _cpu.shares_cores() for _ in range(5))
     os._exit(0 if same else 3)
 _, status = os.waitpid(child, 0)
 assert os.waitstatus_to_exitcode(status) == 0

@@ -4,10 +4,10 @@
     gptfast.unpatch(model)                 # bit for bit as before
     with gptfast.patched(model): ...
 
-Nothing outside the model changes: its modules keep their classes, parameters, state_dict keys and hooks; what is put in
-their place stands in each module's own dictionary, and copies and pickles with it. What a module computes is recognised
-by trying it beside the formulas (probe.py), not by its name; a model whose parts nobody knows is left alone, with the
-reasons in the report.
+Nothing outside the model changes (but whose threads CPU kernels run on without gradients: linears.py). Its modules
+keep their classes, parameters, state_dict keys and hooks; what is put in their place stands in each module's own
+dictionary, and copies and pickles with it. What a module computes is recognised by trying it beside the formulas
+(probe.py), not by its name; a model whose parts nobody knows is left alone, with the reasons in the report.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from gptfast.patch.changes import kept, undo
+from gptfast.patch.linears import join_pytorch
 from gptfast.patch.report import Entry, PatchReport
 
 __all__ = ["Entry", "PatchReport", "patch", "patched", "unpatch"]
@@ -60,6 +61,7 @@ def patch(
 def unpatch(model: nn.Module) -> None:
     """Takes back all that patch() did to the model and the modules in it; harmless on one that isn't patched."""
     undo(model)
+    join_pytorch(False)
 
 
 @contextmanager

@@ -10,10 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptfast import ops
+from gptfast import kernels, ops
 from gptfast.patch.changes import Replacement
 
 ROWS = 16  # beyond, without gradients, the large products are PyTorch's
+
+_joined = False
+
+
+def join_pytorch(join: bool) -> None:
+    """Whether CPU kernels run on PyTorch's threads (kernels/cpu/openmp.h). In decoding they come between many small ops
+    of PyTorch's, each of which would wait for its threads to wake; those of training are long, and better on our own."""
+    global _joined
+    if join != _joined and kernels.reason_missing("cpu") is None:
+        from gptfast.kernels import cpu
+
+        cpu.join_pytorch(join)
+        _joined = join
 
 
 class Linear(Replacement):
@@ -31,6 +44,7 @@ def served(layer: nn.Module, x: Tensor, bias: bool, backend: str | None) -> Tens
     if not x.is_cpu or x.dtype != weight.dtype or x.numel() == 0:
         return None
     trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    join_pytorch(not trained)
     if not trained and x.numel() > ROWS * x.shape[-1]:
         return None
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():

@@ -40,6 +40,13 @@ def recording() -> Iterator[list[tuple[str, int, dict[str, Any]]]]:
         _cpu.record(None)
 
 
+def join_pytorch(join: bool) -> None:
+    """Whether single kernels run on PyTorch's own OpenMP threads (where it has libgomp's) from now on, or on ours. It
+    pays where they come between many of PyTorch's ops, each of which would wait for its threads to wake, and costs
+    where a neighbour takes one of the cores: these threads wait for each other, ours don't."""
+    _cpu.join_pytorch(join)
+
+
 def unsupported(*tensors: Tensor | None, backward: bool = False) -> str | None:
     """The reasons common to all kernels: storage dtype, device, and gradients, unless there is a backward."""
     for t in tensors:

@@ -283,6 +283,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("use_isa", &use_isa, py::arg("name"), "Use another instruction set's kernels from now on.");
   m.def("shares_cores", &shares_cores, "Whether PyTorch's idle threads sleep for ours: see openmp.h.");
   m.def("let_share", &let_share, py::arg("want"), "Whether launches may make them sleep, from now on.");
+  m.def("join_pytorch", &join_pytorch, py::arg("join"), "Whether single kernels run on PyTorch's own threads.");
   m.def("output", &output, py::arg("shape"), py::arg("code"), py::arg("bits"),
         "A DLPack capsule of an uninitialised tensor, whose memory is kept for the next one.");
   m.def(

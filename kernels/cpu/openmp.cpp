@@ -18,7 +18,7 @@ typedef void (*Parallel)(void (*body)(void*), void* args, unsigned threads, unsi
 
 constexpr std::chrono::milliseconds LOOK{20};
 
-std::atomic<bool> counted{false}, wanted{true}, forked{false};
+std::atomic<bool> counted{false}, wanted{true}, joined{false}, forked{false};
 std::atomic<uint64_t> calls{0};
 
 // libgomp's GOMP_parallel, if idle threads spin as it does by default, or null. Looked up from PyTorch's library, whose
@@ -44,21 +44,21 @@ void stand_in(Parallel parallel) {
 }
 
 // Null where it isn't to be used.
-Parallel pool() {
+Parallel pool(const std::atomic<bool>& use) {
   static const Parallel parallel = look_up();
-  return wanted.load(std::memory_order_relaxed) && !forked.load(std::memory_order_relaxed) ? parallel : nullptr;
+  return use.load(std::memory_order_relaxed) && !forked.load(std::memory_order_relaxed) ? parallel : nullptr;
 }
 
 }  // namespace
 
 bool run_on_pytorch(void (*body)(void*), void* args, int threads) {
-  const Parallel parallel = pool();
+  const Parallel parallel = pool(joined);
   if (parallel) parallel(body, args, (unsigned)threads, 0);
   return parallel;
 }
 
 void share_cores() {
-  const Parallel parallel = pool();
+  const Parallel parallel = pool(wanted);
   if (!parallel) return;
   calls.fetch_add(1, std::memory_order_relaxed);
   if (counted.load(std::memory_order_relaxed) || counted.exchange(true)) return;
@@ -71,5 +71,6 @@ void share_cores() {
 
 bool shares_cores() { return counted.load() && !forked.load(); }
 void let_share(bool want) { wanted.store(want); }
+void join_pytorch(bool join) { joined.store(join); }
 
 }  // namespace gptfast
