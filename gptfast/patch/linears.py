@@ -20,12 +20,12 @@ _joined = False
 
 def join_pytorch(join: bool) -> None:
     """Whether CPU kernels run on PyTorch's threads (kernels/cpu/openmp.h). In decoding they come between many small ops
-    of PyTorch's, each of which would wait for its threads to wake; those of training are long, and better on our own."""
+    of PyTorch's, each of which would wait for its threads to wake; in training they are long, and better on our own."""
     global _joined
     if join != _joined and kernels.reason_missing("cpu") is None:
-        from gptfast.kernels import cpu
+        from gptfast.kernels.cpu import join_pytorch as join_kernels
 
-        cpu.join_pytorch(join)
+        join_kernels(join)
         _joined = join
 
 
