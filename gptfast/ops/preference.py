@@ -281,6 +281,10 @@ def kto_loss(
     Raises ValueError for shapes that differ, desirable that isn't bool, and an unknown reduction; BackendError where
     `backend` has no kernel.
     """
+    require(
+        isinstance(reference_logprobs, Tensor),
+        lambda: f"kto_loss: expected reference_logprobs like logprobs {shape(logprobs)}, got {reference_logprobs!r}",
+    )
     arguments = dict(logprobs=logprobs, reference_logprobs=reference_logprobs.detach())
     _check("kto_loss", reduction, **arguments)
     require(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from gptfast.kernels.triton import cdiv, empty, launch, unsupported
+from gptfast.kernels.triton import cdiv, elsewhere, empty, launch, unsupported
 from gptfast.kernels.triton.policy import with_stride
 from gptfast.kernels.triton.policy_kernels import kept, read, sum_rows
 from gptfast.kernels.triton.tiles import flat_tile, group_tile, sequence_tile
@@ -127,7 +127,7 @@ def _whiten_kernel(
 
 
 def supports_gae(rewards: Tensor, values: Tensor, mask: Tensor | None, gamma: float, lam: float) -> str | None:
-    return unsupported(rewards, values)
+    return elsewhere(mask) or unsupported(rewards, values)
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor | None, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -167,7 +167,7 @@ def group_advantages(rewards: Tensor, group_size: int, kind: str) -> Tensor:
 
 
 def supports_whiten(x: Tensor, mask: Tensor | None, shift_mean: bool) -> str | None:
-    return unsupported(x)
+    return elsewhere(mask) or unsupported(x)
 
 
 def whiten(x: Tensor, mask: Tensor | None, shift_mean: bool) -> Tensor:

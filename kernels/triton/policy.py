@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.kernels.triton import cdiv, empty, launch, rows, unsupported
+from gptfast.kernels.triton import cdiv, elsewhere, empty, launch, rows, unsupported
 from gptfast.kernels.triton.policy_kernels import (
     _count_tokens_kernel,
     _kl_estimate_kernel,
@@ -50,7 +50,7 @@ def supports_policy_loss(
     normalise: str,
     denominator: float | None,
 ) -> str | None:
-    return unsupported(logprobs, old_logprobs, advantages, reference_logprobs, backward=True)
+    return elsewhere(mask) or unsupported(logprobs, old_logprobs, advantages, reference_logprobs, backward=True)
 
 
 def policy_loss(
@@ -116,7 +116,7 @@ def supports_value_loss(
     clip: float,
     denominator: float | None,
 ) -> str | None:
-    return unsupported(values, old_values, returns, backward=True)
+    return elsewhere(mask) or unsupported(values, old_values, returns, backward=True)
 
 
 def value_loss(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.kernels.triton import empty, launch, preference_kernels, unsupported
+from gptfast.kernels.triton import elsewhere, empty, launch, preference_kernels, unsupported
 from gptfast.kernels.triton.preference_kernels import _kto_loss_kernel, _pair_losses_kernel
 from gptfast.kernels.triton.tiles import sequence_tile
 
@@ -138,8 +138,8 @@ def kto_loss(
 
 def supports(*sequences: Tensor | None, **numbers: Any) -> str | None:
     """Of any of these losses: what it is given by name too."""
-    given = [t for t in (*sequences, *numbers.values()) if isinstance(t, Tensor) and t.dtype != torch.bool]
-    return unsupported(*given, backward=True)
+    given = [t for t in (*sequences, *numbers.values()) if isinstance(t, Tensor)]
+    return elsewhere(*given) or unsupported(*(t for t in given if t.dtype != torch.bool), backward=True)
 
 
 def _forward(loss: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from gptfast.kernels.triton import cdiv, empty, launch, unsupported
+from gptfast.kernels.triton import cdiv, elsewhere, empty, launch, unsupported
 from gptfast.kernels.triton.sampling import words
 from gptfast.kernels.triton.sampling_kernels import NO_ID, philox_words, whole
 from gptfast.kernels.triton.tiles import Tile, next_power_of_2, sampling_chunk, sampling_tile
@@ -95,7 +95,7 @@ def _choose_speculative_kernel(
 
 
 def supports(draft_probs: Tensor, draft_ids: Tensor, target_probs: Tensor, **_: Any) -> str | None:
-    return unsupported(draft_probs, target_probs)
+    return elsewhere(draft_ids) or unsupported(draft_probs, target_probs)
 
 
 def speculative_sampling(

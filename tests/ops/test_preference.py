@@ -158,6 +158,7 @@ def test_losses_of_16_bits_are_fp32() -> None:
         (lambda x: dpo_loss(x, x, beta=0.0), "expected beta > 0"),
         (lambda x: reward_loss(x, x, reduction="sum"), "expected reduction"),
         (lambda x: reward_loss(x, x, margin=x[:2]), "expected margin like chosen"),
+        (lambda x: kto_loss(x, None, x > 0), "expected reference_logprobs like logprobs"),  # pyright: ignore[reportArgumentType]
         (lambda x: kto_loss(x, x, x), "expected desirable"),
         (lambda x: kto_loss(x, x, x > 0, kl=x[:0]), r"expected kl \(M\)"),
     ],
