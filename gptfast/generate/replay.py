@@ -212,10 +212,10 @@ class Recording:
         """Makes what follows work on this cache."""
         from gptfast.kernels.cpu import Plan
 
-        moved, strides = dict(zip(self._recorded, _pointers(cache))), _strides(cache)
+        moved, layout = dict(zip(self._recorded, _pointers(cache))), _layout(cache)
 
         def fits(name: str, value: Any) -> Any:
-            return moved.get(value, value) if isinstance(value, int) else strides.get(name, value)
+            return layout[name] if name in layout else moved.get(value, value) if isinstance(value, int) else value
 
         self._bound = [
             (op, threads, {name: fits(name, value) for name, value in fields.items()})
@@ -449,12 +449,12 @@ def recordable(backend: str | None) -> bool:
     return (backend or os.environ.get("GPTFAST_BACKEND") or "cpu") == "cpu" and reason_missing("cpu") is None
 
 
-def _strides(cache: KVCache) -> dict[str, tuple[int, ...]]:
+def _layout(cache: KVCache) -> dict[str, Any]:
     """The fields of attention's launches that say how a cache of this capacity lies in memory."""
     named = {"k": cache.k[0], "v": cache.v[0]}
     if cache.k_scale is not None and cache.v_scale is not None:
         named |= {"k_scale": cache.k_scale[0], "v_scale": cache.v_scale[0]}
-    return {f"{name}_strides": t.stride()[:3] for name, t in named.items()}
+    return {"Sk": cache.capacity} | {f"{name}_strides": t.stride()[:3] for name, t in named.items()}
 
 
 def _pointers(cache: KVCache) -> list[int]:

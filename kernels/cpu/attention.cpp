@@ -193,21 +193,24 @@ struct Head {
     for (int r = 0; r < t.width; r++) t.m[r] = NONE, t.l[r] = 0;
   }
 
-  // From a key to the one a chunk later, and to that of the head which is probably read next, from so many chunks
-  // earlier on. In elements.
-  int64_t chunk_on() const { return CHUNK * a.k_strides[1]; }
-  int64_t next_head(int chunks) const {
-    if (hk + 1 < a.Hk) return a.k_strides[2] - chunks * chunk_on();
-    return (s.b + 1 < a.B ? a.k_strides[0] - chunks * chunk_on() : chunk_on()) - hk * a.k_strides[2];
+  // What comes after chunk c of first .. last: its own next chunk, and beyond what that has, the head which is probably
+  // read next.
+  Ahead ahead(int first, int c, int last, int high) const {
+    auto key = [&](int chunk) { return k.at + slot_at(a, s, k.first, k.strides, s.leftpad + chunk * CHUNK); };
+    const bool more = c + 1 < last;
+    const int64_t on = hk + 1 < a.Hk ? a.k_strides[2]
+                                     : (s.b + 1 < a.B ? a.k_strides[0] : CHUNK * a.k_strides[1]) - hk * a.k_strides[2];
+    return {(const char*)(more ? key(c + 1) : nullptr), (const char*)(key(first) + on),
+            more ? min(high - (c + 1) * CHUNK, CHUNK) : 0, a.k_strides[1] * (int64_t)sizeof(C)};
   }
 
   static constexpr int64_t copy_stride(int64_t D) { return D + 64 / (int64_t)sizeof(C); }  // spread over L1's sets
-  // Group g of a chunk's keys or values, of which [begin, end) of the chunk are needed. Where they don't lie evenly, or
-  // not all of them may be read, they are copied to `spare`, another one standing for those not needed; as are those
-  // `far` apart.
+  // Group g of a chunk's keys or values, of which [begin, end) of the chunk are needed; the others may be anything.
+  // Where they don't lie evenly, or not all of them are there, they are copied to `spare`, another one standing for
+  // those not needed; as are those `far` apart.
   Rows<C> group(const Side<C>& x, int chunk, int g, int begin, int end, bool far, void* spare) const {
     const int64_t from = s.leftpad + chunk * CHUNK, slot = from + g * LANES;
-    const bool whole = begin <= g * LANES && end >= (g + 1) * LANES;
+    const bool whole = (begin <= g * LANES && end >= (g + 1) * LANES) || (!a.cu_k && slot + LANES <= a.Sk);
     if (whole && !far && (!s.pages || slot % a.page + LANES <= a.page))
       return {x.at + slot_at(a, s, x.first, x.strides, slot), x.strides[1],
               SCALED<C> ? x.scale + slot_at(a, s, x.scale_first, x.scale_strides, slot) : nullptr, x.scale_strides[1]};
@@ -350,7 +353,7 @@ void run_strip(const Head<T, C>& head, Tile* tiles, int count, int first, int la
         for (int g = begin; g < end; g++) prefetch_rows(v[g], head.D, 0);
       }
       Keys keys = head.keys(tiles[0], c, x.bias);
-      keys.next = c + 1 < last ? head.chunk_on() : head.next_head(c - first);
+      keys.ahead = head.ahead(first, c, last, high);
       chunk_few_rows(tiles[0], keys, k, v, x.s);
       continue;
     }

@@ -94,13 +94,22 @@ struct Dropout {
   uint32_t stream, below;  // 0 = none
 };
 
+// Keys to be fetched while a chunk's values are used, each a row: the first `near` from `next` on, those after them
+// from `other` on.
+struct Ahead {
+  const char *next, *other;
+  int near;
+  int64_t stride;  // bytes
+  INLINE const char* row(int j) const { return (j < near ? next : other) + j * stride; }
+};
+
 // One chunk as seen by a tile: keys start + [begin, end) are needed.
 struct Keys {
   int start, begin, end;
   Terms terms;
   const float* bias;  // [width][CHUNK]
   Dropout dropout;
-  int64_t next;  // from each key to the one that is read a chunk later, in elements
+  Ahead ahead;
   int first_group() const { return begin / LANES; }
   int last_group() const { return (int)ceil_div(end, LANES); }
 };
@@ -289,15 +298,13 @@ NOINLINE void qk_few(const float* q, const Rows<T>* k, const Rows<T>* v, int fir
     auto at = [&](int u) { return max(first, min(g + u, last - 1)); };
     auto rows = [&](int u) { return k[at(u)]; };
     Quads quads[2] = {Quads(rows(0)), Quads(rows(GROUPS - 1))};
-    Lines<T> values[2] = {Lines<T>(v[at(0)]), Lines<T>(v[at(GROUPS - 1)])};
+    Lines<T> values(v[at(0)], v[at(GROUPS - 1)], dim);
     const f32v scales[2] = {rows(0).scales(), rows(GROUPS - 1).scales()};
     f32v acc[R][GROUPS] = {};
     int d = 0;
     NO_UNROLL for (; d + DIMS<T> <= dim; d += DIMS<T>) {
       f32v words[GROUPS][4];
-      if constexpr (FETCH_NEXT) {
-        UNROLL for (int u = 0; u < GROUPS; u++) values[u].fetch();
-      }
+      if constexpr (FETCH_NEXT) values.fetch();
       UNROLL for (int u = 0; u < GROUPS; u++) quads[u].turn(words[u], T{});
       UNROLL for (int i = 0; i < DIMS<T>; i++) {
         f32v key[GROUPS];
@@ -357,22 +364,22 @@ constexpr int dim_vectors(int R) {
 }
 
 template <class T, int R, int ND>
-NOINLINE void pv_few(const Rows<T>* k, const Rows<T>* v, const Keys& keys, int d, int n, const float* p, float* o,
-                     int stride, const float* a, const float* b) {
+NOINLINE void pv_few(const Rows<T>* v, const Keys& keys, int d, int n, const float* p, float* o, int stride,
+                     const float* a, const float* b) {
   const int begin = keys.begin, end = keys.end;
   f32v acc[R][ND] = {};
   for (int g = begin / LANES; g * LANES < end; g++) {
     const int last = min(end - g * LANES, LANES);
     int j = max(begin - g * LANES, 0);
     const T* from = v[g].at + j * v[g].stride + d;
-    const T* ahead = FETCH_NEXT ? k[g].at + keys.next + j * k[g].stride + d : from + AHEAD * v[g].stride;
-    NO_UNROLL for (; j < last; j++, from += v[g].stride, ahead += FETCH_NEXT ? k[g].stride : v[g].stride) {
+    NO_UNROLL for (; j < last; j++, from += v[g].stride) {
+      const T* ahead = FETCH_NEXT ? (const T*)keys.ahead.row(g * LANES + j) + d : from + AHEAD * v[g].stride;
       f32v weight[R];
       UNROLL for (int r = 0; r < R; r++) weight[r] = splat(p[r * CHUNK + g * LANES + j]);
       UNROLL for (int u = 0; u < ND; u++) {
         f32v x = v[g].scaled(j, ND == 1 ? load(from, n) : load(from + u * LANES));
         x = in_register(x);
-        if (u % (64 / (LANES * (int)sizeof(T))) == 0) __builtin_prefetch(ahead + u * LANES);
+        if (u % (64 / (LANES * (int)sizeof(T))) == 0) __builtin_prefetch(ahead + u * LANES, 0, FETCH_NEXT ? 2 : 3);
         UNROLL for (int r = 0; r < R; r++) acc[r][u] = fma(weight[r], x, acc[r][u]);
       }
     }
@@ -387,14 +394,13 @@ NOINLINE void pv_few(const Rows<T>* k, const Rows<T>* v, const Keys& keys, int d
 
 // All dims from d on.
 template <class T, int R, int ND = dim_vectors(R)>
-void pv_dims(const Tile& t, const Keys& keys, const Rows<T>* k, const Rows<T>* v, int d, const float* p, const float* a,
-             const float* b) {
+void pv_dims(const Tile& t, const Keys& keys, const Rows<T>* v, int d, const float* p, const float* a, const float* b) {
   const int stride = round_up(t.dim, LANES);
-  for (; d + ND * LANES <= t.dim; d += ND * LANES) pv_few<T, R, ND>(k, v, keys, d, LANES, p, t.o, stride, a, b);
+  for (; d + ND * LANES <= t.dim; d += ND * LANES) pv_few<T, R, ND>(v, keys, d, LANES, p, t.o, stride, a, b);
   if constexpr (ND > 1)
-    pv_dims<T, R, ND / 2>(t, keys, k, v, d, p, a, b);
+    pv_dims<T, R, ND / 2>(t, keys, v, d, p, a, b);
   else if (d < t.dim)
-    pv_few<T, R, 1>(k, v, keys, d, t.dim - d, p, t.o, stride, a, b);
+    pv_few<T, R, 1>(v, keys, d, t.dim - d, p, t.o, stride, a, b);
 }
 
 // One chunk: R rows, k and v by groups.
@@ -405,7 +411,7 @@ void chunk_few(const Tile& t, const Keys& keys, const Rows<T>* k, const Rows<T>*
   qk_few<T, R>(t.q, k, v, keys.first_group(), keys.last_group(), t.dim, s);
   for (int r = 0; r < R; r++) softmax_few(t, keys, r, s + r * CHUNK, mc + r, lc + r);
   merge(t.m, t.l, load(mc), load(lc), a, b);
-  pv_dims<T, R>(t, keys, k, v, 0, s, a, b);
+  pv_dims<T, R>(t, keys, v, 0, s, a, b);
 }
 template <class T, int R = 1>
 void chunk_few_rows(const Tile& t, const Keys& keys, const Rows<T>* k, const Rows<T>* v, float* s) {

@@ -64,7 +64,7 @@ struct Attention {
   const int32_t *cu_q, *cu_k;                      // (B + 1)
   const int32_t *lengths, *leftpad, *batch_index;  // (B)
   const int32_t* block_table;                      // (B, table_stride)
-  int64_t B, Sq, Sk, H, Hk, D;                     // with cu_q, Sq is the total; with lengths, Sk is ignored
+  int64_t B, Sq, Sk, H, Hk, D;                     // with cu_q, Sq is the total; of a cache, Sk is the room
   int64_t q_longest;                               // the longest sequence of queries
   int64_t q_strides[3];                            // batch, position, head
   int64_t k_strides[3], v_strides[3];              // batch or page, position, head

@@ -11,11 +11,15 @@ namespace {
 #if defined(__AVX512VNNI__)
 constexpr int ABREAST = 3;  // 12 whole-number and 12 float sums of 32 registers
 constexpr int tile_rows(int) { return 4; }
+// So many tiles of rows at most go through one panel two by two: its weights come once, in one stream, and lie in L1
+// for the next two.
+constexpr int64_t tall(int bits) { return bits == 8 ? 8 : 3; }
 #else
 constexpr int ABREAST = 1;
 constexpr int tile_rows(int bits) {  // AVX2: 8 or 12 whole-number sums of 16 registers; float ones wait in L1
   return VEC_BYTES == 32 && bits == 8 ? 3 : 4;
 }
+constexpr int64_t tall(int) { return 0; }
 #endif
 // Panels that one row reads in turn, far apart and without prefetches: with AVX2 a core doesn't see far enough ahead in
 // one stream, and fetching by instruction is slower there than the hardware's own. (AVX-512: one stream, fetched.)
@@ -196,12 +200,15 @@ constexpr int stored = sizeof(Block);  // bytes of a group in memory
 template <class Block>
 constexpr int stored<Opened<Block>> = sizeof(Block);
 
-// Outputs of MR rows from `row` on, NP panels from `panel` on, whose groups lie one after another from b on. Weights to
-// come, from `next` on if not null, are on their way meanwhile: of one panel to L1, of several, which are as many
-// streams, to L2.
-template <class Block, int MR, int NP, int PLANES>
-__attribute__((noinline)) void tile(const Linear& a, const Activations<MR, PLANES>* x, const Block* b, int64_t row,
+// Outputs of A + B rows from `row` on, NP panels from `panel` on, whose groups lie one after another from b on. The
+// first A rows are x's, the others y's. Weights to come, from `next` on if not null, are on their way meanwhile: of one
+// panel to L1, of several, which are as many streams, to L2.
+template <class Block, int A, int B, int NP, int PLANES>
+__attribute__((noinline)) void tile(const Linear& a, const Activations<A, PLANES>* x,
+                                    const Activations<(B ? B : 1), PLANES>* y, const Block* b, int64_t row,
                                     int64_t panel, const char* next) {
+  constexpr int MR = A + B;
+  auto second = [&](int i) { return i < A ? x->second[i] : y->second[i - A]; };
   constexpr int VECTORS = NP * PARTS, STORED = sizeof(Block::q) / 64;
   const int64_t groups = a.depth / GROUP;
   for (int i = 0; i < MR; i++) prefetch_outputs(a, row + i, panel * PANEL, NP * PANEL);
@@ -222,7 +229,7 @@ __attribute__((noinline)) void tile(const Linear& a, const Activations<MR, PLANE
 #pragma GCC unroll 8
       for (int v = 0; v < VECTORS; v++)
 #pragma GCC unroll 2
-        for (int p = 0; p < PLANES; p++) s[p][i][v] = start(Block::OFFSET && p == 0 ? x->second[i] : 0);
+        for (int p = 0; p < PLANES; p++) s[p][i][v] = start(Block::OFFSET && p == 0 ? second(i) : 0);
 #pragma GCC unroll 8
     for (int j = 0; j < QUADS; j++) {
       u8v w[VECTORS];
@@ -235,7 +242,7 @@ __attribute__((noinline)) void tile(const Linear& a, const Activations<MR, PLANE
       for (int i = 0; i < MR; i++)
 #pragma GCC unroll 2
         for (int p = 0; p < PLANES; p++) {
-          const int8_t* quad = x->q[i][p] + 4 * j;
+          const int8_t* quad = (i < A ? x->q[i][p] : y->q[i - A][p]) + 4 * j;
           const i32v quads = splat_quad(quad);  // for one panel from memory: fewer instructions see more weights ahead
 #pragma GCC unroll 8
           for (int v = 0; v < VECTORS; v++)
@@ -247,18 +254,26 @@ __attribute__((noinline)) void tile(const Linear& a, const Activations<MR, PLANE
       const f32v d = scales(b[v / PARTS * groups], v % PARTS), m = shifts(b[v / PARTS * groups], v % PARTS);
 #pragma GCC unroll 8
       for (int i = 0; i < MR; i++) {
-        i32v sum = finish(s[0][i][v], Block::OFFSET ? x->second[i] : 0, 0);
+        i32v sum = finish(s[0][i][v], Block::OFFSET ? second(i) : 0, 0);
         if constexpr (PLANES == 2) sum += finish(s[1][i][v], 0, 1);
-        f[i][v] = add_group<Block>(f[i][v], sum, d, m, x->scale[i], x->second[i]);
+        f[i][v] = add_group<Block>(f[i][v], sum, d, m, i < A ? x->scale[i] : y->scale[i - A], second(i));
       }
     }
+    if constexpr (B > 0) y++;
   }
+  float outputs[MR][NP * PANEL];
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; i++)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; v++) store(outputs[i] + v * LANES, f[i][v]);
   const int n = (int)min<int64_t>(NP * PANEL, a.cols - panel * PANEL);
-  for (int i = 0; i < MR; i++) {
-    float outputs[NP * PANEL];
-    for (int v = 0; v < VECTORS; v++) store(outputs + v * LANES, f[i][v]);
-    store_outputs(a, row + i, panel * PANEL, outputs, n);
-  }
+  for (int i = 0; i < MR; i++) store_outputs(a, row + i, panel * PANEL, outputs[i], n);
+}
+
+template <class Block, int NP, int MR, int PLANES>
+INLINE void tile(const Linear& a, const Activations<MR, PLANES>* x, const Block* b, int64_t row, int64_t panel,
+                 const char* next) {
+  tile<Block, MR, 0, NP, PLANES>(a, x, nullptr, b, row, panel, next);
 }
 
 // Outputs of one row in STREAMS panels, `apart` from each other. The same sums as a tile's.
@@ -346,8 +361,8 @@ void linear_int8(const Linear& a, Worker& worker) {
         if (task == 0 && !shared) write_others(a, made);
         const auto* x = (const Activations<1, PLANES>*)memory;
         task < apart ? streams<Block>(a, x, task, apart)
-                     : tile<Block, 1, 1>(a, x, weight + (task + (STREAMS - 1) * apart) * groups, 0,
-                                         task + (STREAMS - 1) * apart, nullptr);
+                     : tile<Block, 1>(a, x, weight + (task + (STREAMS - 1) * apart) * groups, 0,
+                                      task + (STREAMS - 1) * apart, nullptr);
       });
       return;
     }
@@ -360,17 +375,34 @@ void linear_int8(const Linear& a, Worker& worker) {
       const bool opens = many && last - first == ABREAST && bottom - top >= MANY;
       if constexpr (MANY < INT64_MAX && Block::BITS == 4)
         if (opens) open(from, ABREAST * groups, opened);
+      if constexpr (tall(Block::BITS) > 0) {
+        if (tiles.count > 1 && tiles.count <= tall(Block::BITS)) {
+          for (int64_t p = first; p < last; p++) {
+            const Block* b = weight + p * groups;
+            for (int64_t t = top; t < bottom; t += 2) {
+              const char* next = t == top ? (const char*)b + AHEAD : nullptr;
+              each_tile(t, t + 1, [&]<int A>(int64_t row, const Activations<A, PLANES>* x) {
+                if (t + 1 == bottom) return tile<Block, 1>(a, x, b, row, p, next);
+                each_tile(t + 1, t + 2, [&]<int B>(int64_t, const Activations<B, PLANES>* y) {
+                  if constexpr (A - B <= 1 && B - A <= 1) tile<Block, A, B, 1>(a, x, y, b, row, p, next);
+                });
+              });
+            }
+          }
+          return;
+        }
+      }
       each_tile(top, bottom, [&]<int MR>(int64_t row, const Activations<MR, PLANES>* x) {
         constexpr int NP = MR <= 2 ? 1 : ABREAST;  // bound by memory, which gives most to a single stream
         const bool fetch = row == tiles.begin(top);
         if constexpr (MANY < INT64_MAX && NP > 1 && Block::BITS == 4)
-          if (opens) return tile<Opened<Block>, MR, NP>(a, x, opened, row, first, fetch ? after : nullptr);
+          if (opens) return tile<Opened<Block>, NP>(a, x, opened, row, first, fetch ? after : nullptr);
         if (NP > 1 && last - first == NP)
-          tile<Block, MR, NP>(a, x, from, row, first, fetch ? after : nullptr);
+          tile<Block, NP>(a, x, from, row, first, fetch ? after : nullptr);
         else
           for (int64_t p = first; p < last; p++) {
             const Block* b = weight + p * groups;
-            tile<Block, MR, 1>(a, x, b, row, p, fetch ? (const char*)b + AHEAD : nullptr);
+            tile<Block, 1>(a, x, b, row, p, fetch ? (const char*)b + AHEAD : nullptr);
           }
       });
     });
