@@ -92,19 +92,19 @@ __attribute__((noinline)) void corner(const float* a, const float* b, int64_t de
   if (add)
     for (int i = 0; i < rows; i++) memcpy(whole + i * NR, c + i * stride, cols * sizeof(float));
   if (bias) memcpy(rest, bias, cols * sizeof(float));
-  tile(a, b, depth, whole, NR, add, bias ? rest : nullptr);
+  tile(a, b, depth, whole, NR, add, bias ? rest : nullptr, (const char*)b);
   for (int i = 0; i < rows; i++) memcpy(c + i * stride, whole + i * NR, cols * sizeof(float));
 }
 
 // Of C the rows from m and the columns from n, as far as a tile and the part that ends at (bottom, right) go: a chunk's
 // share, from its panels.
 INLINE void multiply(const Product& p, const float* a, const float* b, int64_t from, int64_t length, int64_t m,
-                     int64_t n, int64_t bottom, int64_t right) {
+                     int64_t n, int64_t bottom, int64_t right, const float* later) {
   const bool add = from > 0 || p.add, last = from + length == p.depth;
   const float* bias = last && p.bias ? p.bias + n : nullptr;
   float* c = p.c + m * p.c_stride + n;
   if (m + MR <= bottom && n + NR <= right)
-    tile(a, b, length, c, p.c_stride, add, bias);
+    tile(a, b, length, c, p.c_stride, add, bias, (const char*)later);
   else
     corner(a, b, length, c, p.c_stride, add, bias, (int)min<int64_t>(MR, bottom - m), (int)min<int64_t>(NR, right - n));
 }
@@ -125,7 +125,7 @@ void few_rows(const Product& p, const float* a, Worker& worker) {
         if (p.b_col != 1)
           pack_along<NR>(x + (n - left) * p.b_col, p.b_col, (int)min<int64_t>(NR, right - n), length, panel);
         for (int64_t m = 0; m < p.rows; m += MR)
-          multiply(p, a + from * rows + m * length, panel, from, length, m, n, p.rows, p.cols);
+          multiply(p, a + from * rows + m * length, panel, from, length, m, n, p.rows, p.cols, panel);
       }
     }
   });
@@ -156,8 +156,22 @@ void product(const Product& p, Worker& worker) {
     const int64_t bottom = min(top + ROWS, p.rows), right = min(left + COLS, p.cols);
     for (int64_t from = 0; from < p.depth; from += CHUNK) {
       const int64_t length = min(CHUNK, p.depth - from);
+      // From L3 to L2 meanwhile: a tile's share of the next chunk of B, or of its first one for the rows below, and of
+      // the next panel of A.
+      const int64_t after = from + length < p.depth ? from + length : 0, deep = min(CHUNK, p.depth - after);
+      const float* next_b = b + after * cols + left * deep;
+      const float* next_a = a + (after ? after * rows + top * deep : bottom < p.rows ? bottom * deep : 0);
+      const int64_t share = MR * length / ceil_div(right - left, NR);
       auto tiles = [&](int64_t m, int64_t n) {
-        multiply(p, a + from * rows + m * length, b + from * cols + n * length, from, length, m, n, bottom, right);
+        const float* later = next_b;
+        if constexpr (AHEAD > 0) {
+          next_b += length / EVERY * 16;
+          const float* panel =
+              (m + MR < bottom ? a + from * rows + (m + MR) * length : next_a) + (n - left) / NR * share;
+          for (int64_t i = 0; i < share; i += 16) __builtin_prefetch(panel + i, 0, 2);
+        }
+        multiply(p, a + from * rows + m * length, b + from * cols + n * length, from, length, m, n, bottom, right,
+                 later);
       };
       // A panel of B stays in L1 where it fits, else that of A does.
       if (LANES == 16)

@@ -9,12 +9,18 @@ constexpr int MR = LANES == 16 ? 12 : 6, NR = 2 * LANES;  // the sums of a tile 
 constexpr int64_t CHUNK = 384;  // the op page's constant. A panel of B stays in L1 with 8 lanes: 24 KB
 constexpr int64_t AHEAD = LANES == 16 ? 2048 : 0;  // bytes of a panel of B that comes from L2
 
-// c (MR, NR) = what it holds if `add`, else 0, + a b over `depth` + bias (NR), if there is one.
-INLINE void tile(const float* a, const float* b, int64_t depth, float* c, int64_t stride, bool add, const float* bias) {
+constexpr int64_t EVERY = 4;  // depths of a tile to a line that it fetches for later
+
+// c (MR, NR) = what it holds if `add`, else 0, + a b over `depth` + bias (NR), if there is one. Meanwhile a line of
+// `later` comes to L2 every EVERY depths.
+INLINE void tile(const float* a, const float* b, int64_t depth, float* c, int64_t stride, bool add, const float* bias,
+                 const char* later) {
   f32v sums[MR][2];
 #pragma GCC unroll 12
   for (int i = 0; i < MR; i++) sums[i][0] = sums[i][1] = f32v{};
+#pragma GCC unroll 4
   for (int64_t k = 0; k < depth; k++, a += MR, b += NR) {
+    if (AHEAD && k % EVERY == 0) __builtin_prefetch(later + k / EVERY * 64, 0, 2);
     if (AHEAD) __builtin_prefetch((const char*)b + AHEAD), __builtin_prefetch((const char*)b + AHEAD + 64);
     const f32v b0 = in_register(load(b)), b1 = in_register(load(b + LANES));
 #pragma GCC unroll 12
