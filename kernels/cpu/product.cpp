@@ -11,7 +11,8 @@ namespace {
 
 using namespace products;
 
-constexpr int GROUP = 8;  // panels that a task packs: whole lines, also of what lies the other way round
+constexpr int GROUP = 16;                 // panels that a task packs: long runs, also of what lies the other way round
+constexpr int FEW = 8;                    // the same where they are packed for few rows: more tasks, and less of L2
 constexpr int64_t ROWS = 96, COLS = 512;  // of a task's part of C: a chunk of its rows of A stays in L2
 
 INLINE int64_t panels(int64_t n, int R) { return ceil_div(n, R); }
@@ -113,9 +114,9 @@ INLINE void multiply(const Product& p, const float* a, const float* b, int64_t f
 template <class T>
 void few_rows(const Product& p, const float* a, Worker& worker) {
   const int64_t rows = panels(p.rows, MR) * MR;
-  auto* b = (float*)worker.scratch(GROUP * NR * CHUNK * sizeof(float));
-  worker.each(panels(p.cols, GROUP * NR), [&](int64_t group) {
-    const int64_t left = group * GROUP * NR, right = min(left + GROUP * NR, p.cols);
+  auto* b = (float*)worker.scratch(FEW * NR * CHUNK * sizeof(float));
+  worker.each(panels(p.cols, FEW * NR), [&](int64_t group) {
+    const int64_t left = group * FEW * NR, right = min(left + FEW * NR, p.cols);
     for (int64_t from = 0; from < p.depth; from += CHUNK) {
       const int64_t length = min(CHUNK, p.depth - from);
       const T* x = (const T*)p.b + from * p.b_depth + left * p.b_col;
