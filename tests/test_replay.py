@@ -14,7 +14,8 @@ from gptfast.generate import LanguageModel, loop
 from gptfast.generate.arena import Arena
 from gptfast.generate.cache import KVCache
 from gptfast.generate.fuse import fused
-from gptfast.generate.replay import WORTH_A_PASS, NotReplayable, Recorded, Replay, Replays, record, record_in_arena
+from gptfast.generate.recording import NotReplayable
+from gptfast.generate.replay import WORTH_A_PASS, Recorded, Replay, Replays, record, record_in_arena
 from gptfast.kernels import reason_missing
 from gptfast.layers import Embedding
 from gptfast.model import GPT, GPTConfig

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gptfast.formats.tokenizer import StreamDecoder, Tokenizer
 from gptfast.generate.cache import CACHE_DTYPES, KVCache
-from gptfast.generate.loop import BLOCK, Limits, Loop, Row
+from gptfast.generate.loop import BLOCK, Limits, Loop, Row, room
 from gptfast.generate.prompt_cache import PromptCache
 from gptfast.generate.replay import Replays
 from gptfast.generate.results import Generation, Score, Stats
@@ -271,7 +271,7 @@ class LanguageModel:
             backend=self.model.backend,
         )
         sources, distinct = _distinct(contexts) if cache is None else (list(range(count)), contexts)
-        capacity = min(-(-min(longest, max(map(len, contexts)) + BLOCK) // BLOCK) * BLOCK, self.context)
+        capacity = room(min(longest, max(map(len, contexts)) + BLOCK), self.context, self.model.device)
         kv = self._kv(len(distinct), capacity) if cache is None else cache.kv
         loop = Loop(self.model, kv, limits, kept=cache is not None, replays=self._replays)
         loop.speculation = speculate(speculation, self.model, sampler, self._replays, contexts)

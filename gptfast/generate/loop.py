@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from gptfast.generate.cache import KVCache
-from gptfast.generate.replay import NotReplayable, Replay, Replays
+from gptfast.generate.graph import GraphReplay
+from gptfast.generate.recording import NotReplayable
+from gptfast.generate.replay import Replay, Replays
 from gptfast.generate.sampler import Sampler
 from gptfast.generate.stop import Text
 
@@ -25,6 +27,7 @@ CHUNK = 512  # prompt tokens of all rows in one forward pass: many for each weig
 PASSES = 512, 128  # of them in a recorded pass
 WORTH_RECORDING = 8  # decode steps
 BLOCK = 256  # tokens by which a KV cache grows
+GPU_BLOCK = 4096  # the same on a GPU, where a step for another cache is another graph
 
 WORTH_SHARING = 64  # prompt tokens not computed again: about what one more pass over the weights costs
 
@@ -68,7 +71,7 @@ class Loop:
     ) -> None:
         self.model, self.cache, self.limits, self.kept, self.replays = model, cache, limits, kept, replays
         self.speculation: Speculation | None = None  # of the only row
-        self._replay: Replay | None = None
+        self._replay: Replay | GraphReplay | None = None
         self.rows: list[Row] = []
         self.steps = self.prefill_tokens = 0
         self._keys: Tensor | None = None  # the cache's first layer's when its capacity was asked for
@@ -253,7 +256,7 @@ class Loop:
             self.cache.advance(torch.tensor(running, dtype=torch.int32, device=device))
             return self.sampler(logits, self.steps)
 
-    def _recorded(self) -> Replay | None:
+    def _recorded(self) -> Replay | GraphReplay | None:
         """The recorded step for the present cache."""
         if self.replays is None or (self._replay is not None and self._replay.bound(self.cache)):
             return self._replay
@@ -276,7 +279,13 @@ class Loop:
         if self._keys is not self.cache.k[0]:  # asking a tensor for its shape takes longer
             self._keys, self._capacity = self.cache.k[0], self.cache.capacity
         if tokens > self._capacity:
-            self.cache.grow(min(-(-tokens // BLOCK) * BLOCK, self.limits.context))
+            self.cache.grow(room(tokens, self.limits.context, self.cache.lengths.device))
+
+
+def room(tokens: int, most: int, device: torch.device) -> int:
+    """The capacity of a cache for so many tokens that doesn't grow with each; `most` is enough for ever."""
+    block = BLOCK if device.type == "cpu" else GPU_BLOCK
+    return min(-(-tokens // block) * block, most)
 
 
 def _shared(contexts: Sequence[list[int]], keep: Sequence[int]) -> int:

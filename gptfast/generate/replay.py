@@ -24,6 +24,8 @@ from torch.overrides import TorchFunctionMode
 from gptfast.generate.arena import Arena
 from gptfast.generate.cache import KVCache
 from gptfast.generate.fuse import Launch, fused
+from gptfast.generate.graph import GraphReplay
+from gptfast.generate.recording import NotReplayable, Recording, pointers
 from gptfast.kernels import reason_missing
 from gptfast.model import GPT
 
@@ -37,10 +39,6 @@ KEPT = 4  # recorded passes of one number of tokens that wait for the next call
 # Functions whose result is new memory and yet no part of the computation: fresh memory, and values read to be checked.
 HARMLESS = {"empty", "new_empty", "min", "max", "aminmax", "all", "ge", "le", "eq", "__eq__", "__and__", "__or__"}
 IN_PLACE = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
-
-
-class NotReplayable(RuntimeError):
-    """A step computes something outside of gptfast's own kernels, which a plan could not repeat."""
 
 
 class _Watch(TorchFunctionMode):
@@ -178,41 +176,25 @@ class Recorded:
         return self.result
 
 
-class Recording:
-    """A recorded pass of one model for caches of one batch and capacity, and so many tokens of each row.
-
-    bind(cache) lays out the plan. The caller advances the cache.
+class Planned(Recording):
+    """A pass recorded as a native plan, which bind(cache) lays out.
 
     Raises NotReplayable where a pass isn't made of kernels alone.
     """
 
     def __init__(self, model: GPT, cache: KVCache, tokens: int) -> None:
-        self.key = self.key_of(model, cache, tokens)
-        self.tokens = tokens
+        super().__init__(model, cache, tokens)
         (self._ids, ids), (self._positions, positions) = integers(cache.batch * tokens), integers(cache.batch * tokens)
         self.ids, self.positions = ids.view(cache.batch, tokens), positions.view(cache.batch, tokens)
         self._launches: list[Launch] = []
-        self._recorded = _pointers(cache)
-        self._cache: KVCache | None = None
-        self._keys: Tensor | None = None  # its first layer's
+        self._recorded = pointers(cache)
         self._plan: Any = None
         self._bound: list[Launch] = []
 
-    @classmethod
-    def key_of(cls, model: GPT, cache: KVCache, tokens: int) -> tuple[Any, ...]:
-        """What a recorded pass is good for."""
-        settings = model.activations, model.backend, os.environ.get("GPTFAST_BACKEND")
-        return cls, cache.batch, cache.capacity, tokens, cache.dtype, *settings
-
-    def serves(self, key: tuple[Any, ...], cache: KVCache) -> bool:
-        """Whether it was recorded for such a key and can work on this cache."""
-        return self.key == key
-
     def bind(self, cache: KVCache) -> None:
-        """Makes what follows work on this cache."""
         from gptfast.kernels.cpu import Plan
 
-        moved, layout = dict(zip(self._recorded, _pointers(cache))), _layout(cache)
+        moved, layout = dict(zip(self._recorded, pointers(cache))), _layout(cache)
 
         def fits(name: str, value: Any) -> Any:
             return layout[name] if name in layout else moved.get(value, value) if isinstance(value, int) else value
@@ -221,18 +203,15 @@ class Recording:
             (op, threads, {name: fits(name, value) for name, value in fields.items()})
             for op, threads, fields in self._launches
         ]
-        self._plan, self._cache, self._keys = Plan(self._bound), cache, cache.k[0]
+        self._plan = Plan(self._bound)
+        super().bind(cache)
 
     def unbind(self) -> None:
-        """Lets go of the cache."""
-        self._plan = self._cache = self._keys = None
-
-    def bound(self, cache: KVCache) -> bool:
-        """Whether the next pass would work on this cache as it is now."""
-        return self._cache is cache and self._keys is cache.k[0]  # a cache that has grown has others
+        self._plan = None
+        super().unbind()
 
 
-class Pass(Recording):
+class Pass(Planned):
     """A recorded pass over so many tokens of a prompt, up to the head. What lies between its launches is as much as the
     tokens of one layer need. It serves smaller caches too."""
 
@@ -264,7 +243,7 @@ class Pass(Recording):
         return self._made
 
 
-class Replay(Recording):
+class Replay(Planned):
     """A recorded decode step.
 
     After bind(cache), step(tokens) gives the logits (B T, V) fp32 that model(ids, cache) would, a row for each token.
@@ -273,7 +252,6 @@ class Replay(Recording):
 
     def __init__(self, model: GPT, cache: KVCache, tokens: int = 1) -> None:
         super().__init__(model, cache, tokens)
-        self.seconds: float | None = None  # what `draws` takes
         self.running = torch.ones(cache.batch, dtype=torch.int32)
         self._running: list[bool] | None = None  # what it holds
         tables = model.rope_tables(cache.capacity, model.device) if model.config.positions == "rope" else None
@@ -390,16 +368,18 @@ class Replays:
         self._refused: set[tuple[Any, ...]] = set()
         self._lock = threading.Lock()
 
-    def take(self, cache: KVCache, record: bool, tokens: int = 1) -> Replay | None:
+    def take(self, cache: KVCache, record: bool, tokens: int = 1) -> Replay | GraphReplay | None:
         """A step bound to this cache, recorded now if there is none and `record` says so; None where there can't be.
 
         tokens: of each row, for which the cache has room
         """
-        return self._take(Replay, cache, record, tokens)
+        return self._take(GraphReplay if cache.lengths.is_cuda else Replay, cache, record, tokens)
 
     def take_pass(self, cache: KVCache, tokens: int, times: int) -> Pass | None:
         """The same for so many tokens of a prompt: recorded where as many passes are wanted now, or were before, as pay
-        for it."""
+        for it. On a GPU, which is busy for longer than Python then, there is none."""
+        if cache.lengths.is_cuda:
+            return None
         with self._lock:
             before = self._passes.get(tokens, 0)
             self._passes[tokens] = before + times
@@ -435,18 +415,21 @@ class Replays:
 
 
 def _replayable(model: GPT, cache: KVCache) -> bool:
-    if not isinstance(model, GPT):
+    if not isinstance(model, GPT) or model.training or not recordable(model.backend, model.device):
         return False
     scaling = model.config.rope_scaling or {}
-    if scaling.get("rope_type") == "longrope":  # its tables change where the text becomes long
-        return cache.capacity <= scaling.get("original_max_position_embeddings", model.config.context)
-    return model.device.type == "cpu" and not model.training and recordable(model.backend)
+    long = scaling.get("rope_type") == "longrope"  # its tables change where the text becomes long
+    return not long or cache.capacity <= scaling.get("original_max_position_embeddings", model.config.context)
 
 
-def recordable(backend: str | None) -> bool:
-    """Whether ops on the CPU's tensors, asked of this backend, are the CPU's kernels, which alone write their launches
-    down: those of an interpreted backend would be missing from a plan."""
-    return (backend or os.environ.get("GPTFAST_BACKEND") or "cpu") == "cpu" and reason_missing("cpu") is None
+def recordable(backend: str | None, device: torch.device) -> bool:
+    """Whether ops on this device's tensors, asked of this backend, can be replayed. On the CPU, the CPU's kernels alone
+    write their launches down: those of an interpreted backend would be missing from a plan. On a GPU, a graph holds
+    whatever doesn't wait; the reference does."""
+    asked = backend or os.environ.get("GPTFAST_BACKEND")
+    if device.type == "cuda":
+        return asked != "reference" and reason_missing("triton") is None
+    return device.type == "cpu" and asked in (None, "", "cpu") and reason_missing("cpu") is None
 
 
 def _layout(cache: KVCache) -> dict[str, Any]:
@@ -455,7 +438,3 @@ def _layout(cache: KVCache) -> dict[str, Any]:
     if cache.k_scale is not None and cache.v_scale is not None:
         named |= {"k_scale": cache.k_scale[0], "v_scale": cache.v_scale[0]}
     return {"Sk": cache.capacity} | {f"{name}_strides": t.stride()[:3] for name, t in named.items()}
-
-
-def _pointers(cache: KVCache) -> list[int]:
-    return [t.data_ptr() for t in (*cache.tensors(), cache.lengths)]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from gptfast import ops
-from gptfast.generate.replay import NotReplayable, Recorded, recordable
+from gptfast.generate.recording import NotReplayable
+from gptfast.generate.replay import Recorded, recordable
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 
@@ -56,7 +57,7 @@ class Sampler:
         self.seeds = torch.tensor(list(seeds), dtype=torch.int64, device=device)
         self.steps = torch.zeros_like(self.seeds)
         # Whether a step is one call of ops.sample and nothing else, which can be recorded.
-        self.steady = not processors and device.type == "cpu" and recordable(backend)
+        self.steady = not processors and recordable(backend, device)
         self._place: tuple[Any, ...] | None = None  # of the last logits
         self._recorded: Recorded | None = None
         self.arguments = {name: _by_row(name, value, device) for name, value in parameters.items()}
@@ -102,13 +103,19 @@ class Sampler:
             return self._recorded.run()
 
         again, self._place, self._recorded = self._place == place, place, None
-        if again and self.steady:
+        if again and self.steady and logits.is_cpu:
             try:
                 self._recorded = Recorded(lambda: self.draw(logits, masked))
                 return self._recorded.result
             except NotReplayable:
                 self.steady = False
         return self.draw(logits, masked)
+
+    def write(self, history: Tensor, ids: Tensor, steps: Tensor | int) -> None:
+        """Puts the tokens of these steps, one number or (B,), into a history of these rows."""
+        # A finished row beside running ones may be past the end; what it writes there is never read.
+        at = (self.prompt_lengths + steps).clamp(max=history.shape[1] - 1)
+        history[self.row_numbers, at] = ids
 
     def spread(self, steps: Tensor, history: Tensor | None) -> Sampler:
         """The only row's settings for several of its tokens at once, each a row of `draw`: those of these numbers.
@@ -152,9 +159,7 @@ class Sampler:
         if self.processors and self.return_logprobs in (True, "raw"):
             logprobs = raw.log_softmax(-1).gather(1, ids.clamp(min=0)[:, None])[:, 0]
         if self.history is not None:
-            # A finished row beside running ones may be past the end; what it writes there is never read.
-            at = (self.prompt_lengths + step).clamp(max=self.history.shape[1] - 1)
-            self.history[self.row_numbers, at] = ids
+            self.write(self.history, ids, step)
         return ids.tolist(), None if logprobs is None else logprobs.tolist()
 
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from gptfast.generate.cache import KVCache
-from gptfast.generate.replay import NotReplayable, Replay, Replays, integers
+from gptfast.generate.graph import GraphReplay
+from gptfast.generate.recording import NotReplayable
+from gptfast.generate.replay import Replay, Replays, integers
 from gptfast.generate.sampler import Sampler
 
 SIZES = (1, 2, 4, 8, 16)  # tokens fed at once. Each is recorded when it is first wanted.
@@ -22,7 +24,7 @@ class Steps:
 
     def __init__(self, model: Any, sampler: Sampler, replays: Replays | None) -> None:
         self.model, self.sampler, self.replays = model, sampler, replays
-        self._taken: dict[int, Replay] = {}  # by the tokens they feed
+        self._taken: dict[int, Replay | GraphReplay] = {}  # by the tokens they feed
         self._wide: dict[int, Sampler] = {}
         self._numbers, self._steps = integers(SIZES[-1])
         self._lengths: Tensor | None = None  # of the cache; its memory is self._count
@@ -53,7 +55,7 @@ class Steps:
             self._count, lengths = integers(1, torch.int32)
             cache.lengths = self._lengths = lengths.copy_(cache.lengths)
         replay = self._recorded(cache, len(tokens), record)
-        if replay is not None and self.sampler.steady:
+        if isinstance(replay, Replay) and self.sampler.steady:
             try:
                 sampler = self._sampler(tokens, step)
                 begin = perf_counter()
@@ -87,7 +89,7 @@ class Steps:
         self._taken.clear()
 
     def _one_by_one(
-        self, cache: KVCache, tokens: list[int], step: int, replay: Replay | None
+        self, cache: KVCache, tokens: list[int], step: int, replay: Replay | GraphReplay | None
     ) -> Iterator[tuple[int, float | None]]:
         """Each token is drawn when it is asked for: a processor sees what it would without the tokens behind."""
         if self._history is not None:
@@ -101,7 +103,7 @@ class Steps:
             drawn.append(token)
             yield token, None if logprobs is None else logprobs[0]
 
-    def _recorded(self, cache: KVCache, size: int, record: bool) -> Replay | None:
+    def _recorded(self, cache: KVCache, size: int, record: bool) -> Replay | GraphReplay | None:
         found = self._taken.get(size)
         if self.replays is None or (found is not None and found.bound(cache)):
             return found

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast.ops.dispatch import require, shape
+from gptfast.ops.dispatch import require, shape, unreadable
 
 
 def check_heads(op: str, q: Tensor, k: Tensor) -> None:
@@ -130,8 +130,8 @@ def check_lengths(
     rows: Tensor | None, pads: Tensor | None
 ) -> None:  # fmt: skip
     """Raises where a sequence doesn't fit its cache, or its pages, row or positions are not there. Nothing while a CUDA
-    graph is captured: then nobody may wait for what the GPU holds."""
-    if lengths.is_cuda and torch.cuda.is_current_stream_capturing():
+    graph is captured."""
+    if unreadable(lengths):
         return
     op, Sq, before = "attention_kvcache", q.shape[1], lengths.tolist()
     new, least = 0 if k is None else Sq, min(before) if before else 0

@@ -206,6 +206,11 @@ def require(condition: bool, message: str | Callable[[], str]) -> None:
         raise ValueError(message if isinstance(message, str) else message())
 
 
+def unreadable(t: Tensor) -> bool:
+    """Whether a CUDA graph is captured now that this tensor's values are for: nobody may wait for them then."""
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def shape(t: Tensor | None) -> str:
     """A tensor for an error message: its shape and dtype."""
     if t is None:

@@ -61,7 +61,7 @@ import torch
 from torch import Tensor
 
 from gptfast.ops import dispatch
-from gptfast.ops.dispatch import require, shape
+from gptfast.ops.dispatch import require, shape, unreadable
 from gptfast.ops.sampling_cases import cases
 from gptfast.ops.sampling_math import distances, fraction, log2_weights, uniform_below, weights
 from gptfast.ops.spec import Cost, Op, nbytes
@@ -403,7 +403,9 @@ def integer(name: str, x: Integer, B: int, device: torch.device, op: str = "samp
 
 def _is_neutral(name: str, x: float | Tensor) -> bool:
     neutral = REALS[name][0]
-    return bool((x == neutral).all()) if isinstance(x, Tensor) else x == neutral
+    if not isinstance(x, Tensor):
+        return x == neutral
+    return not unreadable(x) and bool((x == neutral).all())
 
 
 def _take(arguments: Mapping[str, Any], b: int) -> dict[str, Any]:
