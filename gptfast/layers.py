@@ -7,6 +7,7 @@ head_dim D, width C, MLP width F, vocabulary V.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -62,6 +63,17 @@ class Layer(nn.Module):
     """A module whose ops can be told where to run."""
 
     backend: str | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layer:
+        """What .to(), .cuda() and their like are made of: a weight that is no parameter moves too. One packed for
+        the CPU's kernels is unpacked on its way to another device."""
+        super()._apply(fn, recurse)
+        weight = self.__dict__.get("weight")
+        if isinstance(weight, QuantizedWeight):
+            set_weight(self, weight.moved(fn))
+        elif isinstance(weight, PackedWeight) and fn(weight.packed[:0]).device != weight.device:
+            set_weight(self, fn(weight.unpack()))
+        return self
 
 
 def fill_normal(weight: Tensor, std: float = 0.02) -> None:

@@ -16,7 +16,7 @@ Float weights have a layout of their own, PackedWeight.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -202,7 +202,11 @@ class QuantizedWeight:
         """The values, (N, K) fp32."""
         if self._kernel():
             return self._rows(None, self.shape[0])
-        return blocks.dequantize(self.to_blocks().cpu(), KINDS[self.kind].format, self.shape).to(self.device)
+        return blocks.dequantize(self.to_blocks(), KINDS[self.kind].format, self.shape)
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> QuantizedWeight:
+        """The same matrix where `move` puts its bytes."""
+        return QuantizedWeight(move(self.packed), self.kind, self.shape)
 
     def embed(self, ids: Tensor, positions: Tensor | None = None, table: Tensor | None = None) -> Tensor:
         """Rows as an embedding: int64 ids (...) to (..., K) fp32; with positions (broadcast to ids, int64) and their
@@ -217,8 +221,7 @@ class QuantizedWeight:
             len(flat), PANEL, K // GROUP * KINDS[self.kind].block
         )
         chosen = panels[torch.arange(len(flat), device=ids.device), flat % PANEL].reshape(-1)
-        values = blocks.dequantize(chosen.cpu(), KINDS[self.kind].format, (len(flat), K))
-        x = values.to(self.device).view(*ids.shape, K)
+        x = blocks.dequantize(chosen, KINDS[self.kind].format, (len(flat), K)).view(*ids.shape, K)
         return x if table is None else x + table[positions]
 
     def _kernel(self) -> bool:
@@ -235,6 +238,8 @@ class QuantizedWeight:
 def _check_rows(N: int, ids: Tensor, positions: Tensor | None, table: Tensor | None) -> None:
     if ids.dtype != torch.int64:
         raise ValueError(f"expected int64 ids, got {str(ids.dtype).removeprefix('torch.')}")
+    if ids.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # nobody may wait for their values now
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= N):
         raise IndexError(f"expected ids in 0..{N - 1}, got {int(ids.min())}..{int(ids.max())}")
     if positions is not None and positions.numel() and table is not None:

@@ -9,6 +9,8 @@ import torch
 
 from gptfast import ops, quantize
 from gptfast.formats import blocks
+from gptfast.layers import Embedding, Linear
+from gptfast.model import GPT, GPTConfig
 from gptfast.quantize import KINDS, Memory, PackedWeight, QuantizedWeight
 
 
@@ -179,3 +181,24 @@ def test_what_cannot_be_packed_is_told() -> None:
         PackedWeight.pack(torch.randn(3, 4).double())
     with pytest.raises(ValueError, match=r"expected packed \(2, 4, 16\).*got \(1, 4, 16\)"):
         PackedWeight(torch.zeros(1, 4, 16), (17, 4))
+
+
+def test_a_models_weights_move_with_it() -> None:
+    """Quantised ones as they are, packed ones as the parameters that they were."""
+
+    def made() -> GPT:
+        return GPT(GPTConfig("gpt2", n_layer=1, n_head=2, n_embd=32, vocab_size=48, context=16))
+
+    quantised, packed = made(), made().pack()
+    for module in quantised.modules():
+        if isinstance(module, Linear | Embedding) and module is not quantised.positions:
+            assert isinstance(module.weight, torch.Tensor)
+            module.set_weight(QuantizedWeight.quantize(module.weight.detach(), "q4_1"))
+    before = quantised.embedding.weight
+    assert isinstance(before, QuantizedWeight)
+    same = quantised.to(torch.bfloat16).embedding.weight
+    assert isinstance(same, QuantizedWeight) and torch.equal(same.packed, before.packed)
+    for model in (quantised.to("meta"), packed.to("meta")):
+        weights = [module.weight for module in model.modules() if isinstance(module, Linear | Embedding)]
+        assert weights and all(weight.device.type == "meta" for weight in weights)
+    assert isinstance(packed.embedding.weight, torch.nn.Parameter) and packed.embedding.weight.shape == (48, 32)

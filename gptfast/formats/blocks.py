@@ -83,12 +83,12 @@ def dequantize(raw: Tensor, type: str, shape: Sequence[int]) -> Tensor:
     """The values of a stored tensor.
 
     Args:
-        raw: (bytes,) uint8, contiguous, on the CPU: the stored blocks, row after row.
+        raw: (bytes,) uint8, contiguous: the stored blocks, row after row.
         type: a name in `FORMATS`.
         shape: the tensor's shape in PyTorch's order (the last dimension is the contiguous one).
 
     Returns:
-        A new fp32 tensor of `shape`.
+        A new fp32 tensor of `shape` on the same device.
 
     Raises:
         ValueError: unknown type, rows that are not whole blocks, or a number of bytes that does not fit the shape.
@@ -103,7 +103,7 @@ def dequantize(raw: Tensor, type: str, shape: Sequence[int]) -> Tensor:
         aligned = raw if raw.data_ptr() % f.nbytes == 0 and raw.storage_offset() % f.nbytes == 0 else raw.clone()
         return aligned.view(f.dtype).to(torch.float32, copy=True).reshape(tuple(shape))
     blocks = raw.reshape(-1, f.nbytes)
-    out = torch.empty(blocks.shape[0], f.elements)
+    out = torch.empty(blocks.shape[0], f.elements, device=raw.device)
     for source, target in zip(blocks.split(CHUNK_BLOCKS), out.split(CHUNK_BLOCKS)):
         target.copy_(_dequantize_blocks(source, type))
     return out.reshape(tuple(shape))
