@@ -3,7 +3,8 @@
 The tests of the op pages run with `--device cuda`; where NVIDIA's compute-sanitizer is on the path, some under it,
 too. Then each case of gpu_cases.py is timed against eager PyTorch, torch.compile of it and, where they apply and are
 installed, F.scaled_dot_product_attention, flash-attn, Liger and FlashInfer, and set against the bandwidth and the
-matrix rate that this GPU shows. Whatever was found is on disk at once, as report.json and report.md under --out.
+matrix rate that this GPU shows. At last whole models generate, and one trains, beside Hugging Face's. Whatever was
+found is on disk at once, as report.json and report.md under --out.
 """
 
 from __future__ import annotations
@@ -31,7 +32,12 @@ from gptfast.kernels import reason_missing
 ROOT = Path(__file__).parents[1]
 TIMES = """Median microseconds. bound: bytes at the copy's rate, or operations at the matrix rate; %: how much of the
 time that is. error: of the result, as a part of what it may be."""
-TESTS = ("tests/ops/test_conformance.py", "tests/ops/test_gradients.py")
+TESTS = (
+    "tests/ops/test_conformance.py",
+    "tests/ops/test_gradients.py",
+    "tests/test_backends_agree.py",
+    "tests/test_graph.py",
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tests-s", type=float, default=1800, help="seconds for the tests; 0 leaves them out")
     parser.add_argument("--budget-s", type=float, default=900, help="seconds for the timings; 0 leaves them out")
     parser.add_argument("--sanitizer-s", type=float, default=600, help="seconds for compute-sanitizer; 0 leaves it out")
+    parser.add_argument("--models-s", type=float, default=300, help="seconds for whole models; 0 leaves them out")
     parser.add_argument("--only", default="", help="ops whose names contain this")
     parser.add_argument("--workers", type=int, default=8, help="processes that share the tests")
     options = parser.parse_args(argv)
@@ -57,6 +64,12 @@ def main(argv: Sequence[str]) -> int:
         from benchmarks.gpu_timing import run_timings
 
         run_timings(report, options.budget_s, options.only)
+    if options.models_s and not options.only:
+        from benchmarks import gpu_models, gpu_timing
+
+        if "ceilings" not in report.parts:
+            report.add("ceilings", gpu_timing.ceilings())
+        gpu_models.run_models(report, options.models_s)
     print(f"\n{report.folder}/report.md")
     tests, watched = report.parts.get("tests", {}), report.parts.get("sanitizer", {})
     return int(bool(tests.get("failed") or tests.get("unfinished") or watched.get("errors")))
@@ -185,6 +198,11 @@ def markdown(parts: dict[str, Any]) -> str:
     if ceilings := parts.get("ceilings"):
         lines += ["", "## What this GPU shows", ""]
         lines += [f"- {key}: {value:,.0f}" for key, value in ceilings.items()]
+    for part in ("generation", "training"):
+        if rows := parts.get(part):
+            names = list(dict.fromkeys(name for row in rows for name in row))
+            lines += ["", f"## {part.capitalize()}", "", "|" + "|".join(names) + "|", "|" + "---|" * len(names)]
+            lines += ["|" + "|".join(_cell(row.get(name)) for name in names) + "|" for row in rows]
     if rows := parts.get("timings"):
         names = ["op", "case", "dtype", "pass", "us", "eager", "compiled", "sdpa", "x eager", "x compiled", "x sdpa"]
         rivals = [name for name in gpu_rivals.NAMES if any(row.get(name) for row in rows)]
