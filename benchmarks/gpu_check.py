@@ -32,12 +32,8 @@ from gptfast.kernels import reason_missing
 ROOT = Path(__file__).parents[1]
 TIMES = """Median microseconds. bound: bytes at the copy's rate, or operations at the matrix rate; %: how much of the
 time that is. error: of the result, as a part of what it may be."""
-TESTS = (
-    "tests/ops/test_conformance.py",
-    "tests/ops/test_gradients.py",
-    "tests/test_backends_agree.py",
-    "tests/test_graph.py",
-)
+CONFORMANCE = "tests/ops/test_conformance.py"
+TESTS = ("tests/test_graph.py", "tests/test_backends_agree.py", CONFORMANCE, "tests/ops/test_gradients.py")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -159,7 +155,7 @@ def run_sanitizer(report: Report, seconds: float, only: str) -> None:
         return
     log = report.folder / "sanitizer.log"
     command = [tool, "--tool", "memcheck", "--target-processes", "all", "--print-limit", "20", sys.executable]
-    command += ["-m", "pytest", "-p", "no:xdist", TESTS[0], "--device", "cuda", "-m", "not slow", "-x"]
+    command += ["-m", "pytest", "-p", "no:xdist", CONFORMANCE, "--device", "cuda", "-m", "not slow", "-x"]
     command += ["-k", f"float32 and ({only})" if only else "float32"]
     began = time.monotonic()
     with log.open("w") as file:
