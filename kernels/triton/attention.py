@@ -74,7 +74,7 @@ def _walk(
         j = start + columns
         inside = seen_by_rows(i, j, shift, Sq, Sk, left, right, HAS_LEFT, HAS_RIGHT)
         if HAS_TERMS:
-            bias_at = pairs_at(bias, first_i, rows, bias_i, start, columns, bias_j)
+            bias_at = None if bias is None else pairs_at(bias, first_i, rows, bias_i, start, columns, bias_j)
             there = inside
             if not IS_EDGE:
                 there = i < Sq

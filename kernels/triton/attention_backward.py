@@ -156,9 +156,9 @@ def _attention_dq_kernel(
             s = tl.dot(tile_q, tl.trans(tile_k), input_precision="ieee")
             p, _ = _gradient(
                 s, s, i, start + columns, logs, None, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2, slope,
-                pairs_at(mask, first, row[:, None], mask_i, start, columns, mask_j),
-                pairs_at(bias, first, row[:, None], bias_i, start, columns, bias_j), element, seed_low, seed_high,
-                stream_id, drop_below, keep_scale,
+                None if mask is None else pairs_at(mask, first, row[:, None], mask_i, start, columns, mask_j),
+                None if bias is None else pairs_at(bias, first, row[:, None], bias_i, start, columns, bias_j),
+                element, seed_low, seed_high, stream_id, drop_below, keep_scale,
                 HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, False, False, IS_EXACT, True,
             )  # fmt: skip
             z += tl.sum(p, 1)
@@ -180,10 +180,9 @@ def _attention_dq_kernel(
                 _, ds = _gradient(
                     s, dp, i, start + columns, logs, mine, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2,
                     slope,
-                    pairs_at(mask, first, row[:, None], mask_i, start, columns, mask_j),
-                    pairs_at(bias, first, row[:, None], bias_i, start, columns, bias_j), element, seed_low, seed_high,
-                    stream_id, drop_below,
-                    keep_scale,
+                    None if mask is None else pairs_at(mask, first, row[:, None], mask_i, start, columns, mask_j),
+                    None if bias is None else pairs_at(bias, first, row[:, None], bias_i, start, columns, bias_j),
+                    element, seed_low, seed_high, stream_id, drop_below, keep_scale,
                     HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, USE_DROPOUT, IS_BY_FOURS, IS_EXACT,
                     part != 1,
                 )  # fmt: skip
@@ -282,10 +281,11 @@ def _attention_dkdv_kernel(
                     p, ds = _gradient(
                         s, dp, i[None, :], j, logs, mine, sums, shift, Sq, Sk, left, right, scale, softcap, to_log2,
                         slope,
-                        pairs_at(mask_h_at, start, columns, mask_i, first, row[:, None], mask_j),
-                        pairs_at(bias_h_at, start, columns, bias_i, first, row[:, None], bias_j), element, seed_low,
-                        seed_high,
-                        stream_id, drop_below, keep_scale,
+                        None if mask is None else pairs_at(
+                            mask_h_at, start, columns, mask_i, first, row[:, None], mask_j),
+                        None if bias is None else pairs_at(
+                            bias_h_at, start, columns, bias_i, first, row[:, None], bias_j),
+                        element, seed_low, seed_high, stream_id, drop_below, keep_scale,
                         HAS_LEFT, HAS_RIGHT, HAS_TERMS, USE_SOFTCAP, USE_DROPOUT, IS_BY_FOURS, IS_EXACT,
                         part != 1,
                     )  # fmt: skip

@@ -68,11 +68,8 @@ def bounds(first, last, shift, Sk, left, right, HAS_LEFT: tl.constexpr, HAS_RIGH
 def pairs_at(x, first_i, i, x_i, first_j, j, x_j):
     """Where x has something for queries first_i + i and keys first_j + j. The firsts are numbers, so that what differs
     from pair to pair is small and can be part of an instruction: 64-bit sums of each pair would fill the registers."""
-    if x is None:
-        return None
-    else:
-        base = x + (tl.cast(first_i, tl.int64) * x_i + tl.cast(first_j, tl.int64) * x_j)
-        return base + (i.to(tl.int64) * x_i + j.to(tl.int64) * x_j)
+    base = x + (tl.cast(first_i, tl.int64) * x_i + tl.cast(first_j, tl.int64) * x_j)
+    return base + (i.to(tl.int64) * x_i + j.to(tl.int64) * x_j)
 
 
 @triton.jit

@@ -57,12 +57,14 @@ def _linear_kernel(
     TYPE: tl.constexpr, IS_SPLIT: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Float weights. TYPE: of the products' operands."""
+    """Float weights. TYPE: of the products' operands. In fp32 a block's sums are added to those before it by a product
+    with 1, or the compiler would go on from them: one long sum, twice as far from the exact one."""
     col, row, first, last = _place(M, N, K, BLOCK_N, BLOCK_R, CHUNK, IS_SPLIT)
     k = tl.arange(0, BLOCK_K)
     of_w = weight + col[:, None] * weight_row
     of_x = x + row[None, :] * x_row
     total = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    one = tl.where(M > 0, 1.0, 0.0)
     for begin in range(first, last, CHUNK):
         end = tl.minimum(begin + CHUNK, K)
         part = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
@@ -70,7 +72,10 @@ def _linear_kernel(
             at = tl.cast(start, tl.int64) + k
             w = tl.load(of_w + at[None, :] * weight_depth, mask=(col < N)[:, None] & (at < K)[None, :], other=0.0)
             v = tl.load(of_x + at[:, None], mask=(row < M)[None, :] & (at < K)[:, None], other=0.0)
-            part = tl.dot(w.to(TYPE), v.to(TYPE), part, input_precision="ieee")
+            if TYPE == tl.float32:  # noqa: SIM300
+                part += tl.dot(w.to(TYPE), v.to(TYPE), input_precision="ieee") * one
+            else:
+                part = tl.dot(w.to(TYPE), v.to(TYPE), part, input_precision="ieee")
         total += part
     _finish(total, y, bias, col, row, M, N, IS_SPLIT)
 

@@ -32,10 +32,14 @@ def _product_kernel(
     of_b = b + k[:, None] * b_row + cols[None, :] * b_col
     in_a, in_b = rows[:, None] < M, cols[None, :] < N
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    one = tl.where(M > 0, 1.0, 0.0)
     for begin in range(0, K, BLOCK_K):
         x = tl.load(of_a, mask=in_a & (k[None, :] < K - begin), other=0.0)
         y = tl.load(of_b, mask=in_b & (k[:, None] < K - begin), other=0.0)
-        total = tl.dot(x, y, total, input_precision="ieee")
+        if x.dtype == tl.float32:  # block by block, as in linear.py
+            total += tl.dot(x, y, input_precision="ieee") * one
+        else:
+            total = tl.dot(x, y, total, input_precision="ieee")
         of_a += BLOCK_K * a_col
         of_b += BLOCK_K * b_row
     if HAS_FACTOR:

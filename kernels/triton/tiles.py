@@ -182,9 +182,11 @@ def sampling_choose_tile(chunk: int) -> Tile:
 
 def product_tile(M: int, N: int, itemsize: int, adds: bool, arch: str) -> Tile:
     """K in blocks of 64 16-bit or 32 fp32 numbers, always: 128 bytes, one swizzled line of shared memory."""
-    if itemsize == 4:  # no tensor cores: 32 sums in the registers of each of 256 threads
-        # For 2 stages ptxas makes room for three programs on sm_90, and spills.
-        return Tile(8, 3 if arch == "sm_90" else 2, blocks={"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP": 8})
+    if itemsize == 4:  # no tensor cores: 32 sums, and as many of a block, in the registers of each of 256 threads
+        # For 2 stages ptxas makes room for three programs on sm_90, and spills; on sm_80 it spills from 16 sums on.
+        m, n = (32, 64) if arch == "sm_80" else (64, 128)
+        blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 32, "GROUP": 8}
+        return Tile(8, 3 if arch == "sm_90" else 2, blocks=blocks)
     roomy = limits(arch).shared >= 163 << 10 and limits(arch).lanes == 32
     # What is added to takes as many registers as the sums: 128 x 256 of both would spill; sm_100 spills without it.
     wide = roomy and N > 2048 and not adds and arch not in ("sm_100", "sm_103")
@@ -200,8 +202,9 @@ def linear(M: int, itemsize: int, arch: str) -> Tile:
     """64 outputs are the least that Hopper's matrix instruction has, 16 rows what loads and stores of one warp fill.
     CHUNK is the order of summation: of fp32 as long as a plain sum stays accurate, of 16-bit numbers 16 blocks of K."""
     few = M <= 16
-    if itemsize == 4:  # no tensor cores: 8 or 32 sums, and as many of all chunks, in the registers of each thread
-        blocks = {"BLOCK_N": 64, "BLOCK_R": 16 if few else 64, "BLOCK_K": 32, "CHUNK": 256}
+    if itemsize == 4:  # no tensor cores: up to 32 sums, and as many of a block and of all, in each thread's registers
+        many = 32 if arch in ("sm_80", "sm_100", "sm_103") else 64  # which spills there
+        blocks = {"BLOCK_N": 64, "BLOCK_R": 16 if few else many, "BLOCK_K": 16, "CHUNK": 256}
         stages = 3 if arch == "sm_120" and not few else 2  # for 2 ptxas makes room for two programs there, and spills
         return Tile(4 if few else 8, stages, _one_instruction(blocks, arch))
     # sm_120 has mma.sync's operands in registers beside two tiles of 64 sums: half of the outputs fit.
