@@ -15,7 +15,8 @@ from benchmarks.gpu_check import Report
 from gptfast.bench.check import check
 from gptfast.ops import dispatch
 from gptfast.ops.attention_cases import sdpa
-from gptfast.ops.spec import Case, Op, leaves, map_tensors, outputs
+from gptfast.ops.spec import Case, Inputs, Op, leaves, map_tensors, outputs
+from gptfast.quantize import QuantizedWeight
 
 LARGEST_CHECKED = 3e8  # elements of a case that is compared with the fp64 reference before it is timed
 Run = Callable[[], Any]
@@ -105,8 +106,10 @@ def _costed(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def made(op: Op, case: Case, dtype: torch.dtype) -> dict[str, Any]:
     """A case's arguments on the GPU."""
-    arguments = case.make(gpu_cases.OnDevice(dtype, "cuda"))
-    return {k: v if k in op.host else map_tensors(Tensor.cuda, {k: v})[k] for k, v in arguments.items()}
+    large = "gpu" in case.tags  # others mix what they draw with tensors of the CPU
+    arguments = case.make(gpu_cases.OnDevice(dtype, "cuda") if large else Inputs(dtype, case.name))
+    moved = {k: v if k in op.host else map_tensors(Tensor.cuda, {k: v})[k] for k, v in arguments.items()}
+    return {k: v.moved(Tensor.cuda) if isinstance(v, QuantizedWeight) else v for k, v in moved.items()}
 
 
 def contend(row: dict[str, Any], op: Op, arguments: dict[str, Any], way: Callable[..., Run]) -> None:

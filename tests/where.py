@@ -14,6 +14,7 @@ from torch import Tensor
 from gptfast import ops
 from gptfast.kernels import reason_missing
 from gptfast.ops.spec import Case, Op, map_tensors
+from gptfast.quantize import QuantizedWeight
 
 device = "cpu"  # conftest.py sets it before tests are imported
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -68,7 +69,8 @@ def here(op: Op, arguments: dict[str, Any]) -> dict[str, Any]:
 
     if device == "cpu":
         return arguments
-    return {name: x if name in op.host else map_tensors(move, {name: x})[name] for name, x in arguments.items()}
+    moved = {name: x if name in op.host else map_tensors(move, {name: x})[name] for name, x in arguments.items()}
+    return {name: x.moved(move) if isinstance(x, QuantizedWeight) else x for name, x in moved.items()}
 
 
 # Ops whose interpreted cases take seconds each: in `make test` a case is run in one dtype, the dtypes in turn;

@@ -216,10 +216,10 @@ def linear(M: int, itemsize: int, arch: str) -> Tile:
 
 def linear_quantised(M: int, itemsize: int, minimum: bool, arch: str) -> Tile:
     """Three tiles of sums (a group's, a chunk's, all) are in registers: 32 of each in 256 threads. `minimum`: and those
-    of x, as many, so that half of the outputs fit in fp32. A chunk of 512 makes 512 programs of one row and a matrix of
-    4096 x 4096: four on each of an H100's SMs."""
+    of x, as many, so that half of the outputs fit in fp32. A group takes a program about a microsecond, one after
+    another: chunks are as short as their sums' way through memory allows."""
     few = M <= 16
-    blocks = {"BLOCK_N": 64 if few or (itemsize == 4 and minimum) else 128, "BLOCK_R": 16 if few else 64, "CHUNK": 512}
+    blocks = {"BLOCK_N": 64 if few or (itemsize == 4 and minimum) else 128, "BLOCK_R": 16 if few else 64, "CHUNK": 128}
     # For 3 stages ptxas makes room for two programs there, and spills.
     stages = 2 if arch in AMPERE and itemsize == 2 and minimum and not few else 3
     return Tile(4 if few else 8, stages, _one_instruction(blocks, arch))
