@@ -20,29 +20,6 @@ void each_element(const Mlp& a, Worker& worker, F f) {
   });
 }
 
-// Calls f(c, n) for the vectors of a row as mlp_row takes them.
-template <class F>
-INLINE void each_of_row(int64_t C, F f) {
-  int64_t c = 0;
-  for (; c + 2 * LANES <= C; c += 2 * LANES) f(c, Two{});
-  for (; c < C; c += LANES) f(c, (int)min<int64_t>(C - c, LANES));
-}
-template <class F>
-INLINE Pair apply(F f, Pair x, Pair y) {
-  return {f(x.a, y.a), f(x.b, y.b)};
-}
-template <class F>
-INLINE f32v apply(F f, f32v x, f32v y) {
-  return f(x, y);
-}
-template <class T>
-INLINE void put(bool past_caches, T* p, Pair v, Two) {
-  past_caches ? stream_pair<T>(p, v) : store_pair<T>(p, v);
-}
-template <class T, class N>
-INLINE void put(bool past_caches, T* p, f32v v, N n) {
-  past_caches ? stream(p, v, n) : store(p, v, n);
-}
 template <class T>
 INLINE bool past_caches(const MlpBackward& a, int64_t outputs) {
   const int64_t row_bytes = a.cols * (int64_t)sizeof(T);
@@ -61,8 +38,8 @@ INLINE void bias_gelu_backward_rows(const MlpBackward& a, int64_t r, bool past, 
     for (int i = 0; i < N; i++) {
       const auto x = load((const T*)a.x + (r + i) * a.x_stride + c, n) + b;
       const auto dy = load((const T*)a.dy + (r + i) * a.dy_stride + c, n);
-      const auto dx = apply([&](f32v x, f32v dy) { return dy * derivative(x); }, x, dy);
-      put(past, (T*)a.dx + (r + i) * a.cols + c, dx, n);
+      const auto dx = apply<T>([&](T t, f32v x, f32v dy) { return dy * derivative(t, x); }, x, dy);
+      put<T>(past, (T*)a.dx + (r + i) * a.cols + c, dx, n);
       rows = i ? rows + dx : dx;
     }
     if (kept) keep_row(kept + c, rows + load(kept + c, n), n);
@@ -90,29 +67,33 @@ void bias_gelu_backward(const MlpBackward& a, Worker& worker, F derivative) {
   });
 }
 
-// f(gate, up) -> the derivatives of y by each.
+// f(T{}, gate, up) -> the derivatives of y by each. The next row is fetched meanwhile.
 template <class F>
 void gated_backward(const MlpBackward& a, Worker& worker, F f) {
   with_storage(a.dtype, [&](auto t) {
     using T = decltype(t);
     const bool past = past_caches<T>(a, 2);
     worker.phase(a.rows, ceil_div(a.rows, 8 * worker.count), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; r++)
-        each_of_row(a.cols, [&](int64_t c, auto n) {
-          const auto gate = load((const T*)a.x + r * a.x_stride + c, n);
-          const auto up = load((const T*)a.other + r * a.other_stride + c, n);
-          const auto dy = load((const T*)a.dy + r * a.dy_stride + c, n);
+      for (int64_t r = begin; r < end; r++) {
+        const T *x = (const T*)a.x + r * a.x_stride, *other = (const T*)a.other + r * a.other_stride;
+        const T* dys = (const T*)a.dy + r * a.dy_stride;
+        const int64_t ahead = r + 1 < a.rows;
+        each_pair(a.cols, [&](int64_t c, auto n, int) {
+          prefetch_pair(x + ahead * a.x_stride + c), prefetch_pair(other + ahead * a.other_stride + c);
+          prefetch_pair(dys + ahead * a.dy_stride + c);
+          const auto gate = load(x + c, n), up = load(other + c, n), dy = load(dys + c, n);
           auto dgate = gate, dup = up;
           if constexpr (__is_same(decltype(n), Two)) {
-            const Pair one = f(gate.a, up.a), two = f(gate.b, up.b);
+            const Pair one = f(T{}, gate.a, up.a), two = f(T{}, gate.b, up.b);
             dgate = Pair{one.a, two.a} * dy, dup = Pair{one.b, two.b} * dy;
           } else {
-            const Pair one = f(gate, up);
+            const Pair one = f(T{}, gate, up);
             dgate = one.a * dy, dup = one.b * dy;
           }
-          put(past, (T*)a.dx + r * a.cols + c, dgate, n);
-          put(past, (T*)a.dother + r * a.cols + c, dup, n);
+          put<T>(past, (T*)a.dx + r * a.cols + c, dgate, n);
+          put<T>(past, (T*)a.dother + r * a.cols + c, dup, n);
         });
+      }
       if (past) stream_end();
     });
   });
@@ -133,18 +114,28 @@ void swiglu(const Mlp& a, Worker& worker) {
 }
 
 void bias_gelu_backward(const MlpBackward& a, Worker& worker) {
-  a.tanh ? bias_gelu_backward(a, worker, [](f32v x) { return gelu_tanh_derivative(x); })
-         : bias_gelu_backward(a, worker, [](f32v x) { return gelu_erf_derivative(x); });
+  if (a.tanh)
+    bias_gelu_backward(a, worker, [](auto t, f32v x) { return gelu_tanh_derivative<decltype(t)>(x).a; });
+  else
+    bias_gelu_backward(a, worker, [](auto t, f32v x) { return gelu_erf_derivative<decltype(t)>(x).a; });
 }
 
 void geglu_backward(const MlpBackward& a, Worker& worker) {
-  a.tanh ? gated_backward(a, worker, [](f32v g, f32v up) { return Pair{gelu_tanh_derivative(g) * up, gelu_tanh(g)}; })
-         : gated_backward(a, worker, [](f32v g, f32v up) { return Pair{gelu_erf_derivative(g) * up, gelu_erf(g)}; });
+  if (a.tanh)
+    gated_backward(a, worker, [](auto t, f32v gate, f32v up) {
+      const Pair g = gelu_tanh_derivative<decltype(t)>(gate);
+      return Pair{g.a * up, g.b};
+    });
+  else
+    gated_backward(a, worker, [](auto t, f32v gate, f32v up) {
+      const Pair g = gelu_erf_derivative<decltype(t)>(gate);
+      return Pair{g.a * up, g.b};
+    });
 }
 
 void swiglu_backward(const MlpBackward& a, Worker& worker) {
-  gated_backward(a, worker, [](f32v gate, f32v up) {
-    const f32v s = 1.0f / (1.0f + exp(-gate));
+  gated_backward(a, worker, [](auto t, f32v gate, f32v up) {
+    const f32v s = 1.0f / (1.0f + exp_for<decltype(t)>(-gate));
     return Pair{silu_derivative(gate, s) * up, gate * s};
   });
 }

@@ -5,40 +5,53 @@
 
 namespace gptfast::ISA {
 
-// Row r to y; `other` is the row of up, the bias, or zero where there is none.
+// f(T{}, x, y) for the vectors of T's.
+template <class T, class F>
+INLINE f32v apply(F f, f32v x, f32v y) {
+  return f(T{}, x, y);
+}
+template <class T, class F>
+INLINE Pair apply(F f, Pair x, Pair y) {
+  return {f(T{}, x.a, y.a), f(T{}, x.b, y.b)};
+}
+
+// The pair at p. Two pairs' lines at once took 1.05 times as long in the forward, 1.15 in the backward.
+template <class T>
+INLINE void prefetch_pair(const T* p) {
+  for (int b = 0; b < 2 * LANES * (int)sizeof(T); b += 64) __builtin_prefetch((const char*)p + b);
+}
+
+// Row r to y, while the next one is fetched; `other` is the row of up, the bias, or zero where there is none.
 template <class T, class F>
 INLINE void mlp_row(const Mlp& a, int64_t r, bool past_caches, T* y, F f) {
   const T *x = (const T*)a.x + r * a.x_stride, *other = a.other ? (const T*)a.other + r * a.other_stride : nullptr;
-  int64_t c = 0;
-  for (; c + 2 * LANES <= a.cols; c += 2 * LANES) {
-    const Pair p = load(x + c, Two{}), q = other ? load(other + c, Two{}) : Pair{};
-    const Pair v = {f(p.a, q.a), f(p.b, q.b)};
-    past_caches ? stream_pair<T>(y + c, v) : store_pair<T>(y + c, v);
-  }
-  for (; c < a.cols; c += LANES) {
-    const int n = (int)min<int64_t>(a.cols - c, LANES);
-    store(y + c, f(load(x + c, n), other ? load(other + c, n) : f32v{}), n);
-  }
+  const int64_t next = r + 1 < a.rows ? a.x_stride : 0, next_other = r + 1 < a.rows ? a.other_stride : 0;
+  each_pair(a.cols, [&](int64_t c, auto n, int) {
+    prefetch_pair(x + next + c);
+    if (next_other) prefetch_pair(other + next_other + c);
+    const auto p = load(x + c, n), q = other ? load(other + c, n) : decltype(p){};
+    put<T>(past_caches, y + c, apply<T>(f, p, q), n);
+  });
 }
 
-// Calls use(f) with the op's f.
+// Calls use(f) with the op's f of a storage type and two vectors.
 template <class Use>
 INLINE void with_bias_gelu(const Mlp& a, Use use) {
   if (a.tanh)
-    use([](f32v x, f32v bias) { return gelu_tanh(x + bias); });
+    use([](auto t, f32v x, f32v bias) { return gelu_tanh<decltype(t)>(x + bias); });
   else
-    use([](f32v x, f32v bias) { return gelu_erf(x + bias); });
+    use([](auto t, f32v x, f32v bias) { return gelu_erf<decltype(t)>(x + bias); });
 }
 template <class Use>
 INLINE void with_geglu(const Mlp& a, Use use) {
   if (a.tanh)
-    use([](f32v gate, f32v up) { return gelu_tanh(gate) * up; });
+    use([](auto t, f32v gate, f32v up) { return gelu_tanh<decltype(t)>(gate) * up; });
   else
-    use([](f32v gate, f32v up) { return gelu_erf(gate) * up; });
+    use([](auto t, f32v gate, f32v up) { return gelu_erf<decltype(t)>(gate) * up; });
 }
 template <class Use>
 INLINE void with_swiglu(const Mlp&, Use use) {
-  use([](f32v gate, f32v up) { return silu(gate) * up; });
+  use([](auto t, f32v gate, f32v up) { return silu<decltype(t)>(gate) * up; });
 }
 
 }  // namespace gptfast::ISA

@@ -40,16 +40,6 @@ INLINE Pair load_as(const float* p, Two) {
   return {__builtin_shuffle(a, b, 2 * iota()), __builtin_shuffle(a, b, 2 * iota() + 1)};
 }
 
-// From: see store_pair.
-template <class From, class T>
-INLINE void put(bool past_caches, T* p, Pair v, Two) {
-  past_caches ? stream_pair<From>(p, v) : store_pair<From>(p, v);
-}
-template <class From, class T, class N>
-INLINE void put(bool past_caches, T* p, f32v v, N n) {
-  past_caches ? stream(p, v, n) : store(p, v, n);
-}
-
 INLINE f32v where(f32v mask, f32v v) { return bitcast<f32v>(bitcast<i32v>(mask) & bitcast<i32v>(v)); }
 INLINE Pair where(Pair mask, Pair v) { return {where(mask.a, v.a), where(mask.b, v.b)}; }
 INLINE void add(f32v* total, f32v v) { *total += v; }

@@ -373,6 +373,16 @@ INLINE u32v upper_half(f32v v) {
 }
 template <class From>
 INLINE u32v narrow(Pair v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(From) == sizeof(bf16)) {  // all halves that stay at once, and the carries out of the others
+    const __m512i a = _mm512_castps_si512(v.a), b = _mm512_castps_si512(v.b), odd = _mm512_set1_epi32(-0x10000);
+    const __m512i high = _mm512_ternarylogic_epi32(_mm512_srli_epi32(a, 16), b, odd, 0xf8);  // x | y & z
+    const __m512i low = _mm512_ternarylogic_epi32(_mm512_slli_epi32(b, 16), a, _mm512_set1_epi32(0xffff), 0xf8);
+    const __m512i half = _mm512_ternarylogic_epi32(_mm512_set1_epi16(0x7ffe), high, _mm512_set1_epi16(1), 0xf8);
+    const __m512i sum = _mm512_avg_epu16(low, half);  // (low + half + 1) / 2
+    return bitcast<u32v>(_mm512_add_epi16(high, _mm512_srli_epi16(sum, 15)));
+  }
+#endif
   const u32v even = upper_half<From>(v.a) >> 16, odd = upper_half<From>(v.b);
 #if defined(__AVX2__) && !defined(__AVX512F__)
   return bitcast<u32v>(_mm256_blend_epi16(bitcast<__m256i>(even), bitcast<__m256i>(odd), 0xaa));
@@ -399,6 +409,14 @@ INLINE void stream_pair(T* p, Pair v) {
 template <class From>
 INLINE void stream_pair(bf16* p, Pair v) {
   stream((float*)p, bitcast<f32v>(narrow<From>(v)));
+}
+template <class From, class T>
+INLINE void put(bool past_caches, T* p, Pair v, Two) {
+  past_caches ? stream_pair<From>(p, v) : store_pair<From>(p, v);
+}
+template <class From, class T, class N>
+INLINE void put(bool past_caches, T* p, f32v v, N n) {
+  past_caches ? stream(p, v, n) : store(p, v, n);
 }
 INLINE void stream_end() {
 #if defined(__SSE2__)
@@ -540,6 +558,22 @@ INLINE f32v exp(f32v x) {
   p = fma(p, f, splat(4.9999994e-1f));
   p = fma(p, f, splat(1.0f));
   return scale_by_exp2(fma(p, f, splat(1.0f)), n);
+}
+
+// 2^x to 2^-18, for what is rounded to 16 bits: half the instructions of exp. Infinity from 128 on, 0 below -151, NaN
+// stays NaN.
+INLINE f32v exp2_for_16_bits(f32v x) {
+#if defined(__AVX512F__)
+  const f32v f = _mm512_reduce_ps(x, 9), n = x;  // x - floor(x), 0 for infinities; scaling takes the floor itself
+#else
+  x = min(splat(130.0f), max(splat(-151.0f), x));
+  const f32v n = round(x - 0.5f), f = x - n;
+#endif
+  f32v p = splat(1.353416778e-2f);  // the minimax of the relative error for 0 <= f <= 1
+  p = fma(p, f, splat(5.201146007e-2f));
+  p = fma(p, f, splat(2.414427549e-1f));
+  p = fma(p, f, splat(6.930038333e-1f));
+  return scale_by_exp2(fma(p, f, splat(1.000002623f)), n);
 }
 
 // Calls f with a value of the storage type that `dtype` names (kernels.h).

@@ -49,6 +49,22 @@ def test_gelu_erf_keeps_its_tail(isa: str) -> None:
     assert (error <= (2 + 2 + 4 * 0.5 + x.double().square() / 2) * ULP).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_are_rounded_once(dtype: torch.dtype, isa: str) -> None:
+    """The shorter polynomial's 2^-18, and 2^-24 of an exponent below 2^5 as often as it is rounded, are nothing beside
+    half a unit in the last place: every value there is."""
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    x = x[(x > -5) & (x < 12)]
+    wide, info = x.double(), torch.finfo(dtype)
+    for got, exact in (
+        (swiglu(x, torch.ones_like(x), backend="cpu"), swiglu_reference(wide, torch.ones_like(wide))),
+        (bias_gelu(x, backend="cpu"), bias_gelu_reference(wide)),
+        (bias_gelu(x, approximate="none", backend="cpu"), bias_gelu_reference(wide, approximate="none")),
+    ):
+        ulp = info.eps * (2.0 ** exact.abs().log2().floor()).clamp(min=info.smallest_normal)
+        assert ((got.double() - exact).abs() <= 0.5 * ulp + 2.0**-16 * exact.abs()).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
 def test_nan_and_infinity_are_those_of_the_formula(dtype: torch.dtype, approximate: str, isa: str) -> None:
