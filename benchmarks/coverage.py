@@ -23,7 +23,7 @@ def served(op: Op, backend: str) -> str:
     """The dtypes in which a backend serves cases of the page, and how many of them where it declines some."""
     said = []
     for dtype in op.dtypes:
-        taken = [ops.explain(op.function, **case.arguments(dtype)).backend == backend for case in op.cases()]
+        taken = [ops.explain(op.function, **case.unread(dtype)).backend == backend for case in op.cases()]
         if any(taken):
             name = SHORT[str(dtype).removeprefix("torch.")]
             said.append(name if all(taken) else f"{name} ({sum(taken)} of {len(taken)} cases)")
@@ -44,7 +44,7 @@ def rooflines() -> str:
     """Each timed case: operations, the fewest bytes, and their quotient."""
     lines = ["| op/case (fp32) | MFLOP | MB | FLOP/byte |", "|---|---:|---:|---:|"]
     for op, case in sorted(selected(), key=lambda pair: (pair[0].name, pair[1].name)):
-        cost = op.cost(**case.arguments(op.dtypes[0]))
+        cost = op.cost(**case.unread(op.dtypes[0]))
         unit = "" if cost.unit == "fp32" else f" ({cost.unit})"
         cells = (f"{cost.flops / 1e6:.4g}{unit}", f"{cost.bytes / 1e6:.4g}", f"{cost.flops / max(cost.bytes, 1):.3g}")
         lines.append(f"| {op.name}/{case.name} | " + " | ".join(cells) + " |")

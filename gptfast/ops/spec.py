@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,22 @@ class Inputs:
         return torch.randint(low, high, shape, generator=self.generator).to(self.device, dtype)
 
 
+class Unread(Inputs):
+    """Makes them for calls that nobody runs: what is large stays as memory has it."""
+
+    LARGE = 1 << 16  # elements
+
+    def randn(self, *shape: int, scale: float = 1.0, shift: float = 0.0, dtype: torch.dtype | None = None) -> Tensor:
+        if math.prod(shape) > self.LARGE:
+            return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+        return super().randn(*shape, scale=scale, shift=shift, dtype=dtype)
+
+    def rand(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        if math.prod(shape) > self.LARGE:
+            return torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+        return super().rand(*shape, dtype=dtype)
+
+
 @dataclass(frozen=True)
 class Case:
     """One named set of arguments. `make` returns the keyword arguments of the public function."""
@@ -44,6 +61,10 @@ class Case:
     def arguments(self, dtype: torch.dtype, device: str = "cpu", draw: int = 0) -> dict[str, Any]:
         """Other draws have other random numbers."""
         return self.make(Inputs(dtype, self.name + (f"/{draw}" if draw else ""), device))
+
+    def unread(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Arguments of the same shapes, for what looks at nothing else."""
+        return self.make(Unread(dtype, self.name))
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def test_the_kernels_serve_most_cases(op: Op, backend: str) -> None:
         pytest.skip(f"{backend} has no kernel for {op.name}")
     for dtype in op.dtypes:
         served = [
-            not where.refusal(op, where.here(op, case.arguments(dtype)), backend)
+            not where.refusal(op, where.here(op, case.unread(dtype)), backend)
             for case in op.cases()
             if not where.too_large(case)
         ]
