@@ -119,15 +119,16 @@ def calls(op: Op, arguments: dict[str, Any]) -> list[tuple[Any, tuple[Any, ...]]
     return seen.made
 
 
-def small() -> list[Any]:
-    """Of each op with gradients the cases that PyTorch's checks, which call an op many times, can take. They see which
-    arguments there are, not their sizes: one case for each kind of call."""
+def small(by_kind: bool) -> list[Any]:
+    """Of each op with gradients the cases that PyTorch's checks, which call an op many times, can take. by_kind: one of
+    each kind of call, for a check that sees which arguments there are, not their sizes."""
     found: dict[Any, Any] = {}
     for op in ops.pages().values():
         for case in op.cases() if op.differentiable else ():
             arguments = {} if case.tags & {"big", "bench"} else case.unread(torch.float32)
             if 0 < sum(x.numel() for x in arguments.values() if isinstance(x, Tensor)) < 3000:
                 kind = (op.name, *((name, _kind(x)) for name, x in arguments.items() if x is not None))
+                kind = kind if by_kind else (op.name, case.name)
                 found.setdefault(kind, pytest.param(op, case, id=f"{op.name}-{case.name}"))
     return list(found.values())
 
@@ -157,7 +158,7 @@ def ask(x: Any, dtype: torch.dtype | None = None) -> Any:
     return x.detach().to(dtype or x.dtype, copy=True).requires_grad_()
 
 
-@pytest.mark.parametrize(("op", "case"), small())
+@pytest.mark.parametrize(("op", "case"), small(by_kind=True))
 def test_pytorch_knows_the_ops(op: Op, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """opcheck: schemas, fakes, the autograd key, and AOT tracing with dynamic shapes."""
     arguments = case.arguments(torch.float32)
@@ -168,7 +169,7 @@ def test_pytorch_knows_the_ops(op: Op, case: Case, monkeypatch: pytest.MonkeyPat
         opcheck(func, tuple(ask(x) for x in given))
 
 
-@pytest.mark.parametrize(("op", "case"), small())
+@pytest.mark.parametrize(("op", "case"), small(by_kind=False))
 def test_numerical_gradients(op: Op, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """gradcheck in fp64 of the ops as registered, whose kernels are the reference then."""
     arguments = case.arguments(torch.float32)
