@@ -20,7 +20,7 @@ from gptfast.model import GPT, GPTConfig
 from tests import where
 
 if where.INTERPRETED or (where.on_the_cpu() and reason_missing("cpu") is not None):
-    pytest.skip("nothing to replay", allow_module_level=True)
+    pytest.skip("replay needs the CPU's kernels, built, or a GPU", allow_module_level=True)
 
 LLAMA: dict[str, Any] = dict(n_kv_head=2, norm="rms_norm", positions="rope", activation="swiglu", qkv_bias=False)
 CONFIGS = {"gpt2": GPTConfig("gpt2", 97, 2, 4, 64, 640), "llama": GPTConfig("llama", 97, 2, 4, 64, 640, **LLAMA)}
@@ -32,7 +32,7 @@ class Again:
 
     made = 0
 
-    def __init__(self, function: Callable[[], Any], prepare: Callable[[], Any]) -> None:
+    def __init__(self, function: Callable[[], Any], prepare: Callable[[], Any], device: torch.device) -> None:
         Again.made += 1
         self._function, self.result = function, prepare()
 
@@ -146,8 +146,8 @@ def test_the_next_call_mostly_finds_its_graph(monkeypatch: pytest.MonkeyPatch) -
 def test_what_waits_for_the_gpu_is_not_captured() -> None:
     x = torch.ones(3, device="cuda")
     with pytest.raises(NotReplayable, match="CUDA graph"):
-        graph.Graph(lambda: x.sum().item(), lambda: None)
-    again = graph.Graph(lambda: x * 2, lambda: None)  # a capture that failed leaves nothing behind
+        graph.Graph(lambda: x.sum().item(), lambda: None, x.device)
+    again = graph.Graph(lambda: x * 2, lambda: None, x.device)  # a capture that failed leaves nothing behind
     x.fill_(4)
     again.run()
     assert again.result.tolist() == [8, 8, 8]

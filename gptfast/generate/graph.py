@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Graph:
-    """What a function starts on the GPU, captured: run() starts it again. `result` is what the function gave, whose
+    """What a function starts on a GPU, captured: run() starts it again. `result` is what the function gave, whose
     memory each run overwrites.
 
     prepare: does once, uncaptured, what the function does, so that all kernels are compiled and loaded.
@@ -31,8 +31,8 @@ class Graph:
     Raises NotReplayable where the function does what can't be captured: waits for the GPU, for example.
     """
 
-    def __init__(self, function: Callable[[], Any], prepare: Callable[[], Any]) -> None:
-        current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+    def __init__(self, function: Callable[[], Any], prepare: Callable[[], Any], device: torch.device) -> None:
+        current, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
         aside.wait_stream(current)
         with torch.cuda.stream(aside):
             prepare()
@@ -51,7 +51,7 @@ class Graph:
         current.wait_stream(aside)
 
     def run(self) -> None:
-        """Starts the captured work on the current stream."""
+        """Starts the captured work on its device's current stream."""
         self._graph.replay()
 
 
@@ -75,7 +75,7 @@ class GraphReplay(Recording):
             return model.head_of(model.joined(*model.branches(self.ids, cache, self.positions))).flatten(0, 1)
 
         # A step like any other: what it writes behind the lengths is overwritten by the first that is replayed.
-        self._step = Graph(logits, logits)
+        self._step = Graph(logits, logits, self.device)
         self.logits: Tensor = self._step.result
         self._places, self._keep = pointers(cache), (model, tables)
         self._drawing: Graph | None = None
@@ -145,7 +145,7 @@ class GraphReplay(Recording):
                 read_logprobs.copy_(logprobs, non_blocking=True)
             return drawn, logprobs
 
-        self._drawing = Graph(lambda: draw(*state), lambda: draw(*(t.clone() for t in state)))
+        self._drawing = Graph(lambda: draw(*state), lambda: draw(*(t.clone() for t in state)), self.device)
         self._drawn = read, read_logprobs
         self.ids[:, 0], self.positions[:, 0] = torch.tensor(tokens, device=self.device), self._cache.lengths
         sampler.steps.fill_(step)
