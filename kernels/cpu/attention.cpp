@@ -68,7 +68,7 @@ void visible(const Attention& a, const Sequence& s, int i, int* low, int* high) 
 // New keys (rotated) and values begin .. end of a KV head go to their slots of the cache. Who reads them first writes
 // them where that is one worker, so that decoding needs no barrier for it.
 template <class T, class C>
-void append(const Attention& a, const Sequence& s, int64_t hk, int64_t begin, int64_t end) {
+NOINLINE void append(const Attention& a, const Sequence& s, int64_t hk, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i++) {
     const int64_t position = s.position + i, turn = position * (a.rotary / 2);
     C* k = (C*)a.k_cache + slot_at(a, s, s.k, a.k_strides, position) + hk * a.k_strides[2];
@@ -144,7 +144,7 @@ struct Head {
   }
 
   // Rows first .. of a tile in its memory, with nothing attended to yet. `few`: at most FEW rows, in the `few` shape.
-  Tile start(int first, bool few, float* memory, float* spare) const {
+  NOINLINE Tile start(int first, bool few, float* memory, float* spare) const {
     Tile t{};
     t.first = first;
     t.few = few;
@@ -208,7 +208,7 @@ struct Head {
   // Group g of a chunk's keys or values, of which [begin, end) of the chunk are needed; the others may be anything.
   // Where they don't lie evenly, or not all of them are there, they are copied to `spare`, another one standing for
   // those not needed; as are those `far` apart.
-  Rows<C> group(const Side<C>& x, int chunk, int g, int begin, int end, bool far, void* spare) const {
+  NOINLINE Rows<C> group(const Side<C>& x, int chunk, int g, int begin, int end, bool far, void* spare) const {
     const int64_t from = s.leftpad + chunk * CHUNK, slot = from + g * LANES;
     const bool whole = (begin <= g * LANES && end >= (g + 1) * LANES) || (!a.cu_k && slot + LANES <= a.Sk);
     if (whole && !far && (!s.pages || slot % a.page + LANES <= a.page))
@@ -234,7 +234,7 @@ struct Head {
   }
 
   // The tile's part of a chunk; empty where begin >= end.
-  Keys keys(const Tile& t, int chunk, float* bias) const {
+  NOINLINE Keys keys(const Tile& t, int chunk, float* bias) const {
     Keys c{};
     c.start = chunk * CHUNK;
     c.begin = max(t.low[0] - c.start, 0);
@@ -288,7 +288,7 @@ struct Head {
   }
 
   // The sink joins, the sum divides, and the rows leave.
-  void finish(Tile& t, float* spare) const {
+  NOINLINE void finish(Tile& t, float* spare) const {
     for (int r = 0; r < t.width; r += LANES) {
       const f32v m = load(t.m + r), sink = load(t.sink + r), top = finite(max(m, sink)), turn = decay(m - top);
       const f32v total = fma(load(t.l + r), turn, decay(sink - top));

@@ -329,7 +329,7 @@ NOINLINE void qk_few(const float* q, const Rows<T>* k, const Rows<T>* v, int fir
 }
 
 // One row's scores to probabilities, in place: their maximum to *m, their sum to *l.
-INLINE void softmax_few(const Tile& t, const Keys& keys, int r, float* s, float* m, float* l) {
+NOINLINE inline void softmax_few(const Tile& t, const Keys& keys, int r, float* s, float* m, float* l) {
   const i32v low = splat(t.low[r]), high = splat(t.high[r]), position = splat(t.position[r]);
   const f32v slope = splat(t.slope[r]);
   f32v top = splat(NONE), total = {};

@@ -5,12 +5,10 @@
 
 #include <cstddef>
 #include <cstring>
-#include <functional>
 #include <map>
 #include <memory>
 #include <new>
 #include <string>
-#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -75,49 +73,58 @@ py::capsule output(const std::vector<std::int64_t>& shape, int code, int bits) {
   return made;
 }
 
-// A Python value as a field: an integer or address, a float, a sequence of them for an array.
-template <class Field>
-void set(Field& field, PyObject* value) {
-  if constexpr (std::is_array_v<Field>) {
-    const py::tuple items = py::reinterpret_borrow<py::object>(value);
-    if (items.size() != std::extent_v<Field>)
-      throw py::type_error("expected " + std::to_string(std::extent_v<Field>) + " numbers, got " +
-                           std::to_string(items.size()));
-    for (std::size_t i = 0; i < items.size(); i++) set(field[i], items[i].ptr());
-  } else if constexpr (std::is_pointer_v<Field>) {
-    field = reinterpret_cast<Field>(PyLong_AsUnsignedLongLong(value));
-  } else if constexpr (std::is_floating_point_v<Field>) {
-    field = static_cast<Field>(PyFloat_AsDouble(value));
-  } else if constexpr (std::is_unsigned_v<Field>) {
-    field = static_cast<Field>(PyLong_AsUnsignedLongLong(value));
-  } else {
-    field = static_cast<Field>(PyLong_AsLongLong(value));
-  }
+// How a field's numbers are read: as addresses, whole numbers or fractions.
+enum class Kind { ADDRESS, INT32, INT64, UINT32, UINT64, FLOAT, DOUBLE };
+template <class T>
+constexpr Kind kind_of() {
+  if (std::is_pointer_v<T>) return Kind::ADDRESS;
+  if (std::is_floating_point_v<T>) return sizeof(T) == sizeof(float) ? Kind::FLOAT : Kind::DOUBLE;
+  if (std::is_unsigned_v<T>) return sizeof(T) == 4 ? Kind::UINT32 : Kind::UINT64;
+  return sizeof(T) == 4 ? Kind::INT32 : Kind::INT64;
 }
 
-// One field of a launch: its name, and how it is set. A pointer or an array that doesn't apply may be left out: null.
-template <class Args, class Field>
-struct Slot {
-  Field Args::* field;
-  PyObject* name;
-
-  Slot(Field Args::* field, const char* name) : field(field), name(PyUnicode_InternFromString(name)) {}
-  void locate(std::map<std::string, std::size_t>& words) const {
-    static const Args args{};
-    if constexpr (std::is_pointer_v<Field> || std::is_same_v<Field, std::int64_t>)
-      words[py::str(name)] = static_cast<std::size_t>(reinterpret_cast<const char*>(&(args.*field)) -
-                                                      reinterpret_cast<const char*>(&args));
-  }
-  bool fill(Args& args, const py::dict& given) const {
-    if (PyObject* value = PyDict_GetItem(given.ptr(), name)) {
-      set(args.*field, value);
-      return true;
-    }
-    if (!std::is_pointer_v<Field> && !std::is_array_v<Field>)
-      throw py::type_error("field " + std::string(py::str(name)) + " is missing");
-    return false;
-  }
+// One field of a launch's arguments. An address or an array that doesn't apply may be left out: null.
+struct Field {
+  const char* name;
+  std::size_t offset, size;  // size: bytes of a number
+  std::size_t items;         // 0: a number, else an array of so many
+  Kind kind;
+  PyObject* key;  // its name as Python looks it up
 };
+template <class T>
+constexpr Field field(const char* name, std::size_t offset) {
+  using Number = std::remove_all_extents_t<T>;
+  return {name, offset, sizeof(Number), std::extent_v<T>, kind_of<Number>(), nullptr};
+}
+
+template <class T>
+void write(char* to, T value) {
+  std::memcpy(to, &value, sizeof value);
+}
+void set(Kind kind, char* to, PyObject* value) {
+  switch (kind) {
+    case Kind::ADDRESS:
+    case Kind::UINT64:
+      return write(to, PyLong_AsUnsignedLongLong(value));
+    case Kind::UINT32:
+      return write(to, static_cast<std::uint32_t>(PyLong_AsUnsignedLongLong(value)));
+    case Kind::INT64:
+      return write(to, PyLong_AsLongLong(value));
+    case Kind::INT32:
+      return write(to, static_cast<std::int32_t>(PyLong_AsLongLong(value)));
+    case Kind::FLOAT:
+      return write(to, static_cast<float>(PyFloat_AsDouble(value)));
+    case Kind::DOUBLE:
+      return write(to, PyFloat_AsDouble(value));
+  }
+}
+void set(const Field& field, char* to, PyObject* value) {
+  if (!field.items) return set(field.kind, to, value);
+  const py::tuple items = py::reinterpret_borrow<py::object>(value);
+  if (items.size() != field.items)
+    throw py::type_error("expected " + std::to_string(field.items) + " numbers, got " + std::to_string(items.size()));
+  for (std::size_t i = 0; i < field.items; i++) set(field.kind, to + i * field.size, items[i].ptr());
+}
 
 // Arguments and the table of the instruction set that was in use when they were filled.
 template <class Args>
@@ -131,43 +138,62 @@ void call(const void* p, Worker& worker) {
   (bound.table->*kernel)(bound.args, worker);
 }
 
-// A kernel as a recorded launch needs it.
-struct Recordable {
-  std::size_t size;                                                               // of its Bound arguments
-  std::function<void(void* bound, const py::dict& fields, const char* op)> fill;  // the arguments come first
+constexpr std::size_t ROOM = 1024;  // bytes: no Bound is larger
+
+// A kernel by name: what it takes to call it, now or from a recording.
+struct Kernel {
+  std::string op;
+  std::size_t size, table;  // of its Bound, and where in it the table is; the arguments come first
   Body body;
-  std::size_t table;                         // where in it the table is
-  std::map<std::string, std::size_t> words;  // and each of the arguments that are pointers or int64
+  std::vector<Field> fields;
+
+  void fill(char* bound, const py::dict& given) const {
+    std::memset(bound, 0, size);
+    write(bound + table, &kernels());
+    std::size_t known = 0;
+    for (const Field& field : fields) {
+      if (PyObject* value = PyDict_GetItem(given.ptr(), field.key)) {
+        set(field, bound + field.offset, value);
+        known++;
+      } else if (field.kind != Kind::ADDRESS && !field.items) {
+        throw py::type_error("field " + std::string(field.name) + " is missing");
+      }
+    }
+    if (PyErr_Occurred()) throw py::error_already_set();
+    if (known != given.size()) throw py::type_error("a keyword is no field of " + op);
+  }
+  // Where an address or an int64 is.
+  std::size_t word(const std::string& name) const {
+    for (const Field& field : fields)
+      if (name == field.name && !field.items && (field.kind == Kind::ADDRESS || field.kind == Kind::INT64))
+        return field.offset;
+    throw py::key_error(op + " has no word " + name);
+  }
 };
-std::map<std::string, Recordable>& recordables() {
-  static auto* all = new std::map<std::string, Recordable>;
-  return *all;
+const Kernel& kernel_of(const std::string& op, Kernel* added = nullptr) {
+  static auto* all = new std::map<std::string, Kernel>;
+  if (added) (*all)[op] = std::move(*added);
+  const auto found = all->find(op);
+  if (found == all->end()) throw py::value_error("no kernel is called " + op);
+  return found->second;
 }
 
 // The list that takes this thread's launches as (op, threads, fields), or null.
 thread_local PyObject* recording = nullptr;
 
 // A launch reads its fields from the keywords itself: pybind11's own matching takes 150 ns for each of 50.
-template <auto kernel, class Args, class... Fields, class... Names>
-void def(py::module_& m, const char* op, std::tuple<Fields Args::*...> fields, Names... names) {
-  auto slots = std::apply([&](auto... field) { return std::make_tuple(Slot<Args, Fields>(field, names)...); }, fields);
-  auto fill = [slots](void* bound, const py::dict& given, const char* op) {
-    Args& args = (new (bound) Bound<Args>{{}, &kernels()})->args;
-    const std::size_t known =
-        std::apply([&](const auto&... slot) { return (std::size_t{0} + ... + slot.fill(args, given)); }, slots);
-    if (PyErr_Occurred()) throw py::error_already_set();
-    if (known != given.size()) throw py::type_error("a keyword is no field of " + std::string(op));
-  };
-  auto& known = recordables()[op] = {sizeof(Bound<Args>), fill, call<kernel, Args>, offsetof(Bound<Args>, table), {}};
-  std::apply([&](const auto&... slot) { (slot.locate(known.words), ...); }, slots);
+void def(py::module_& m, Kernel added) {
+  for (Field& field : added.fields) field.key = PyUnicode_InternFromString(field.name);
+  const std::string op = added.op;
+  const Kernel& kernel = kernel_of(op, &added);
   m.def(
-      op,
-      [fill, op](int threads, const py::kwargs& given) {
-        Bound<Args> bound;
-        fill(&bound, given, op);
-        if (recording) py::handle(recording).attr("append")(py::make_tuple(op, threads, given));
+      kernel.op.c_str(),
+      [&kernel](int threads, const py::kwargs& given) {
+        alignas(64) char bound[ROOM];
+        kernel.fill(bound, given);
+        if (recording) py::handle(recording).attr("append")(py::make_tuple(kernel.op, threads, given));
         py::gil_scoped_release unlocked;
-        run(call<kernel, Args>, &bound, threads);
+        run(kernel.body, bound, threads);
       },
       py::arg("threads"));
 }
@@ -181,7 +207,7 @@ class Plan {
       const py::tuple parts = py::reinterpret_borrow<py::tuple>(launch);
       const auto op = parts[0].cast<std::string>();
       void* args = lay_out(op, parts[2].cast<py::dict>());
-      steps_.push_back({recordables().at(op).body, args, parts[1].cast<int>()});
+      steps_.push_back({kernel_of(op).body, args, parts[1].cast<int>()});
     }
     recording_ = {steps_.data(), steps_.size()};
   }
@@ -205,8 +231,7 @@ class Plan {
     char bytes[64];
   };
   void* lay_out(const std::string& op, py::dict fields) {
-    const auto found = recordables().find(op);
-    if (found == recordables().end()) throw py::value_error("no kernel is called " + op);
+    const Kernel& kernel = kernel_of(op);
     py::dict flat;
     for (const auto& [name, value] : fields)
       flat[name] =
@@ -214,8 +239,8 @@ class Plan {
               ? py::int_(reinterpret_cast<std::uintptr_t>(
                     lay_out(value[py::int_(0)].cast<std::string>(), value[py::int_(1)].cast<py::dict>())))
               : py::reinterpret_borrow<py::object>(value);
-    storage_.push_back(std::make_unique<Line[]>((found->second.size + 63) / 64));
-    found->second.fill(storage_.back().get(), flat, found->first.c_str());
+    storage_.push_back(std::make_unique<Line[]>((kernel.size + 63) / 64));
+    kernel.fill(storage_.back()[0].bytes, flat);
     return storage_.back().get();
   }
   std::vector<std::unique_ptr<Line[]>> storage_;
@@ -228,17 +253,17 @@ class Plan {
 class Prepared {
  public:
   Prepared(const std::string& op, const py::tuple& given, py::dict fields)
-      : op_(op), names_(given), fields_(std::move(fields)), kernel_(recordables().at(op)), bound_(kernel_.size) {
-    kernel_.fill(bound_.data(), fields_, op_.c_str());
-    for (const py::handle name : given) at_.push_back(kernel_.words.at(name.cast<std::string>()));
+      : names_(given), fields_(std::move(fields)), kernel_(kernel_of(op)), bound_(kernel_.size) {
+    kernel_.fill(bound_.data(), fields_);
+    for (const py::handle name : given) at_.push_back(kernel_.word(name.cast<std::string>()));
   }
 
   void operator()(int threads, const py::args& given) const {
-    if (given.size() != at_.size()) throw py::type_error(op_ + ": expected as many values as were named");
+    if (given.size() != at_.size()) throw py::type_error(kernel_.op + ": expected as many values as were named");
     if (recording) {
       const py::dict all = fields_.attr("copy")();
       for (std::size_t i = 0; i < at_.size(); i++) all[names_[i]] = given[i];
-      py::handle(recording).attr("append")(py::make_tuple(op_, threads, all));
+      py::handle(recording).attr("append")(py::make_tuple(kernel_.op, threads, all));
     }
     std::vector<char> bound = bound_;  // its own, for other threads may call too
     const Kernels* table = &kernels();
@@ -253,10 +278,9 @@ class Prepared {
   }
 
  private:
-  std::string op_;
   py::tuple names_;
   py::dict fields_;
-  const Recordable& kernel_;
+  const Kernel& kernel_;
   std::vector<char> bound_;
   std::vector<std::size_t> at_;
 };
@@ -267,12 +291,13 @@ class Prepared {
 #define EXPAND1(...) EXPAND2(EXPAND2(EXPAND2(EXPAND2(__VA_ARGS__))))
 #define EXPAND2(...) EXPAND3(EXPAND3(EXPAND3(EXPAND3(__VA_ARGS__))))
 #define EXPAND3(...) __VA_ARGS__
-#define EACH_FIELD(A, f, ...) &A::f __VA_OPT__(, EACH_FIELD_AGAIN PARENS(A, __VA_ARGS__))
+#define EACH_FIELD(A, f, ...) \
+  field<decltype(A::f)>(#f, offsetof(A, f)) __VA_OPT__(, EACH_FIELD_AGAIN PARENS(A, __VA_ARGS__))
 #define EACH_FIELD_AGAIN() EACH_FIELD
-#define EACH_NAME(f, ...) #f __VA_OPT__(, EACH_NAME_AGAIN PARENS(__VA_ARGS__))
-#define EACH_NAME_AGAIN() EACH_NAME
-#define BIND(op, A, ...) \
-  def<&Kernels::op>(m, #op, std::make_tuple(EXPAND(EACH_FIELD(A, __VA_ARGS__))), EXPAND(EACH_NAME(__VA_ARGS__)))
+#define BIND(op, A, ...)                   \
+  static_assert(sizeof(Bound<A>) <= ROOM); \
+  def(m,                                   \
+      {#op, sizeof(Bound<A>), offsetof(Bound<A>, table), call<&Kernels::op, A>, {EXPAND(EACH_FIELD(A, __VA_ARGS__))}})
 
 }  // namespace
 

@@ -2,40 +2,21 @@
 // never stored.
 #pragma once
 #include "linear.h"
-#include "mlp.h"
-#include "norm.h"
+
+#if defined(__AVX512VNNI__)  // which adds nothing to making rows
+namespace gptfast::avx512 {
+#else
+namespace gptfast::ISA {
+#endif
+// Row r of what the launch before would have written, to y, in its storage dtype. With `others`, that launch's other
+// outputs (sum, mean, rstd) are written too. memory: 2 * depth + 4 * LANES floats.
+void make_row(const Linear& a, int64_t r, bool others, void* y, float* memory);
+}  // namespace
 
 namespace gptfast::ISA {
-
-// Row r of what the launch before would have written, to y. With `others`, that launch's other outputs (sum, mean,
-// rstd) are written too. memory: 2 * depth + 4 * LANES floats.
-template <class T>
-void make_row(const Linear& a, int64_t r, bool others, T* y, float* memory) {
-  if (a.before == Linear::LAYER_NORM || a.before == Linear::RMS_NORM) {
-    const Norm& norm = *(const Norm*)a.source;
-    NormRow<T> out = others ? norm_row<T>(norm, r) : NormRow<T>{};
-    out.y = y;
-    auto make = [&](auto w) {
-      if (a.before == Linear::LAYER_NORM)
-        layer_norm_row<T, decltype(w)>(norm, r, false, memory, out);
-      else
-        rms_norm_row<T, decltype(w)>(norm, r, false, memory, out);
-    };
-    if (norm.weight_dtype == norm.dtype)
-      make(T{});
-    else
-      make(float{});
-  } else {
-    const Mlp& mlp = *(const Mlp*)a.source;
-    auto make = [&](auto f) { mlp_row(mlp, r, false, y, f); };
-    if (a.before == Linear::BIAS_GELU)
-      with_bias_gelu(mlp, make);
-    else if (a.before == Linear::SWIGLU)
-      with_swiglu(mlp, make);
-    else
-      with_geglu(mlp, make);
-  }
-}
+#if defined(__AVX512VNNI__)
+using avx512::make_row;
+#endif
 
 // Floats of memory that x_rows wants.
 INLINE int64_t x_floats(const Linear& a, int64_t rows) {
