@@ -208,7 +208,7 @@ struct Head {
   // Group g of a chunk's keys or values, of which [begin, end) of the chunk are needed; the others may be anything.
   // Where they don't lie evenly, or not all of them are there, they are copied to `spare`, another one standing for
   // those not needed; as are those `far` apart.
-  NOINLINE Rows<C> group(const Side<C>& x, int chunk, int g, int begin, int end, bool far, void* spare) const {
+  Rows<C> group(const Side<C>& x, int chunk, int g, int begin, int end, bool far, void* spare) const {
     const int64_t from = s.leftpad + chunk * CHUNK, slot = from + g * LANES;
     const bool whole = (begin <= g * LANES && end >= (g + 1) * LANES) || (!a.cu_k && slot + LANES <= a.Sk);
     if (whole && !far && (!s.pages || slot % a.page + LANES <= a.page))
