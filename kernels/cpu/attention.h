@@ -52,11 +52,12 @@ INLINE void together(f32v (&x)[N]) {
 #endif
 }
 // e^x for x <= 0: the absolute error counts, so x log2(e) may be rounded. 2^y to 2 units in the last place by a
-// polynomial of degree 5; y below -127 is taken for it, where the sum of the exponents is exactly zero. NaN stays one.
-// N vectors step by step: each alone is a chain of a dozen instructions of 3 to 4 cycles.
+// polynomial of degree 5; y below -127 is taken for it, whose power is exactly zero. NaN stays one. N vectors step by
+// step: each alone is a chain of a dozen instructions of 3 to 4 cycles.
 template <int N>
 INLINE void decay(f32v (&x)[N]) {
   constexpr float terms[] = {9.671512991e-3f, 5.550733581e-2f, 2.402224243e-1f, 6.931470037e-1f, 1.0f};
+  constexpr float whole = 0x1.8p23f + 127;  // added, it leaves y rounded to nearest even + 127, an exponent, at the end
   f32v n[N], p[N];
   auto step = [](f32v(&to)[N], auto f) {
     UNROLL for (int i = 0; i < N; i++) to[i] = f(i);
@@ -64,12 +65,12 @@ INLINE void decay(f32v (&x)[N]) {
   };
   step(x, [&](int i) { return x[i] * 1.44269504088896341f; });
   step(x, [&](int i) { return max(splat(-127.0f), x[i]); });
-  step(n, [&](int i) { return round(x[i]); });
-  step(x, [&](int i) { return x[i] - n[i]; });
-  step(n, [&](int i) { return bitcast<f32v>(__builtin_convertvector(n[i], i32v) << 23); });
+  step(n, [&](int i) { return x[i] + whole; });
+  step(x, [&](int i) { return x[i] - (n[i] - whole); });
+  step(n, [&](int i) { return bitcast<f32v>(bitcast<i32v>(n[i]) << 23); });
   for (int i = 0; i < N; i++) p[i] = splat(1.326472731e-3f);
   UNROLL for (const float term : terms) step(p, [&](int i) { return fma(p[i], x[i], splat(term)); });
-  for (int i = 0; i < N; i++) x[i] = bitcast<f32v>(bitcast<i32v>(p[i]) + bitcast<i32v>(n[i]));
+  for (int i = 0; i < N; i++) x[i] = p[i] * n[i];
 }
 INLINE f32v decay(f32v x) {
   f32v one[1] = {x};
@@ -137,27 +138,37 @@ INLINE void merge(float* m, float* l, f32v mc, f32v lc, float* a, float* b) {
 
 // ---- query rows in the lanes ----
 
-// Scores before their terms to s, and the maximum of the plain ones to m.
+// Where the keys of a chunk end that each vector of rows sees: not before those of the vector ahead of it, so that
+// vectors from .. NV share the keys ends[from - 1] .. ends[from].
 template <int NV>
+struct Ends {
+  int at[NV];
+  Ends(const Tile& t, const Keys& keys) {
+    for (int v = 0; v < NV; v++) at[v] = max(keys.begin, min(keys.end, t.high[v * LANES + LANES - 1] - keys.start));
+  }
+  int group(int v) const { return (int)ceil_div(at[v], LANES); }
+};
+
+// Scores before their terms to s, for vectors FROM .. NV, and the maximum of the plain ones to m.
+template <int NV, int FROM = 0>
 NOINLINE void qk_rows(const float* qt, const float* kt, float* s, int dim, int begin, int end, Plain plain, float* m) {
   constexpr int W = NV * LANES;
-  for (int v = 0; v < NV; v++) store(m + v * LANES, splat(NONE));
   for (int j = begin; j < end; j += BLOCK) {
     const float* k = kt + (j / LANES * dim) * LANES + j % LANES;
     const float* q = qt;
     f32v acc[BLOCK][NV] = {};
     NO_UNROLL for (int d = 0; d < dim; d++, q += W, k += LANES) {
       f32v row[NV];
-      UNROLL for (int v = 0; v < NV; v++) row[v] = in_register(load(q + v * LANES));
+      UNROLL for (int v = FROM; v < NV; v++) row[v] = in_register(load(q + v * LANES));
       UNROLL for (int i = 0; i < BLOCK; i++) {
         const f32v key = splat(k[i]);
-        UNROLL for (int v = 0; v < NV; v++) acc[i][v] = fma(row[v], key, acc[i][v]);
+        UNROLL for (int v = FROM; v < NV; v++) acc[i][v] = fma(row[v], key, acc[i][v]);
       }
     }
     UNROLL for (int i = 0; i < BLOCK; i++) {
-      UNROLL for (int v = 0; v < NV; v++) store(s + (j + i) * W + v * LANES, acc[i][v]);
+      UNROLL for (int v = FROM; v < NV; v++) store(s + (j + i) * W + v * LANES, acc[i][v]);
     }
-    if (!plain.has(j / LANES)) continue;
+    if (FROM > 0 || !plain.has(j / LANES)) continue;
     UNROLL for (int v = 0; v < NV; v++) {
       f32v top = load(m + v * LANES);
       UNROLL for (int i = 0; i < BLOCK; i++) top = max(top, acc[i][v]);
@@ -168,7 +179,7 @@ NOINLINE void qk_rows(const float* qt, const float* kt, float* s, int dim, int b
 
 // The other scores of the chunk to their final value, in place; the maximum of all to m.
 template <int NV>
-NOINLINE void score_rows(const Tile& t, const Keys& keys, Plain plain, float* s, float* m) {
+NOINLINE void score_rows(const Tile& t, const Keys& keys, const Ends<NV>& ends, Plain plain, float* s, float* m) {
   constexpr int W = NV * LANES;
   f32v top[NV];
   for (int v = 0; v < NV; v++) top[v] = load(m + v * LANES);
@@ -179,6 +190,7 @@ NOINLINE void score_rows(const Tile& t, const Keys& keys, Plain plain, float* s,
     terms.edge = from < t.low[t.rows - 1] || from + LANES > t.high[0];
     for (int v = 0; v < NV; v++) {
       const int at = v * LANES;
+      if (g >= ends.group(v)) continue;
       const i32v low = load(t.low + at), high = load(t.high + at), position = load(t.position + at);
       const f32v slope = load(t.slope + at);
       f32v bias[LANES] = {};
@@ -199,23 +211,32 @@ NOINLINE void score_rows(const Tile& t, const Keys& keys, Plain plain, float* s,
 
 // p = e^(s - m) in place; row sums to l.
 template <int NV>
-NOINLINE void exp_rows(const Keys& keys, float* s, const float* m, float* l) {
+NOINLINE void exp_rows(const Keys& keys, const Ends<NV>& ends, float* s, const float* m, float* l) {
   constexpr int W = NV * LANES;
-  const int first = keys.first_group(), last = keys.last_group();
+  const int first = keys.first_group();
   f32v base[NV], part[LANES][NV];
   UNROLL for (int v = 0; v < NV; v++) base[v] = finite(load(m + v * LANES));
   for (int i = 0; i < LANES; i++) {
     f32v total[NV] = {};
     float* p = s + (first * LANES + i) * W;
-    NO_UNROLL for (int g = first; g < last; g++, p += LANES * W) {
-      f32v e[NV];
-      UNROLL for (int v = 0; v < NV; v++) e[v] = load(p + v * LANES) - base[v];
-      decay(e);
-      UNROLL for (int v = 0; v < NV; v++) {
-        store(p + v * LANES, e[v]);
-        total[v] += e[v];
+    int g = first;
+    auto vectors_from = [&](auto from) {
+      constexpr int FROM = decltype(from)::value;
+      if constexpr (FROM < NV) {
+        NO_UNROLL for (const int last = ends.group(FROM); g < last; g++, p += LANES * W) {
+          f32v e[NV - FROM];
+          UNROLL for (int v = FROM; v < NV; v++) e[v - FROM] = load(p + v * LANES) - base[v];
+          decay(e);
+          UNROLL for (int v = FROM; v < NV; v++) {
+            store(p + v * LANES, e[v - FROM]);
+            total[v] += e[v - FROM];
+          }
+        }
       }
-    }
+    };
+    vectors_from(Int<0>{});
+    vectors_from(Int<1>{});
+    vectors_from(Int<2>{});
     UNROLL for (int v = 0; v < NV; v++) part[i][v] = total[v];
   }
   for (int n = LANES / 2; n; n /= 2)
@@ -254,23 +275,32 @@ NOINLINE void drop_rows(const Tile& t, const Keys& keys, float* p) {
 // o = o a + (P V) b
 template <int NV>
 NOINLINE void pv_rows(const float* p, const float* vt, float* o, const float* a, const float* b, int dim, int begin,
-                      int end) {
+                      const Ends<NV>& ends) {
   constexpr int W = NV * LANES;
   for (int d = 0; d < dim; d += BLOCK) {
-    const float *v = vt + d / LANES * CHUNK * LANES + begin * LANES + d % LANES, *row = p + begin * W;
+    const float *x = vt + d / LANES * CHUNK * LANES + begin * LANES + d % LANES, *row = p + begin * W;
     f32v acc[BLOCK][NV] = {};
-    NO_UNROLL for (int j = begin; j < end; j++, v += LANES, row += W) {
-      f32v weight[NV];
-      UNROLL for (int i = 0; i < NV; i++) weight[i] = in_register(load(row + i * LANES));
-      UNROLL for (int i = 0; i < BLOCK; i++) {
-        const f32v x = splat(v[i]);
-        UNROLL for (int u = 0; u < NV; u++) acc[i][u] = fma(weight[u], x, acc[i][u]);
+    int j = begin;
+    auto vectors_from = [&](auto from) {
+      constexpr int FROM = decltype(from)::value;
+      if constexpr (FROM < NV) {
+        NO_UNROLL for (const int last = ends.at[FROM]; j < last; j++, x += LANES, row += W) {
+          f32v weight[NV];
+          UNROLL for (int v = FROM; v < NV; v++) weight[v] = in_register(load(row + v * LANES));
+          UNROLL for (int i = 0; i < BLOCK; i++) {
+            const f32v value = splat(x[i]);
+            UNROLL for (int v = FROM; v < NV; v++) acc[i][v] = fma(weight[v], value, acc[i][v]);
+          }
+        }
       }
-    }
+    };
+    vectors_from(Int<0>{});
+    vectors_from(Int<1>{});
+    vectors_from(Int<2>{});
     UNROLL for (int i = 0; i < BLOCK; i++) {
-      UNROLL for (int u = 0; u < NV; u++) {
-        float* to = o + (d + i) * W + u * LANES;
-        store(to, fma(load(to), load(a + u * LANES), acc[i][u] * load(b + u * LANES)));
+      UNROLL for (int v = 0; v < NV; v++) {
+        float* to = o + (d + i) * W + v * LANES;
+        store(to, fma(load(to), load(a + v * LANES), acc[i][v] * load(b + v * LANES)));
       }
     }
   }
@@ -279,14 +309,26 @@ NOINLINE void pv_rows(const float* p, const float* vt, float* o, const float* a,
 template <int NV>
 void chunk_rows(const Tile& t, const Keys& keys, const float* kt, const float* vt, float* s) {
   float mc[ROWS], lc[ROWS], a[ROWS], b[ROWS];
-  const int skip = keys.first_group() * LANES;
   const Plain plain(t, keys);
-  qk_rows<NV>(t.q, kt, s, t.dim, skip, keys.last_group() * LANES, plain, mc);
-  score_rows<NV>(t, keys, plain, s, mc);
-  exp_rows<NV>(keys, s, mc, lc);
+  const Ends<NV> ends(t, keys);
+  for (int v = 0; v < NV; v++) store(mc + v * LANES, splat(NONE));
+  int begin = keys.first_group() * LANES;
+  auto vectors_from = [&](auto from) {
+    constexpr int FROM = decltype(from)::value;
+    if constexpr (FROM < NV) {
+      const int end = ends.group(FROM) * LANES;
+      qk_rows<NV, FROM>(t.q, kt, s, t.dim, begin, end, plain, mc);
+      begin = max(begin, end);
+    }
+  };
+  vectors_from(Int<0>{});
+  vectors_from(Int<1>{});
+  vectors_from(Int<2>{});
+  score_rows<NV>(t, keys, ends, plain, s, mc);
+  exp_rows<NV>(keys, ends, s, mc, lc);
   if (keys.dropout.below) drop_rows<NV>(t, keys, s);
   for (int v = 0; v < NV * LANES; v += LANES) merge(t.m + v, t.l + v, load(mc + v), load(lc + v), a + v, b + v);
-  pv_rows<NV>(s, vt, t.o, a, b, t.dim, keys.begin, keys.end);
+  pv_rows<NV>(s, vt, t.o, a, b, t.dim, keys.begin, ends);
 }
 
 // ---- keys, then dims, in the lanes ----

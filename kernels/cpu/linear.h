@@ -51,11 +51,7 @@ INLINE f32v shifts(const Block& b, int part) {
     return scales(b, part) * (float)-Block::OFFSET;
 }
 
-// A number known when compiling, as a value: f(Int<n>{}) with n = value, low <= n <= high.
-template <int n>
-struct Int {
-  static constexpr int value = n;
-};
+// f(Int<n>{}) with n = value, low <= n <= high.
 template <int low, int high, class F>
 INLINE void with_int(int value, F f) {
   if constexpr (low == high) {

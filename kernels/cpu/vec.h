@@ -576,6 +576,12 @@ INLINE f32v exp2_for_16_bits(f32v x) {
   return scale_by_exp2(fma(p, f, splat(1.000002623f)), n);
 }
 
+// A number known when compiling, as a value.
+template <int n>
+struct Int {
+  static constexpr int value = n;
+};
+
 // Calls f with a value of the storage type that `dtype` names (kernels.h).
 template <class F>
 INLINE void with_storage(int dtype, F f) {
