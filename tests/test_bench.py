@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from gptfast import bench, ops
+from gptfast import bench, hardware, ops
 from gptfast.bench import ops as bench_ops
 from gptfast.bench import record, report, timing
 from gptfast.bench.timing import Spread
 from gptfast.ops.spec import Case, Cost, Inputs, Op
+from tests.test_hardware import some_ceilings
 
 torch_layer_norm = torch.nn.functional.layer_norm
 
@@ -279,7 +280,11 @@ def test_csv_appends_and_refuses_other_columns(a_row: bench.Row, tmp_path: Path)
     assert path.read_bytes() == before
 
 
-def test_json_and_table_from_the_command(quick: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_json_and_table_from_the_command(
+    quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(hardware, "_measure", lambda here: some_ceilings(here.cores))  # which takes seconds
     command = ["layer_norm/1x768+residual", "--dtype", "float32", "--rounds", "2"]
     csv_file, picture = tmp_path / "ops.csv", tmp_path / "ops.png"
     assert bench.main([*command, "--json", "--csv", str(csv_file), "--plot", str(picture)]) == 0

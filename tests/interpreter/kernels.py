@@ -102,3 +102,13 @@ def _indirect_kernel(addresses, y, N: tl.constexpr):
     at = tl.arange(0, N)
     x = tl.load(addresses).to(tl.pointer_type(tl.float32))
     tl.store(y + at, tl.load(x + at))
+
+
+@triton.jit
+def _numbers_kernel(x, y, N: tl.constexpr):
+    at = tl.arange(0, N)
+    a = tl.load(x + at)
+    tl.store(y + at, a * 0.0)
+    tl.store(y + N + at, a * -0.0)
+    tl.store(y + 2 * N + at, a * 0)
+    tl.store(y + 3 * N + at, tl.where(a > 0, a + 1, a + 1.5))

@@ -81,3 +81,18 @@ def test_reductions_and_scans_by_a_function(dtype: torch.dtype) -> None:
     assert best.item() == x.max().item()
     assert place.item() == (x == x.max()).nonzero()[0].item()
     assert torch.equal(sums, x.cumsum(0))
+
+
+def test_numbers_that_are_equal_and_not_the_same() -> None:
+    """A number's block is made once (quick.py): of 0.0, -0.0, 0, 1 and 1.5 each its own, in each dtype."""
+    import triton
+
+    for dtype in (torch.float32, torch.float16, torch.float32):
+        x, y = normal(N, dtype=dtype).abs() + 1, torch.empty(4, N, dtype=dtype)
+        x[::2] *= -1
+        kernels._numbers_kernel[(1,)](x, y, N=N)
+        assert torch.equal(y[:3], torch.zeros(3, N, dtype=dtype))
+        assert torch.equal(y[0].signbit(), x < 0) and torch.equal(y[2].signbit(), x < 0)
+        if not triton.__version__.startswith("3.6"):  # which makes 0.0 of both
+            assert torch.equal(y[1].signbit(), x > 0)
+        assert torch.equal(y[3], torch.where(x > 0, x + 1, x + 1.5))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -56,6 +58,30 @@ def test_rows_that_attend_to_nothing_get_zeros(isa: None) -> None:  # noqa: F811
     assert all(t.isfinite().all() for t in (dq, dk, dv))
 
 
+DRAWS = 8  # PyTorch's error in the six numbers of one, which makes the tolerance, is a matter of luck
+
+
+def bias_and_sinks(
+    function: Callable[..., Any], shape: tuple[int, ...], dtype: torch.dtype, wide: bool = False, **more: Any
+) -> list[Tensor]:
+    """The gradients of the bias and of the sinks in each draw."""
+    found: list[list[Tensor]] = []
+    for draw in range(DRAWS):
+        q, k, v = (randn(*t.shape, seed=100 * draw + n).to(dtype) for n, t in enumerate(qkv(2, 60, 130)))
+        given = {"bias": randn(*shape, seed=9 + draw).to(dtype), "sinks": randn(H, seed=31 + draw)}
+        dout = randn(*q.shape, seed=50 + draw).to(dtype)
+        leaves = {n: (t.double() if wide else t.clone()).requires_grad_() for n, t in given.items()}
+        out: Any = function(*(t.double() if wide else t for t in (q, k, v)), **leaves, softcap=5.0, **more)
+        found.append(list(torch.autograd.grad(out, list(leaves.values()), dout.to(out.dtype))))
+    return [torch.stack(column) for column in zip(*found)]
+
+
+@cache
+def of_the_reference(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """In the dtype and in fp64: the same for each instruction set."""
+    return bias_and_sinks(reference, shape, dtype), bias_and_sinks(reference, shape, dtype, wide=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(2, H, 60, 130), (2, 1, 1, 130), (1, H, 60, 1), (60, 130)])
 def test_bias_and_sinks_get_their_gradients_from_the_kernel(
@@ -63,24 +89,8 @@ def test_bias_and_sinks_get_their_gradients_from_the_kernel(
     dtype: torch.dtype,
     isa: None,  # noqa: F811
 ) -> None:
-    """Over eight draws: PyTorch's error in the six numbers of one, which makes the tolerance, is a matter of luck."""
-    found: dict[str, list[list[Tensor]]] = {"bias": [], "sinks": []}
-    for draw in range(8):
-        q, k, v = (randn(*t.shape, seed=100 * draw + n).to(dtype) for n, t in enumerate(qkv(2, 60, 130)))
-        given = {"bias": randn(*shape, seed=9 + draw).to(dtype), "sinks": randn(H, seed=31 + draw)}
-        dout = randn(*q.shape, seed=50 + draw).to(dtype)
-        for function, wide, more in (
-            (attention, False, {"backend": "cpu"}),
-            (reference, False, {}),
-            (reference, True, {}),
-        ):
-            leaves = {n: (t.double() if wide else t.clone()).requires_grad_() for n, t in given.items()}
-            out: Any = function(*(t.double() if wide else t for t in (q, k, v)), **leaves, softcap=5.0, **more)
-            made = torch.autograd.grad(out, list(leaves.values()), dout.to(out.dtype))
-            for name, gradient in zip(leaves, made):
-                found[name].append([gradient]) if function is attention else found[name][-1].append(gradient)
-    for name, draws in found.items():
-        got, plain, exact = (torch.stack(column) for column in zip(*draws))
+    kernel = bias_and_sinks(attention, shape, dtype, backend="cpu")
+    for name, got, plain, exact in zip(("bias", "sinks"), kernel, *of_the_reference(shape, dtype), strict=True):
         assert (got.double() - exact).abs().max().item() <= tolerance(plain, exact), name
 
 

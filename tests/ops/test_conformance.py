@@ -75,7 +75,7 @@ def test_every_backend_means_the_same(op: Op, case: Case, dtype: torch.dtype) ->
     refused = {b: where.refusal(op, where.here(op, arguments), b) for b in where.backends()}
     if not where.on_the_cpu() and all(refused.values()):
         pytest.skip("; ".join(filter(None, refused.values())))
-    limits = of_outputs(op, case, dtype)
+    limits = of_outputs(op, case, dtype, arguments)
     if where.on_the_cpu():  # elsewhere its arithmetic is another PyTorch's
         check(call(op, arguments, "reference"), limits, "reference")
     for name in where.kernels():

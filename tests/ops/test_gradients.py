@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.config
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -165,8 +166,10 @@ def test_pytorch_knows_the_ops(op: Op, case: Case, monkeypatch: pytest.MonkeyPat
     skip_without_a_kernel(op, arguments, monkeypatch)
     made = calls(op, arguments)
     assert {func._opname for func, _ in made} == {op.name, f"{op.name}_backward"}
-    for func, given in made:
-        opcheck(func, tuple(ask(x) for x in given))
+    # What it keeps of one tracing never serves another, of other symbols, and to keep it is a fifth of the time.
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        for func, given in made:
+            opcheck(func, tuple(ask(x) for x in given))
 
 
 @pytest.mark.parametrize(("op", "case"), small(by_kind=False))
