@@ -13,10 +13,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from gptfast.model import GPT, GPTConfig
+from tests.processes import together
 
 STEPS, PROCESSES = 4, 2
 CONFIG = GPTConfig(
@@ -71,6 +71,6 @@ def test_two_processes_train_as_one(kind: str) -> None:
     wanted = train(make(), 0, 1)
     assert wanted[-1] < wanted[0]
     with tempfile.TemporaryDirectory() as folder:
-        spawn(process, args=(kind, folder), nprocs=PROCESSES)
+        together(process, kind, folder, processes=PROCESSES)
         got = torch.load(Path(folder) / "losses.pt", weights_only=True).tolist()
     assert max(abs(g - w) for g, w in zip(got, wanted)) <= 1e-5

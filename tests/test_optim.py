@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gptfast.train import AdamW, clip_grad_norm_
 from gptfast.train.optim import total_norm
+from tests.processes import together
 
 
 def model(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -292,7 +293,7 @@ def sharded(rank: int, folder: str) -> None:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch is built without torch.distributed")
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(sharded, (str(tmp_path),), nprocs=2)  # pyright: ignore
+    together(sharded, str(tmp_path))
     alone = model()
     o, norms = AdamW(groups(alone), lr=0.01, max_norm=0.3), []
     for step in range(10):

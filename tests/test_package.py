@@ -126,8 +126,11 @@ def test_importing_takes_no_longer_than_torch() -> None:
     import gptfast
     print(torch_took, time.perf_counter() - start - torch_took)
     """
-    torch_took, ours = min((tuple(map(float, python(code).split())) for _ in range(3)), key=lambda pair: pair[1])
-    assert ours < max(0.5 * torch_took, 0.3), f"gptfast {ours:.2f} s after torch's {torch_took:.2f} s"
+    for _ in range(3):  # another process may have been in the way
+        torch_took, ours = map(float, python(code).split())
+        if ours < max(0.5 * torch_took, 0.3):
+            return
+    raise AssertionError(f"gptfast {ours:.2f} s after torch's {torch_took:.2f} s")
 
 
 def test_without_the_extension_the_reference_works_and_says_why() -> None:

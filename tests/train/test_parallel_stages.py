@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from tiny_training import stage, trace
-from torch.multiprocessing.spawn import spawn
 
 from gptfast.train.parallel import World
 from gptfast.train.ppo import PPO
 from gptfast.train.trainer import Stage, Trainer, make_optimizer
+from tests.processes import together
 
 STEPS, PROCESSES, KINDS = 3, 2, ("ddp", "fsdp")
 
@@ -59,7 +59,7 @@ def test_two_processes_compute_what_one_does() -> None:
     """Of both kinds one after another, for the processes take longer to start than to train."""
     wanted = losses(World())
     with tempfile.TemporaryDirectory() as folder:
-        spawn(process, args=(folder,), nprocs=PROCESSES)
+        together(process, folder, processes=PROCESSES)
         got = json.loads((Path(folder) / "losses.json").read_text())
     for name, alone in wanted.items():
         assert len(set(alone)) == STEPS, f"{name} learns nothing"
@@ -86,7 +86,7 @@ CUT = {"steps": 4, "save_every": 2, "eval_every": 2, "log_every": 1}
 def test_what_two_sharded_processes_save_after_an_evaluation_goes_on_in_one() -> None:
     """A forward pass without a backward one leaves parameters of FSDP2 whole, which must not be saved as parts."""
     with tempfile.TemporaryDirectory() as folder:
-        spawn(saving, args=(folder,), nprocs=PROCESSES)
+        together(saving, folder, processes=PROCESSES)
         for name in EVALUATED:
             run, alone = Path(folder) / name, Path(folder) / f"{name}-alone"
             Trainer(stage(name, dropout=0.0, **CUT), alone, quiet=True).run()

@@ -17,7 +17,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from tiny_training import pretrain, trace
-from torch.multiprocessing.spawn import spawn
 
 from gptfast.formats.files import FormatError
 from gptfast.generate import load
@@ -25,6 +24,7 @@ from gptfast.train import checkpoint
 from gptfast.train.logs import read_table
 from gptfast.train.parallel import World
 from gptfast.train.trainer import Trainer
+from tests.processes import together
 
 pytest.importorskip("safetensors")
 RUN = """
@@ -182,7 +182,7 @@ def _process(rank: int, size: int, kind: str, run: str, meet: str, steps: int, f
 
 def _together(size: int, kind: str, run: Path, steps: int, family: str = "gpt2") -> None:
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_process, args=(size, kind, str(run), f"{folder}/meet", steps, family), nprocs=size)
+        together(_process, size, kind, str(run), f"{folder}/meet", steps, family, processes=size)
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
