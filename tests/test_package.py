@@ -126,11 +126,12 @@ def test_importing_takes_no_longer_than_torch() -> None:
     import gptfast
     print(torch_took, time.perf_counter() - start - torch_took)
     """
+    most, ours = 0.0, 1.0
     for _ in range(3):  # another process may have been in the way
-        torch_took, ours = map(float, python(code).split())
-        if ours < max(0.5 * torch_took, 0.3):
-            return
-    raise AssertionError(f"gptfast {ours:.2f} s after torch's {torch_took:.2f} s")
+        if ours > most:
+            torch_took, ours = map(float, python(code).split())
+            most = max(0.5 * torch_took, 0.3)
+    assert ours <= most, f"gptfast {ours:.2f} s, where {most:.2f} s are allowed"
 
 
 def test_without_the_extension_the_reference_works_and_says_why() -> None:
