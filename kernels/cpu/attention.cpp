@@ -12,8 +12,8 @@ namespace {
 
 using namespace attn;
 
-constexpr int TILES = 16;               // of a strip, at most
-constexpr int STRIP_BYTES = 512 << 10;  // of a strip's rows: they share the L2 with a chunk of K and V
+constexpr int TILES = 16, KEPT_TILES = 4;  // of a strip, at most; and where its head's packed chunks are kept
+constexpr int STRIP_BYTES = 512 << 10;     // of a strip's rows: they share the L2 with a chunk of K and V
 
 // One sequence of the batch: where its rows begin, in elements, and how long it is.
 struct Sequence {
@@ -382,9 +382,11 @@ template <class T, class C>
 void by_strips(const Attention& a, Worker& worker) {
   const int64_t most = ceil_div(a.q_longest * (a.H / a.Hk), ROWS), bytes = Scratch::tile_floats(a.D) * sizeof(float);
   const int64_t fair = a.B * a.Hk * most / (8 * worker.count);
-  const int size = (int)max<int64_t>(1, min<int64_t>(min<int64_t>(TILES, STRIP_BYTES / bytes), fair));
-  const int64_t heads = a.B * a.Hk, strips = ceil_div(most, size);
-  Scratch x(a, worker, size, strips > 1 ? longest(a) : 1);
+  const int chunks = longest(a);
+  const int64_t most_of_strip = min<int64_t>(Scratch::keeps(a, chunks) ? KEPT_TILES : TILES, STRIP_BYTES / bytes);
+  const int64_t heads = a.B * a.Hk, strips = ceil_div(most, max<int64_t>(1, min(most_of_strip, fair)));
+  const int size = (int)ceil_div(most, strips);
+  Scratch x(a, worker, size, strips > 1 ? chunks : 1);
   if (a.k_new && strips > 1) {
     worker.each(heads, [&](int64_t h) { append<T, C>(a, sequence(a, h / a.Hk), h % a.Hk, 0, a.Sq); });
   }

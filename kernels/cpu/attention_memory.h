@@ -22,12 +22,15 @@ struct Scratch {
   int slots;
   int64_t block;  // of K or V
 
+  // Whether all of a head's chunks are kept.
+  static bool keeps(const Attention& a, int chunks) {
+    return chunks * 2 * round_up((int)a.D, LANES) * CHUNK * (int64_t)sizeof(float) <= KEPT_BYTES;
+  }
   static int64_t tile_floats(int64_t D) { return ROWS * (2 * round_up((int)D, LANES) + 9) + FEW * DIM; }
   Scratch(const Attention& a, Worker& worker, int tiles_of_strip, int chunks) {
     const int64_t D = round_up((int)a.D, LANES), copied = D + 16;
     block = D * CHUNK;
-    const bool all = chunks * 2 * block * (int64_t)sizeof(float) <= KEPT_BYTES;
-    slots = all ? max(chunks, 1) : 1;
+    slots = keeps(a, chunks) ? max(chunks, 1) : 1;
     const int64_t keys = max(slots * 2 * block, copies(a.D) + copied * CHUNK);
     const int64_t scores = max<int64_t>(ROWS * CHUNK, LANES * copied);
     const int64_t floats = keys + scores + ROWS * CHUNK + tiles_of_strip * tile_floats(a.D);
