@@ -384,7 +384,7 @@ void by_strips(const Attention& a, Worker& worker) {
   const int64_t fair = a.B * a.Hk * most / (8 * worker.count);
   const int chunks = longest(a);
   const int64_t most_of_strip = min<int64_t>(Scratch::keeps(a, chunks) ? KEPT_TILES : TILES, STRIP_BYTES / bytes);
-  const int64_t heads = a.B * a.Hk, strips = ceil_div(most, max<int64_t>(1, min(most_of_strip, fair)));
+  const int64_t heads = a.B * a.Hk, strips = max<int64_t>(1, ceil_div(most, max<int64_t>(1, min(most_of_strip, fair))));
   const int size = (int)ceil_div(most, strips);
   Scratch x(a, worker, size, strips > 1 ? chunks : 1);
   if (a.k_new && strips > 1) {
