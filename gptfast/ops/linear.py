@@ -143,6 +143,7 @@ def cases() -> list[Case]:
         case(3, 48, 100),
         case(7, 5, 577, bias=True),
         case(8, 1000, 100),
+        case(8, 27, 1600, bias=True),
         case(13, 49, 800, bias=True),
         case(17, 48, 3072),
         case(64, 5, 577, bias=True),

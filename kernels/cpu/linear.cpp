@@ -15,6 +15,8 @@ constexpr int few_width(int rows) { return rows <= 3 ? 8 : 24 / rows; }
 constexpr int FEW = 4, TILE = 4, WIDTH = 3;  // 12 sums of 16 registers
 constexpr int few_width(int rows) { return rows == 1 ? 8 : 12 / rows; }
 #endif
+// Tiles of so many rows have their sums by columns: what is stored is then turned eight columns at a time.
+constexpr int TURNED = LANES == 16 ? 8 : 0;
 constexpr int LEAST = (FEW + 1) / 2;                  // the lowest tile of more than FEW rows
 constexpr int SLOT = 32;                              // floats for the sums of one tile
 constexpr int64_t STREAMED = 48;                      // up to so many rows W is used from where it lies
@@ -65,6 +67,32 @@ INLINE void reduce(const f32v* v, float* out, bool add) {
   store(out, add ? load(out) + s : s);
   if constexpr (n > LANES) reduce<n - LANES>(v + LANES, out + LANES, add);
 }
+
+#if defined(__AVX512F__)
+// The same for TURNED rows, [col][row], of which halves of vectors are added as they come back from memory: a third of
+// the shuffles less.
+template <int NR>
+INLINE void reduce_turned(const f32v (&acc)[TURNED][NR], float* out, bool add) {
+  alignas(64) float room[NR][TURNED][LANES];
+#pragma GCC unroll 24
+  for (int n = 0; n < NR * TURNED; n++) _mm512_store_ps(room[n / TURNED][n % TURNED], acc[n % TURNED][n / TURNED]);
+#pragma GCC unroll 3
+  for (int j = 0; j < NR; j++, out += TURNED) {
+    auto half = [&](int i) -> __m256 { return _mm256_load_ps(room[j][i]) + _mm256_load_ps(room[j][i] + 8); };
+    auto quarter = [&](int i) -> __m256 {
+      const __m256 a = half(i), b = half(i + 4);
+      return _mm256_permute2f128_ps(a, b, 0x20) + _mm256_permute2f128_ps(a, b, 0x31);
+    };
+    auto fold = [](__m256 a, __m256 b, auto even, auto odd) -> __m256 {
+      return _mm256_shuffle_ps(a, b, decltype(even)::value) + _mm256_shuffle_ps(a, b, decltype(odd)::value);
+    };
+    const __m256 a = fold(quarter(0), quarter(1), Int<0x44>{}, Int<0xee>{});
+    const __m256 b = fold(quarter(2), quarter(3), Int<0x44>{}, Int<0xee>{});
+    const __m256 s = fold(a, b, Int<0x88>{}, Int<0xdd>{});
+    _mm256_storeu_ps(out, add ? _mm256_loadu_ps(out) + s : s);
+  }
+}
+#endif
 
 // One chunk of MR x NR outputs. x: [step][MR][LANES], zero beyond K; W where it lies: NR rows and, for the last step,
 // how many of its lanes there are. What is fetched goes to L2.
@@ -134,6 +162,9 @@ __attribute__((noinline)) void streamed_tile(const float* x, const W* weight, in
   for (int j = 0; j < NR; j++) w[j] = weight + min<int64_t>(j, present - 1) * stride;
   f32v acc[MR][NR] = {};
   dot_rows<MR, NR>(x, w, length, ahead, acc);
+#if defined(__AVX512F__)
+  if constexpr (MR == TURNED) return reduce_turned<NR>(acc, sums, add);
+#endif
   reduce<MR * NR>(&acc[0][0], sums, add);
 }
 
@@ -158,6 +189,34 @@ void store_block(const Linear& a, const Tiles& tiles, int64_t begin, int64_t end
     }
 }
 
+#if defined(__AVX512F__)
+// The same for one tile of TURNED rows, whose sums are [tile of columns][width][TURNED].
+void store_turned(const Linear& a, int64_t row, int64_t col, int64_t cols, int width, const float* sums) {
+  float out[TURNED][STREAM_COLS];
+  for (int n = 0; n < STREAM_COLS; n += 8) {
+    __m256 c[8], half[8];
+    for (int j = 0; j < 8; j++) c[j] = _mm256_loadu_ps(sums + (n + j) / width * SLOT + (n + j) % width * TURNED);
+#pragma GCC unroll 4
+    for (int j = 0; j < 8; j += 2) {
+      const __m256 low = _mm256_unpacklo_ps(c[j], c[j + 1]), high = _mm256_unpackhi_ps(c[j], c[j + 1]);
+      half[j] = low, half[j + 1] = high;
+    }
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++)
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; h++) {
+        const __m256 first = half[h], second = half[h + 2], third = half[h + 4], fourth = half[h + 6];
+        const __m256 left = j ? _mm256_shuffle_ps(first, second, 0xee) : _mm256_shuffle_ps(first, second, 0x44);
+        const __m256 right = j ? _mm256_shuffle_ps(third, fourth, 0xee) : _mm256_shuffle_ps(third, fourth, 0x44);
+        const int i = h * 2 + j;
+        _mm256_storeu_ps(out[i] + n, _mm256_permute2f128_ps(left, right, 0x20));
+        _mm256_storeu_ps(out[i + 4] + n, _mm256_permute2f128_ps(left, right, 0x31));
+      }
+  }
+  for (int i = 0; i < TURNED; i++) store_outputs(a, row + i, col, out[i], (int)cols);
+}
+#endif
+
 // Up to STREAMED rows: W streams past once, each tile of it meets all the rows, and each tile of rows fetches its share
 // of the next (all of it by the first: 0.8x from memory). Tiles of rows are LOW to HIGH high.
 template <int LOW, int HIGH, int NR, class W>
@@ -176,6 +235,9 @@ void streamed(const Linear& a, const float* x, int64_t padded, Worker& worker, f
                                   (const W*)a.weight + (col + c * NR) * a.weight_stride + k, a.weight_stride,
                                   cols - c * NR, length, ahead, sums + (t * across + c) * SLOT, k > 0);
           });
+#if defined(__AVX512F__)
+    if constexpr (HIGH == TURNED) return store_turned(a, 0, col, cols, NR, sums);
+#endif
     store_block(a, tiles, 0, tiles.count, col, cols, NR, sums);
   });
 }
