@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from gptfast import ops
 from gptfast.generate import LanguageModel, graph, replay
 from gptfast.generate.recording import NotReplayable
 from gptfast.generate.speculative import PromptLookup
@@ -151,3 +152,62 @@ def test_what_waits_for_the_gpu_is_not_captured() -> None:
     x.fill_(4)
     again.run()
     assert again.result.tolist() == [8, 8, 8]
+
+
+@pytest.mark.skipif(where.on_the_cpu(), reason="needs a GPU")
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_step_of_training_as_a_graph(name: str) -> None:
+    """Loss and gradients of a replay are bit for bit those of a step that wasn't captured, whatever the batch."""
+    made, generator = model(name, torch.bfloat16).train(), torch.Generator().manual_seed(3)
+    batches = [torch.randint(97, (2, 3, 40), generator=generator).cuda() for _ in range(3)]
+    ids, targets = batches[0].clone().unbind()
+
+    def step(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        made.zero_grad()
+        loss = made.loss(ids, targets)
+        loss.backward()
+        return loss.detach()
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        step(ids, targets)
+    torch.cuda.current_stream().wait_stream(aside)
+    made.zero_grad()
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        loss = step(ids, targets)
+    grads = [p.grad for p in made.parameters()]
+    for batch in batches:
+        ids.copy_(batch[0])
+        targets.copy_(batch[1])
+        captured.replay()
+        found = [loss.clone(), *(g.clone() for g in grads if g is not None)]
+        wanted = step(*batch)
+        own = [p.grad for p in made.parameters()]
+        assert len(found) == len(own) + 1
+        assert all(torch.equal(a, b) for a, b in zip(found, [wanted, *own]) if b is not None)
+
+
+@pytest.mark.skipif(where.on_the_cpu(), reason="needs a GPU")
+def test_ignored_targets_and_dropout_in_a_captured_loss() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(90, 64, device="cuda"), torch.randn(97, 64, device="cuda", requires_grad=True)
+    target = torch.randint(97, (90,), device="cuda")
+    target[::3] = -100
+
+    def loss() -> torch.Tensor:
+        return ops.linear_cross_entropy(x, weight, target)
+
+    [wanted] = torch.autograd.grad(loss(), weight)
+    captured = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(captured):
+        value = loss()
+        [found] = torch.autograd.grad(value, weight)
+    captured.replay()
+    assert torch.allclose(value, loss(), rtol=1e-6)
+    assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6)  # the sums over rows have other blocks
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        x.sum()
+        with pytest.raises(RuntimeError, match="each replay would drop the same"):
+            ops.layer_norm(x, weight[0], dropout_p=0.5, seed=1)

@@ -17,6 +17,7 @@ steps        t: () float32, on the CPU; counted up in place
 masters      None, or a list of each parameter in float32 or None: where one is, it takes the update, and the parameter
              is its rounded copy. Without one a 16-bit parameter is read, updated in fp32 and rounded to nearest, which
              loses an update below half a unit of its last place; that is what torch.optim does
+grad_scale   a number or, on a GPU, () float64 or float32
 max_norm     None: nothing is clipped and no norm is computed; infinity: the norm is computed, nothing is clipped
 nonfinite    what an infinite or NaN norm does: "propagate" (as in torch: gradients become 0 or NaN), "skip" (nothing is
              written, t isn't counted up), "raise" (RuntimeError, nothing is written)
@@ -62,7 +63,7 @@ def reference(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
-    grad_scale: float = 1.0,
+    grad_scale: float | Tensor = 1.0,
     max_norm: float | None = None,
     nonfinite: str = "propagate",
     masters: Sequence[Tensor | None] | None = None,
@@ -73,7 +74,7 @@ def reference(
         norm = gradient_norm_reference(grads) * abs(grad_scale)
         if not _go_on(norm, nonfinite):
             return norm
-        grad_scale *= clip_coefficient(norm, max_norm)
+        grad_scale = grad_scale * clip_coefficient(norm, max_norm)
     _update_reference(params, grads, exp_avgs, exp_avg_sqs, steps, lr, betas, eps, weight_decay, grad_scale, masters)
     return norm
 
@@ -89,7 +90,7 @@ def _update_reference(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    grad_scale: float,
+    grad_scale: float | Tensor,
     masters: Sequence[Tensor | None] | None,
 ) -> None:
     """One step with a scale that is known."""
@@ -108,8 +109,11 @@ def _update_reference(
         p.copy_(w)
 
 
-def clip_coefficient(norm: Tensor, max_norm: float) -> float:
-    """What gradients of this norm are multiplied by so that theirs is at most max_norm; NaN stays NaN."""
+def clip_coefficient(norm: Tensor, max_norm: float) -> float | Tensor:
+    """What gradients of this norm are multiplied by so that theirs is at most max_norm; NaN stays NaN. On a GPU it
+    stays there, () float64: nobody waits for the norm."""
+    if norm.is_cuda:
+        return (max_norm / (norm.double() + 1e-6)).clamp(max=1.0)
     coefficient = max_norm / (float(norm) + 1e-6)
     return min(coefficient, 1.0)  # NaN and not 1.0 where it is one: it comes first
 
@@ -260,7 +264,7 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
-    grad_scale: float = 1.0,
+    grad_scale: float | Tensor = 1.0,
     max_norm: float | None = None,
     nonfinite: str = "propagate",
     masters: Sequence[Tensor | None] | None = None,
@@ -276,16 +280,18 @@ def adamw(
     require(eps >= 0, lambda: f"adamw: expected eps >= 0, got {eps}")
     require(max_norm is None or max_norm > 0, lambda: f"adamw: expected max_norm > 0 or None, got {max_norm}")
     require(nonfinite in NONFINITE, lambda: f"adamw: expected nonfinite as one of {NONFINITE}, got {nonfinite!r}")
-    norm = None
+    if isinstance(grad_scale, Tensor) and not params[0].is_cuda:
+        grad_scale = float(grad_scale)
+    norm, scale = None, grad_scale
     if max_norm is not None and not isinstance(backend, dispatch.Explain):
         norm = gradient_norm(grads, backend=backend) * abs(grad_scale)
         if not _go_on(norm, nonfinite):
             return norm
-        grad_scale *= clip_coefficient(norm, max_norm)
+        scale = grad_scale * clip_coefficient(norm, max_norm)
     done = dispatch.run(
         *("adamw", backend, _update_reference, params[0]),
         **dict(params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, steps=steps, lr=lr, betas=betas),
-        **dict(eps=eps, weight_decay=weight_decay, grad_scale=grad_scale, masters=masters),
+        **dict(eps=eps, weight_decay=weight_decay, grad_scale=scale, masters=masters),
     )
     return done if norm is None else norm
 

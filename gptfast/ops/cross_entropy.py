@@ -289,8 +289,9 @@ def check_target_shape(op: str, target: Tensor, x: Tensor, name: str) -> None:
 
 
 def check_targets(op: str, target: Tensor, cols: int, ignore_index: int) -> None:
-    """Raises where a target is neither in the vocabulary nor ignore_index; a traced graph's ops do so when it runs."""
-    if torch.compiler.is_compiling() or target.numel() == 0:
+    """Raises where a target is neither in the vocabulary nor ignore_index; a traced graph's ops do so when it runs, a
+    CUDA graph's don't: nothing may wait for what it finds."""
+    if torch.compiler.is_compiling() or target.numel() == 0 or dispatch.unreadable(target):
         return
     if target.is_cpu:
         low, high = target.aminmax()

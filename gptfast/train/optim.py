@@ -80,14 +80,14 @@ class AdamW(torch.optim.Optimizer):
         scale multiplies the gradients first: 1 / n where n backward passes were accumulated. grad_norm is that of the
         scaled ones. Raises RuntimeError where the norm isn't finite and nonfinite is "raise".
         """
-        loss = None
+        loss, by = None, scale
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if (found := getattr(self, "found_inf", None)) is not None and float(found):
             return loss
-        if (by := getattr(self, "grad_scale", None)) is not None:
-            scale = scale / float(by)
+        if (amp := getattr(self, "grad_scale", None)) is not None:
+            by = scale = scale / float(amp)
         groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         grads = [p.grad for _, params in groups for p in params]
         if any(g.is_sparse for g in grads):
@@ -98,13 +98,13 @@ class AdamW(torch.optim.Optimizer):
                 if self.nonfinite == "raise":
                     raise RuntimeError(f"AdamW: the gradients' norm is {float(norm)}: nothing was updated")
                 return loss
-            scale *= clip_coefficient(norm, self.max_norm)
+            by = scale * clip_coefficient(norm, self.max_norm)
         for group, params in groups:
             if params:
-                self._update(group, params, -scale if group["maximize"] else scale)
+                self._update(group, params, -by if group["maximize"] else by)
         return loss
 
-    def _update(self, group: dict[str, Any], params: Sequence[Tensor], scale: float) -> None:
+    def _update(self, group: dict[str, Any], params: Sequence[Tensor], scale: float | Tensor) -> None:
         states = [self._state_of(p) for p in params]
         masters = [local(s["master"]) if "master" in s else None for s in states]
         adamw(
@@ -196,7 +196,7 @@ def clip_grad_norm_(
     norm = total_norm(grads, backend=backend)
     if error_if_nonfinite and not math.isfinite(float(norm)):
         raise RuntimeError(f"the gradients' norm is {float(norm)}: they were not clipped")
-    if grads and (coefficient := clip_coefficient(norm, max_norm)) != 1:
+    if grads and (coefficient := float(clip_coefficient(norm, max_norm))) != 1:
         torch._foreach_mul_([local(g) for g in grads], coefficient)  # pyright: ignore[reportPrivateImportUsage]
     return norm
 

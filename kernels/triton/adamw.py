@@ -70,11 +70,12 @@ def _total_norm_kernel(sums, norm, chunks, BLOCK_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count"])
 def _adamw_kernel(
-    table, factors, count, decay, rest1, beta2, rest2, eps, grad_scale,
+    table, factors, grad_scale, count, decay, rest1, beta2, rest2, eps,
     PARAM: tl.constexpr, GRAD: tl.constexpr, HAS_MASTER: tl.constexpr, IS_ALIGNED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """factors (count, 2): -lr / (1 - beta1^t) and 1 / sqrt(1 - beta2^t) of each tensor."""
+    """factors (count, 2): -lr / (1 - beta1^t) and 1 / sqrt(1 - beta2^t) of each tensor; grad_scale: one number."""
+    by = tl.load(grad_scale)
     which, row, start, n = _find(table, count, 7, IS_ALIGNED, BLOCK_T)
     step = tl.load(factors + 2 * which)
     scale = tl.load(factors + 2 * which + 1)
@@ -89,7 +90,7 @@ def _adamw_kernel(
     for at in range(0, 8192, BLOCK_N):
         i = start + at + tl.arange(0, BLOCK_N)
         inside = i < n
-        g = tl.load(grad + i, mask=inside, other=0.0).to(tl.float32) * grad_scale
+        g = tl.load(grad + i, mask=inside, other=0.0).to(tl.float32) * by
         m = tl.load(exp_avg + i, mask=inside, other=0.0)
         v = tl.load(exp_avg_sq + i, mask=inside, other=0.0)
         w = tl.load(updated + i, mask=inside, other=0.0).to(tl.float32)
@@ -167,9 +168,12 @@ def adamw(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    grad_scale: float,
+    grad_scale: float | Tensor,
     masters: Sequence[Tensor | None] | None,
 ) -> None:
+    """grad_scale: a tensor, (), where it is made of a norm on the GPU."""
+    wide = grad_scale if isinstance(grad_scale, Tensor) else torch.tensor(grad_scale, dtype=torch.float64)
+    by = wide.float().to(params[0].device, non_blocking=True)
     grads = [
         g if g.stride() == p.stride() else torch.empty_like(p, dtype=g.dtype).copy_(g) for p, g in zip(params, grads)
     ]
@@ -189,8 +193,8 @@ def adamw(
         table, chunks, tile = _table(rows, params[0])
         launch(
             *(_adamw_kernel, (chunks,), table),
-            *(torch.tensor(factors, dtype=torch.float32).to(params[0].device, non_blocking=True), len(members)),
-            *(1 - lr * weight_decay, 1 - betas[0], betas[1], 1 - betas[1], eps, grad_scale),
+            *(torch.tensor(factors, dtype=torch.float32).to(params[0].device, non_blocking=True), by, len(members)),
+            *(1 - lr * weight_decay, 1 - betas[0], betas[1], 1 - betas[1], eps),
             PARAM=TYPES[dtype],
             GRAD=TYPES[grad_dtype],
             HAS_MASTER=has_master,

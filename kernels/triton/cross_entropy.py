@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gptfast.kernels.triton import cdiv, empty, launch, rows, unsupported
-from gptfast.kernels.triton.product import product
+from gptfast.kernels.triton.product import padded, product, whole
 from gptfast.kernels.triton.tiles import Tile, logits_rows, vocabulary_tile
 from gptfast.kernels.triton.vocabulary import (
     _loss_scales_kernel,
@@ -90,9 +90,10 @@ class Loss:
         scaled: bool = True,
         of_entropy: Tensor | None = None,
         is_loss: bool = True,
+        is_padded: bool = True,
     ) -> None:
         """Writes the gradient of rows of logits to out, which may be the logits. upstream: the gradients of the rows'
-        losses, or that of the scalar; None = 1."""
+        losses, or that of the scalar; None = 1. is_padded: out is padded()."""
         N, V = logits.shape
         tile = vocabulary_tile(V)
         blocks = cdiv(V, tile.blocks["BLOCK"])
@@ -100,13 +101,23 @@ class Loss:
         launch(
             _vocabulary_gradient_kernel,
             (N * blocks,),
-            *(logits, out, self.target[part], self.class_weight, self.whole, scales, upstream, of_entropy),
+            *(
+                logits,
+                whole(out) if is_padded else out,
+                self.target[part],
+                self.class_weight,
+                self.whole,
+                scales,
+                upstream,
+            ),
+            of_entropy,
             *(got.lse, got.rest, got.entropy, logits.stride(0), out.stride(0), V, blocks, *self.numbers()),
             IS_LOSS=is_loss,
             HAS_SCALES=scales is not None,
             HAS_UPSTREAM=upstream is not None,
             IS_SCALAR=upstream is not None and upstream.dim() == 0,
             USE_ENTROPY=of_entropy is not None,
+            IS_PADDED=is_padded,
             **self.flags(),
             tile=tile,
         )
@@ -120,6 +131,14 @@ class Rows:
     lse: Tensor
     rest: Tensor
     entropy: Tensor | None = None
+
+
+def counted(counts: Tensor) -> Tensor:
+    """Which rows count, given whether each does. While a CUDA graph is captured nobody can wait for how many do: then
+    all of them, for the kernels' results of others are zero, too."""
+    if counts.is_cuda and torch.cuda.is_current_stream_capturing():
+        return torch.arange(len(counts), device=counts.device)
+    return counts.nonzero().squeeze(1)
 
 
 def total(losses: Tensor) -> Tensor:
@@ -156,20 +175,21 @@ class Head:
     def logits(self, part: slice) -> Tensor:
         """x W^T + bias of the rows index[part], (rows, V) in fp32."""
         x = self.x.index_select(0, self.index[part])
-        return product(x, self.weight.t(), empty((x.shape[0], self.cols), torch.float32, x), self.bias)
+        return product(x, self.weight.t(), padded(x.shape[0], self.cols, torch.float32, x), self.bias, padded="N")
 
     def gradient_like(self, logits: Tensor) -> Tensor:
         """Where the gradient of logits goes: their place or, for products on tensor cores, as many 16-bit numbers."""
-        return logits if self.x.dtype == torch.float32 else empty(logits.shape, self.x.dtype, logits)
+        return logits if self.x.dtype == torch.float32 else padded(*logits.shape, self.x.dtype, logits)
 
     def add(self, part: slice, gradient: Tensor, factor: Tensor | None) -> None:
-        """Adds what a chunk of rows' gradients of logits, times the factor, give."""
+        """Adds what a chunk of rows' gradients of logits, times the factor, give. They are padded(), with zeros."""
         index = self.index[part]
         if self.dx is not None:
             made = empty((index.shape[0], self.depth), torch.float32, gradient)
-            self.dx[index] = product(gradient, self.weight, made, factor=factor)
+            self.dx[index] = product(gradient, self.weight, made, factor=factor, padded="K")
         if self.dweight is not None:
-            product(gradient.t(), self.x.index_select(0, index), self.dweight, factor=factor, add=True)
+            x = self.x.index_select(0, index)
+            product(gradient.t(), x, self.dweight, factor=factor, add=True, padded="M")
         if self.dbias is not None:
             found = gradient.sum(0, dtype=torch.float32)
             self.dbias += found if factor is None else found * factor
@@ -244,7 +264,7 @@ def _linear_cross_entropy(
     mean's 1 / sum of w is left to the products: 16-bit gradients of logits would vanish with it.
     """
     flat = target.reshape(-1)
-    index = (flat != ignore_index).nonzero().squeeze(1)
+    index = counted(flat != ignore_index)
     head = Head(x, weight, bias, index, wants)
     options = (class_weight, ignore_index, label_smoothing, z_loss, softcap)
     loss = Loss(flat[index], *options, reduction=reduction)
@@ -299,5 +319,5 @@ def cross_entropy_backward(
     loss, made = Loss(**options), empty(logits.shape, logits.dtype, logits)
     g = upstream[0] if loss.reduction != "none" else upstream[0].reshape(-1).contiguous()
     V = logits.shape[-1]
-    loss.gradient(rows(logits.reshape(-1, V))[0], made.reshape(-1, V), Rows(lse, lse, rest), g)
+    loss.gradient(rows(logits.reshape(-1, V))[0], made.reshape(-1, V), Rows(lse, lse, rest), g, is_padded=False)
     return [made]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 import triton
 import triton.language as tl
 from gptfast.kernels.triton import signed
@@ -63,7 +65,12 @@ def kept(
 
 
 def dropout_arguments(p: float, seed: int, stream: int) -> dict[str, Any]:
-    """What a kernel with dropout is given; the integers must not be specialised."""
+    """What a kernel with dropout is given; the integers must not be specialised.
+
+    Raises RuntimeError while a CUDA graph is captured, which would drop the same elements whenever it is replayed.
+    """
+    if p and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("dropout can't be captured as a CUDA graph: each replay would drop the same elements")
     return {
         "seed_low": signed(seed),
         "seed_high": signed(seed >> 32),

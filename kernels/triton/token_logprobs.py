@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from gptfast.kernels.triton import cdiv, empty, launch, unsupported
-from gptfast.kernels.triton.cross_entropy import Head, Loss, rounded
+from gptfast.kernels.triton.cross_entropy import Head, Loss, counted, rounded
 from gptfast.kernels.triton.divergence import _kl_gradient_kernel, _kl_rows_kernel
+from gptfast.kernels.triton.product import whole
 from gptfast.kernels.triton.tiles import vocabulary_tile
 
 
@@ -37,7 +38,7 @@ def token_logprobs_forward(
 ) -> tuple[Tensor, Tensor]:
     """The log-probabilities, and the entropy or an empty tensor."""
     flat = target.reshape(-1)
-    index = (flat != ignore_index).nonzero().squeeze(1)
+    index = counted(flat != ignore_index)
     head = Head(x, weight, bias, index)
     loss = Loss(flat[index], None, ignore_index, softcap=softcap, temperature=temperature)
     logprobs = torch.zeros(flat.shape, device=x.device)
@@ -64,7 +65,7 @@ def token_logprobs_backward(
 ) -> list[Tensor]:
     """The gradients of x, weight and bias, empty where nobody wants them. upstream: of both outputs."""
     flat = target.reshape(-1)
-    index = (flat != ignore_index).nonzero().squeeze(1)
+    index = counted(flat != ignore_index)
     of_logprobs, of_entropy = (None if g is None else g.reshape(-1)[index].float() for g in (*upstream, None)[:2])
     if of_logprobs is None:
         of_logprobs = torch.zeros(index.shape, device=x.device)
@@ -142,7 +143,7 @@ def _token_kl(
         N, V = rows_p.shape
         found = empty((N,), torch.float32, rows_p)
         read = (rows_p, rows_q, got_p.lse, got_p.rest, got_q.lse, got_q.rest)
-        numbers = (V, float(softcap_p), float(softcap_q), 1 / temperature)
+        numbers = (rows_p.stride(0), V, float(softcap_p), float(softcap_q), 1 / temperature)
         launch(_kl_rows_kernel, (N,), *read, found, *numbers, **flags, tile=tile)
         kl[index[part]] = found
         if g is None:
@@ -152,7 +153,7 @@ def _token_kl(
         launch(
             _kl_gradient_kernel,
             (N * blocks,),
-            *(*read, found, g[part], made_p, made_q, blocks, *numbers),
+            *(*read, found, g[part], whole(made_p), whole(made_q), blocks, *numbers),
             **flags,
             tile=tile,
         )

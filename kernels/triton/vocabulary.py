@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from gptfast.kernels.triton.product import PAD
 
 NEVER = tl.constexpr(float("-inf"))
 
@@ -135,18 +136,19 @@ def _vocabulary_gradient_kernel(
     stride, out_stride, V, blocks, ignore_index, smoothing, z_loss, softcap, inverse_temperature,
     IS_LOSS: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_UPSTREAM: tl.constexpr,
     IS_SCALAR: tl.constexpr, HAS_Z: tl.constexpr, IS_SMOOTH: tl.constexpr, IS_CAPPED: tl.constexpr,
-    IS_TEMPERED: tl.constexpr, USE_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    IS_TEMPERED: tl.constexpr, USE_ENTROPY: tl.constexpr, IS_PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a block of a row's columns, p (scale + slope l) - even w - (hit where it is the target's), where
     p = e^(l - lse - rest); zero for a row without a target. out may be the logits. Of the loss or, without IS_LOSS, of
-    the log-probability and, with USE_ENTROPY, the entropy."""
+    the log-probability and, with USE_ENTROPY, the entropy. IS_PADDED: zeros go behind a row of out, for products."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
     cols = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = cols < V
     t = tl.load(target + row).to(tl.int64)
     to = out + row * out_stride + cols
+    written = cols < (tl.cdiv(V, PAD) * PAD if IS_PADDED else V)
     if t == ignore_index:
-        tl.store(to, tl.zeros([BLOCK], tl.float32), mask=inside)
+        tl.store(to, tl.zeros([BLOCK], tl.float32), mask=written)
         return
     top = tl.load(lse + row)
     l = tl.load(logits + row * stride + cols, mask=inside, other=0.0)
@@ -182,7 +184,10 @@ def _vocabulary_gradient_kernel(
         if USE_ENTROPY:
             h = tl.load(of_entropy + row).to(tl.float32)
             g -= tl.where(p == 0, 0.0, h * p * ((l - top) + tl.load(entropy + row)))
-    tl.store(to, back(g, l, softcap, inverse_temperature, IS_CAPPED, IS_TEMPERED), mask=inside)
+    g = back(g, l, softcap, inverse_temperature, IS_CAPPED, IS_TEMPERED)
+    if IS_PADDED:
+        g = tl.where(inside, g, 0.0)
+    tl.store(to, g, mask=written)
 
 
 @triton.jit(do_not_specialize=["N"])

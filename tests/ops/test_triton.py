@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -57,6 +58,26 @@ def test_sums_over_many_chunks_of_rows(rows: int) -> None:
     given = upstream(op, arguments)
     got = gradients(op.function, op, where.here(op, arguments), [u.to(where.device) for u in given], backend="triton")
     of_gradients(op, case, torch.bfloat16, given).check("weight", got["weight"].cpu(), "dweight")
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["linear_cross_entropy", "token_logprobs"])
+def test_rows_that_do_not_count_add_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph holds them, for none can know how many there will be."""
+    module = importlib.import_module("gptfast.kernels.triton.cross_entropy")
+    other = importlib.import_module("gptfast.kernels.triton.token_logprobs")
+    for of in (module, other):
+        monkeypatch.setattr(of, "counted", lambda counts: torch.arange(len(counts), device=counts.device))
+    op, target = ops.pages()[name], torch.arange(40) % 7
+    target[::3] = -100
+    case = Case("ignored", lambda i: {"x": i.randn(40, 24), "weight": i.randn(70, 24), "target": target})
+    arguments = case.arguments(torch.bfloat16)
+    assert check(op, where.here(op, arguments), "triton").passed
+    given = upstream(op, arguments)
+    got = gradients(op.function, op, where.here(op, arguments), [u.to(where.device) for u in given], backend="triton")
+    limits = of_gradients(op, case, torch.bfloat16, given)
+    for key, gradient in got.items():
+        limits.check(key, gradient.cpu(), f"d{key}")
 
 
 @needs_triton
