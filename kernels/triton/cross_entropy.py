@@ -179,7 +179,8 @@ class Head:
 
     def gradient_like(self, logits: Tensor) -> Tensor:
         """Where the gradient of logits goes: their place or, for products on tensor cores, as many 16-bit numbers."""
-        return logits if self.x.dtype == torch.float32 else padded(*logits.shape, self.x.dtype, logits)
+        rows, cols = logits.shape
+        return logits if self.x.dtype == torch.float32 else padded(rows, cols, self.x.dtype, logits)
 
     def add(self, part: slice, gradient: Tensor, factor: Tensor | None) -> None:
         """Adds what a chunk of rows' gradients of logits, times the factor, give. They are padded(), with zeros."""
