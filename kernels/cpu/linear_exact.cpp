@@ -94,7 +94,7 @@ __attribute__((noinline)) void few_rows(const Linear& a, const float* x, int64_t
     constexpr int N = decltype(n)::value;
     for (; g + N <= groups; g += N) {
       for (int line = 0; line < N * (int)sizeof(Block); line += 64)
-        __builtin_prefetch((const char*)(b + g) + AHEAD + line);
+        __builtin_prefetch((const char*)(b + g) + AHEAD + line, 0, FETCHED_TO);
 #pragma GCC unroll 4
       for (int part = 0; part < PARTS; part++) add_groups<Block, MR, N>(b + g, x + g * GROUP * MR, part, total[part]);
     }

@@ -201,8 +201,8 @@ template <class Block>
 constexpr int stored<Opened<Block>> = sizeof(Block);
 
 // Outputs of A + B rows from `row` on, NP panels from `panel` on, whose groups lie one after another from b on. The
-// first A rows are x's, the others y's. Weights to come, from `next` on if not null, are on their way meanwhile: of one
-// panel to L1, of several, which are as many streams, to L2.
+// first A rows are x's, the others y's. Weights to come, from `next` on if not null, are on their way meanwhile: to L1
+// where a line of them is much work, to L2 of several panels, which are as many streams, and of 8 bits for one row.
 template <class Block, int A, int B, int NP, int PLANES>
 __attribute__((noinline)) void tile(const Linear& a, const Activations<A, PLANES>* x,
                                     const Activations<(B ? B : 1), PLANES>* y, const Block* b, int64_t row,
@@ -220,7 +220,8 @@ __attribute__((noinline)) void tile(const Linear& a, const Activations<A, PLANES
 #pragma GCC unroll 1
   for (int64_t g = 0; g < groups; g++, b++, x++) {
     if (next) {
-      for (int line = 0; line < NP * stored<Block>; line += 64) __builtin_prefetch(next + line, 0, NP == 1 ? 3 : 2);
+      constexpr int LEVEL = NP > 1 || (MR == 1 && Block::BITS == 8) ? FETCHED_TO : 3;
+      for (int line = 0; line < NP * stored<Block>; line += 64) __builtin_prefetch(next + line, 0, LEVEL);
       next += NP * stored<Block>;
     }
     Dot s[PLANES][MR][VECTORS];

@@ -35,7 +35,7 @@ __attribute__((noinline)) void tile(const float* x, const W* w, int64_t stride, 
     if (VEC_BYTES >= 32 && MR > 1 && NP == ABREAST) __builtin_prefetch(x + next_x);
 #pragma GCC unroll 4
     for (int p = 0; p < NP; p++) {
-      if (fetches(NP)) __builtin_prefetch(next + p * stride * sizeof(W));
+      if (fetches(NP)) __builtin_prefetch(next + p * stride * sizeof(W), 0, FETCHED_TO);
 #pragma GCC unroll 4
       for (int part = 0; part < PARTS; part++) b[p * PARTS + part] = in_register(load(w + p * stride + part * LANES));
     }
