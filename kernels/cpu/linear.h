@@ -78,10 +78,6 @@ struct Ahead {
   int64_t bytes, step;
 };
 
-// The cache that weights to come are fetched to, as __builtin_prefetch counts: L2 with AVX-512, for a core has few
-// places for lines on their way to L1 (Zen 4, one row from memory: fp32 1.06-1.19x, Q8_0 1.08-1.6x).
-constexpr int FETCHED_TO = VEC_BYTES == 64 ? 2 : 3;
-
 // Calls f(begin, end) for runs of what every worker needs: shared out, or all of it for each worker by itself.
 template <class F>
 INLINE void prepare(bool shared, int64_t tasks, Worker& worker, F f) {

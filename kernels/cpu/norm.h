@@ -73,7 +73,7 @@ INLINE float norm_sums(const Norm& a, int64_t r, bool past_caches, float* row, T
 // The 4 * LANES elements from p on.
 template <class T>
 INLINE void prefetch_pairs(const T* p) {
-  for (int b = 0; b < 4 * LANES * (int)sizeof(T); b += 64) __builtin_prefetch((const char*)p + b);
+  for (int b = 0; b < 4 * LANES * (int)sizeof(T); b += 64) __builtin_prefetch((const char*)p + b, 0, FETCHED_TO);
 }
 
 // y = (row - mean) * rstd * weight + bias, rounded; mean is left out where the op has none. The next row of x and
