@@ -154,7 +154,7 @@ def test_what_waits_for_the_gpu_is_not_captured() -> None:
     assert again.result.tolist() == [8, 8, 8]
 
 
-@pytest.mark.skipif(where.on_the_cpu(), reason="needs a GPU")
+@pytest.mark.skipif(where.on_the_cpu(), reason="captures a real CUDA graph, which needs a GPU")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_of_training_as_a_graph(name: str) -> None:
     """Loss and gradients of a replay are bit for bit those of a step that wasn't captured, whatever the batch."""
@@ -189,12 +189,13 @@ def test_a_step_of_training_as_a_graph(name: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, [wanted, *own]) if b is not None)
 
 
-@pytest.mark.skipif(where.on_the_cpu(), reason="needs a GPU")
+@pytest.mark.skipif(where.on_the_cpu(), reason="captures a real CUDA graph, which needs a GPU")
 def test_ignored_targets_and_dropout_in_a_captured_loss() -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(90, 64, device="cuda"), torch.randn(97, 64, device="cuda", requires_grad=True)
     target = torch.randint(97, (90,), device="cuda")
     target[::3] = -100
+    x[::3] = torch.nan
 
     def loss() -> torch.Tensor:
         return ops.linear_cross_entropy(x, weight, target)

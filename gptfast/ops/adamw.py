@@ -17,7 +17,7 @@ steps        t: () float32, on the CPU; counted up in place
 masters      None, or a list of each parameter in float32 or None: where one is, it takes the update, and the parameter
              is its rounded copy. Without one a 16-bit parameter is read, updated in fp32 and rounded to nearest, which
              loses an update below half a unit of its last place; that is what torch.optim does
-grad_scale   a number or, on a GPU, () float64 or float32
+grad_scale   a number, or one in a tensor, () of floats, which a GPU doesn't wait for
 max_norm     None: nothing is clipped and no norm is computed; infinity: the norm is computed, nothing is clipped
 nonfinite    what an infinite or NaN norm does: "propagate" (as in torch: gradients become 0 or NaN), "skip" (nothing is
              written, t isn't counted up), "raise" (RuntimeError, nothing is written)
@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -280,6 +280,10 @@ def adamw(
     require(eps >= 0, lambda: f"adamw: expected eps >= 0, got {eps}")
     require(max_norm is None or max_norm > 0, lambda: f"adamw: expected max_norm > 0 or None, got {max_norm}")
     require(nonfinite in NONFINITE, lambda: f"adamw: expected nonfinite as one of {NONFINITE}, got {nonfinite!r}")
+    require(
+        not isinstance(grad_scale, Tensor) or (grad_scale.dim() == 0 and grad_scale.is_floating_point()),
+        lambda: f"adamw: expected grad_scale as a number or () of floats, got {shape(cast(Tensor, grad_scale))}",
+    )
     if isinstance(grad_scale, Tensor) and not params[0].is_cuda:
         grad_scale = float(grad_scale)
     norm, scale = None, grad_scale

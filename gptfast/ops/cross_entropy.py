@@ -19,7 +19,8 @@ loss                    float32 (float64 for float64): (...) for reduction="none
 
 A row whose target is ignore_index doesn't count: its loss and its gradients are 0, whatever x or logits hold there, and
 it costs nothing. Where no row counts, the mean is NaN, the sum 0 and the gradients 0, as in PyTorch. A target beyond
-the vocabulary raises before anything is computed.
+the vocabulary raises before anything is computed. In a CUDA graph rows that don't count cost what others do, are zeros
+in the sums for weight, whose blocks they shift, and targets aren't looked at: each must be in the vocabulary.
 
 Products and sums in fp32 (fp64 for fp64), each gradient rounded once to its input's dtype. The logits of a chunk of
 rows exist at a time, and their gradient takes their place: see the constants in kernels/cpu/cross_entropy.py. With a

@@ -282,8 +282,8 @@ INLINE void store(T* p, f32v v, int n) {
   for (int i = 0; i < n; i++) p[i] = tail[i];
 #endif
 }
-// The cache that what comes from memory is fetched to, as __builtin_prefetch counts: L2 with AVX-512, for a core has few
-// places for lines on their way to L1 (Zen 4: linears of one row 1.05-1.6x, norms 1.1-1.2x, SwiGLU 1.3x).
+// The cache that what comes from memory is fetched to, as __builtin_prefetch counts: L2 with AVX-512, for a core has
+// few places for lines on their way to L1 (Zen 4: linears of one row 1.05-1.6x, norms 1.1-1.2x, SwiGLU 1.3x).
 constexpr int FETCHED_TO = VEC_BYTES == 64 ? 2 : 3;
 
 // v, loaded once: GCC would otherwise make the load part of each instruction that uses v, and a machine that loads one

@@ -101,16 +101,8 @@ class Loss:
         launch(
             _vocabulary_gradient_kernel,
             (N * blocks,),
-            *(
-                logits,
-                whole(out) if is_padded else out,
-                self.target[part],
-                self.class_weight,
-                self.whole,
-                scales,
-                upstream,
-            ),
-            of_entropy,
+            *(logits, whole(out) if is_padded else out, self.target[part], self.class_weight, self.whole),
+            *(scales, upstream, of_entropy),
             *(got.lse, got.rest, got.entropy, logits.stride(0), out.stride(0), V, blocks, *self.numbers()),
             IS_LOSS=is_loss,
             HAS_SCALES=scales is not None,
@@ -133,12 +125,16 @@ class Rows:
     entropy: Tensor | None = None
 
 
-def counted(counts: Tensor) -> Tensor:
-    """Which rows count, given whether each does. While a CUDA graph is captured nobody can wait for how many do: then
-    all of them, for the kernels' results of others are zero, too."""
-    if counts.is_cuda and torch.cuda.is_current_stream_capturing():
-        return torch.arange(len(counts), device=counts.device)
-    return counts.nonzero().squeeze(1)
+def counted(counts: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows of x (..., C) count, given whether each does, and x. While a CUDA graph is captured nobody can wait
+    for how many do: then all of them, the others as zeros, for which the kernels' results are zero."""
+    if not _captured(counts):
+        return counts.nonzero().squeeze(1), x
+    return torch.arange(len(counts), device=counts.device), torch.where(counts.view(*x.shape[:-1], 1), x, 0)
+
+
+def _captured(t: Tensor) -> bool:
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def total(losses: Tensor) -> Tensor:
@@ -265,7 +261,7 @@ def _linear_cross_entropy(
     mean's 1 / sum of w is left to the products: 16-bit gradients of logits would vanish with it.
     """
     flat = target.reshape(-1)
-    index = counted(flat != ignore_index)
+    index, x = counted(flat != ignore_index, x)
     head = Head(x, weight, bias, index, wants)
     options = (class_weight, ignore_index, label_smoothing, z_loss, softcap)
     loss = Loss(flat[index], *options, reduction=reduction)

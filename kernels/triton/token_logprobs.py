@@ -38,7 +38,7 @@ def token_logprobs_forward(
 ) -> tuple[Tensor, Tensor]:
     """The log-probabilities, and the entropy or an empty tensor."""
     flat = target.reshape(-1)
-    index = counted(flat != ignore_index)
+    index, x = counted(flat != ignore_index, x)
     head = Head(x, weight, bias, index)
     loss = Loss(flat[index], None, ignore_index, softcap=softcap, temperature=temperature)
     logprobs = torch.zeros(flat.shape, device=x.device)
@@ -65,7 +65,7 @@ def token_logprobs_backward(
 ) -> list[Tensor]:
     """The gradients of x, weight and bias, empty where nobody wants them. upstream: of both outputs."""
     flat = target.reshape(-1)
-    index = counted(flat != ignore_index)
+    index, x = counted(flat != ignore_index, x)
     of_logprobs, of_entropy = (None if g is None else g.reshape(-1)[index].float() for g in (*upstream, None)[:2])
     if of_logprobs is None:
         of_logprobs = torch.zeros(index.shape, device=x.device)

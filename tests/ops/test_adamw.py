@@ -132,6 +132,16 @@ def test_norms_that_are_not_finite(bad: float, backend: str) -> None:
     assert s["params"][3].isnan().any() and s["steps"][0] == 1
 
 
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+def test_a_scale_in_a_tensor_is_its_number(max_norm: float | None) -> None:
+    ours, other = state(), state()
+    norms = [
+        adamw(**s, lr=0.01, grad_scale=scale, max_norm=max_norm)
+        for s, scale in ((ours, 0.3), (other, torch.tensor(0.3, dtype=torch.float64)))
+    ]
+    assert equal(ours, other) and (norms[0] is norms[1] is None or torch.equal(*norms))
+
+
 def test_an_infinite_max_norm_only_measures() -> None:
     s, t = state(scale=100.0), state(scale=100.0)
     norm = adamw(**s, max_norm=float("inf"))
@@ -196,6 +206,7 @@ def test_a_backward_through_what_was_overwritten_raises() -> None:
         ({"betas": (0.9, 1.0)}, "expected betas in"),
         ({"max_norm": 0.0}, "expected max_norm > 0"),
         ({"nonfinite": "ignore"}, "expected nonfinite as one of"),
+        ({"grad_scale": torch.ones(2)}, r"expected grad_scale as a number or \(\) of floats, got \(2,\) float32"),
     ],
 )
 def test_errors_at_the_door(change: dict[str, Any], match: str) -> None:
