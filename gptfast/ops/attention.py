@@ -194,6 +194,45 @@ def attention(
 
     Raises ValueError for shapes and dtypes that don't fit; BackendError where `backend` can't serve the call.
     """
+    arguments: dict[str, Any] = {
+        "q": q, "k": k, "v": v, "causal": causal, "scale": scale, "window": tuple(window), "softcap": softcap,
+        "alibi_slopes": alibi_slopes, "sinks": sinks, "mask": mask, "bias": bias, "dropout_p": dropout_p,
+        "seed": seed if dropout_p else 0, "stream": stream if dropout_p else 0,
+        "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k,
+    }  # fmt: skip
+    page = "attention.attention"
+    if dropout_p:
+        library.check_seed("attention", seed)
+    backend, as_op = library.route(page, backend, arguments, _check)
+    if as_op:
+        out, lse = _registered(
+            **arguments | {"seed": library.seed_tensor(seed, q) if dropout_p else None}, backend=backend
+        )
+        return (out, lse) if return_lse else out
+    if dropout_p or cu_seqlens_q is not None:  # what they hold is another each time
+        _check(**arguments)
+        arguments["seed"] = int(arguments["seed"])
+        return dispatch.run(page, backend, reference, q, **arguments, return_lse=return_lse)
+    arguments["return_lse"] = return_lse
+    return dispatch.prepared(page, backend, reference, q, arguments, _check)(**arguments)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: tuple[int, int],
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    dropout_p: float,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    **_: Any,
+) -> None:
+    """Raises where arguments don't fit together."""
     varlen = cu_seqlens_q is not None
     dims, form = (3, "(T, H, D)") if varlen else (4, "(B, S, H, D)")
     require(
@@ -223,23 +262,6 @@ def attention(
                 t is None or (t.dtype in kinds and _broadcasts(t, full)),
                 lambda: f"attention: expected {name} {kinds[-1]} broadcasting to {full}, got {shape(t)}",  # noqa: B023
             )
-    arguments: dict[str, Any] = {
-        "q": q, "k": k, "v": v, "causal": causal, "scale": scale, "window": tuple(window), "softcap": softcap,
-        "alibi_slopes": alibi_slopes, "sinks": sinks, "mask": mask, "bias": bias, "dropout_p": dropout_p,
-        "seed": seed if dropout_p else 0, "stream": stream if dropout_p else 0,
-        "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k,
-    }  # fmt: skip
-    page = "attention.attention"
-    if dropout_p:
-        library.check_seed("attention", seed)
-    backend, as_op = library.route(page, backend, arguments)
-    if as_op:
-        out, lse = _registered(
-            **arguments | {"seed": library.seed_tensor(seed, q) if dropout_p else None}, backend=backend
-        )
-        return (out, lse) if return_lse else out
-    arguments["seed"] = int(arguments["seed"])
-    return dispatch.run(page, backend, reference, q, **arguments, return_lse=return_lse)
 
 
 _registered = attention_gradients.register(reference)

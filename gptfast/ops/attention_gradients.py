@@ -47,9 +47,7 @@ def register(reference: Callable[..., Any]) -> Any:
         arguments = _read(arguments)
         if arguments["cu_seqlens_q"] is not None:  # its contents were unknown to whoever traced the call
             check_varlen(*(arguments[name] for name in ("q", "k", "cu_seqlens_q", "cu_seqlens_k")))
-        return dispatch.run(
-            *("attention.attention", backend, forward_reference, arguments["q"]), **arguments, return_lse=True
-        )
+        return _run("attention.attention", backend, forward_reference, {**arguments, "return_lse": True})
 
     def forward_fake(q: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
         heads = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
@@ -66,9 +64,7 @@ def register(reference: Callable[..., Any]) -> Any:
         return tuple(made.get(name, nothing(dout)) for name in ("q", "k", "v", "bias", "sinks"))
 
     def backward(backend: str | None, **arguments: Any) -> Any:
-        return dispatch.run(
-            *("attention.attention_backward", backend, backward_reference, arguments["q"]), **_read(arguments)
-        )
+        return _run("attention.attention_backward", backend, backward_reference, _read(arguments))
 
     def backward_fake(
         dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, wants_bias: bool,
@@ -97,6 +93,12 @@ def register(reference: Callable[..., Any]) -> Any:
     library.differentiate(first, save, gradients)
     library.differentiate_through(second, backward_reference)
     return first
+
+
+def _run(op: str, backend: str | None, reference: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    if arguments["dropout_p"] or arguments["cu_seqlens_q"] is not None:  # what they hold is another each time
+        return dispatch.run(op, backend, reference, arguments["q"], **arguments)
+    return dispatch.prepared(op, backend, reference, arguments["q"], arguments)(**arguments)
 
 
 def _read(arguments: dict[str, Any]) -> dict[str, Any]:

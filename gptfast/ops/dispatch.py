@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -76,7 +77,7 @@ def prepared(
     reference: Callable[..., Any],
     device: Tensor,
     arguments: dict[str, Any],
-    check: Callable[..., None],
+    check: Callable[..., None] = lambda **_: None,
 ) -> Callable[..., Any]:
     """run() for ops whose calls are so short that checking and choosing would take longer: the function to call with
     the same arguments.
@@ -108,6 +109,26 @@ def prepared(
 
 
 _prepared: dict[Any, Callable[..., Any]] = {}
+
+
+def served(op: str, backend: str | None, arguments: dict[str, Any], check: Callable[..., None]) -> bool:
+    """Whether a kernel serves the call; checked and found out once for each signature, as in prepared()."""
+    key = (op, backend, _preferred(), *signature(arguments))
+    kernel = None
+    with suppress(TypeError):  # of what can't be part of a key
+        kernel = _served.get(key)
+    if kernel is None:
+        check(**arguments)
+        device = next(x for x in arguments.values() if isinstance(x, Tensor))
+        kernel = choose(op, backend, device, arguments)[1] is not None
+        if len(_served) >= 1024:
+            _served.clear()
+        with suppress(TypeError):
+            _served[key] = kernel
+    return kernel
+
+
+_served: dict[Any, bool] = {}
 
 
 def signature(arguments: dict[str, Any]) -> list[Any]:

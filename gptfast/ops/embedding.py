@@ -98,9 +98,8 @@ def embedding(
     its table; BackendError where `backend` can't serve the call.
     """
     arguments = {"ids": ids, "weight": weight, "positions": positions, "position_weight": position_weight}
-    backend, as_op = library.route("embedding", backend, arguments)
+    backend, as_op = library.route("embedding", backend, arguments, _check)
     if as_op:  # that one looks at what the ids are
-        _check(**arguments)
         return _registered(**arguments, backend=backend)
     function = dispatch.prepared("embedding", backend, reference, weight, arguments, _check)
     _check_contents("ids", ids, weight)

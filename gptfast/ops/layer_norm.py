@@ -171,9 +171,8 @@ def layer_norm(
     }  # fmt: skip
     if dropout_p:
         library.check_seed("layer_norm", seed)
-    backend, as_op = library.route("layer_norm", backend, arguments)
+    backend, as_op = library.route("layer_norm", backend, arguments, _check)
     if as_op:
-        _check(**arguments)
         arguments["seed"] = library.seed_tensor(seed, x) if dropout_p else None
         y, total, *_ = _registered(**arguments, backend=backend)
         return y if residual is None else (y, total)

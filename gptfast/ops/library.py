@@ -20,6 +20,7 @@ from gptfast.ops import dispatch
 _LIBRARY = torch.library.Library("gptfast", "DEF")
 _functorch: Any = getattr(torch._C, "_functorch")  # noqa: B009  (pyright knows no such attribute)
 _ORDINARY = (Tensor, torch.nn.Parameter)
+_UNSEEN = frozenset((*_ORDINARY, *dispatch.PLAIN))  # types of arguments that make PyTorch look at no call
 Gradients = Mapping[str, Tensor | None]  # of arguments, by name
 
 
@@ -30,15 +31,15 @@ class Registered:
 
     def __init__(self, op: Any, run: Callable[..., Any]) -> None:
         self.op, self.run, self.names = op, run, argument_names(op)
-        self.function: Any = None  # an autograd.Function, where the op has gradients
+        self.apply: Any = None  # an autograd.Function's, where the op has gradients
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         arguments = dict(zip(self.names, given)) | named
         if watched(arguments):
             return self.op(**arguments)
-        if self.function is None or not recorded(arguments):
+        if self.apply is None or not recorded(arguments):
             return self.run(**arguments)
-        return self.function.apply(*[arguments[name] for name in self.names])
+        return self.apply(*[arguments[name] for name in self.names])
 
 
 def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Registered:
@@ -83,7 +84,8 @@ def differentiate(known: Registered, save: Callable[..., None], backward: Callab
         return output
 
     methods = {"forward": forward, "backward": in_order}
-    known.function = type(op._opname, (torch.autograd.Function,), {k: staticmethod(f) for k, f in methods.items()})
+    function = type(op._opname, (torch.autograd.Function,), {k: staticmethod(f) for k, f in methods.items()})
+    known.apply = super(torch.autograd.Function, function).apply  # without its look at transforms: watched() has looked
 
 
 def differentiate_through(op: Registered, function: Callable[..., Any]) -> None:
@@ -142,22 +144,32 @@ def _recording() -> Any:
     return c._ForceDispatchKeyGuard(c._dispatch_tls_local_include_set(), excluded - autograd)
 
 
-def route(op: str, backend: Any, arguments: Mapping[str, Any]) -> tuple[Any, bool]:
-    """Which way a call goes: the backend to ask for, and whether by the op that PyTorch knows.
+def route(
+    op: str, backend: Any, arguments: dict[str, Any], check: Callable[..., None] = lambda **_: None
+) -> tuple[Any, bool]:
+    """Which way a call goes: the backend to ask for, and whether by the op that PyTorch knows; then the arguments have
+    been checked by check(**arguments), if not in this call then in one with the same signature.
 
     That one is for calls that PyTorch must see and a kernel would serve. Without a kernel the reference, which is
     PyTorch's ops, is seen by itself; so it is under torch.func's transforms, which take no registered gradients.
     """
-    if backend == "reference" or isinstance(backend, dispatch.Explain) or not needed(arguments):
+    if backend == "reference" or isinstance(backend, dispatch.Explain):
         return backend, False
-    if torch.compiler.is_compiling():
-        return backend, True
-    if _functorch.peek_interpreter_stack() is not None:
-        if backend is not None:
-            raise dispatch.BackendError(f"{op}: torch.func's transforms go through the reference, not {backend!r}")
-        return "reference", False
-    device = next(x for x in arguments.values() if isinstance(x, Tensor))
-    return backend, dispatch.choose(op, backend, device, dict(arguments))[1] is not None
+    if not watched(arguments):
+        if not recorded(arguments):
+            return backend, False
+        random = {"seed": 0, "stream": 0} if arguments.get("dropout_p") else {}  # which are others in each call
+        return backend, dispatch.served(op, backend, arguments | random if random else arguments, check)
+    if not torch.compiler.is_compiling():
+        if _functorch.peek_interpreter_stack() is not None:
+            if backend is not None:
+                raise dispatch.BackendError(f"{op}: torch.func's transforms go through the reference, not {backend!r}")
+            return "reference", False
+        device = next(x for x in arguments.values() if isinstance(x, Tensor))
+        if dispatch.choose(op, backend, device, arguments)[1] is None:
+            return backend, False
+    check(**arguments)
+    return backend, True
 
 
 def needed(arguments: Mapping[str, Any]) -> bool:
@@ -177,14 +189,13 @@ def recorded(arguments: Mapping[str, Any]) -> bool:
 
 def watched(arguments: Mapping[str, Any]) -> bool:
     """Whether PyTorch traces or transforms the call, or a tensor is no ordinary one."""
-    for x in arguments.values():
-        if isinstance(x, Tensor) and type(x) not in _ORDINARY:
-            return True
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or _functorch.peek_interpreter_stack() is not None
-    )
+    if torch.compiler.is_compiling():
+        return True
+    if not _UNSEEN.issuperset(map(type, arguments.values())):
+        for x in arguments.values():
+            if isinstance(x, Tensor) and type(x) not in _ORDINARY:
+                return True
+    return torch._C._len_torch_dispatch_stack() > 0 or _functorch.peek_interpreter_stack() is not None
 
 
 def under_autocast(x: Tensor, *others: Tensor | None) -> bool:

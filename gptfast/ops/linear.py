@@ -214,12 +214,13 @@ def linear(
     """
     arguments = {"x": x, "weight": weight, "bias": bias, "activations": activations}
     if isinstance(weight, Tensor) and not isinstance(backend, dispatch.Explain) and library.needed(arguments):
-        _check(**arguments)
-        alone = library.autocasting(x)
-        wanted, as_op = (backend, False) if alone else library.route("linear", backend, arguments)
-        if as_op and (backend is not None or x.device.type == "cpu"):
-            return _registered(x, weight, bias, wanted)
+        alone, as_op = library.autocasting(x), False
+        if not alone and (backend is not None or x.device.type == "cpu"):
+            wanted, as_op = library.route("linear", backend, arguments, _check)
+            if as_op:
+                return _registered(x, weight, bias, wanted)
         if backend is None:
+            _check(**arguments)
             return linear_gradients.product(x, weight, bias)
     if not isinstance(weight, Tensor) and not isinstance(backend, dispatch.Explain) and library.recorded(arguments):
         return _frozen(x, weight, bias, activations, backend)

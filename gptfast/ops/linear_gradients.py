@@ -73,7 +73,8 @@ def register() -> Any:
     where its gradient is wanted."""
 
     def forward(backend: str | None, **arguments: Any) -> Tensor:
-        return dispatch.run("linear.linear_forward", backend, product, arguments["x"], **arguments)
+        made = dispatch.prepared("linear.linear_forward", backend, product, arguments["x"], arguments)
+        return made(**arguments)
 
     def forward_fake(x: Tensor, weight: Tensor, **_: Any) -> Tensor:
         return x.new_empty((*x.shape[:-1], weight.shape[0]))
@@ -87,7 +88,8 @@ def register() -> Any:
         return tuple(nothing(x) if (g := found.get(name)) is None else g for name in given)
 
     def backward(backend: str | None, **arguments: Any) -> Any:
-        return dispatch.run("linear.linear_backward", backend, backward_reference, arguments["x"], **arguments)
+        made = dispatch.prepared("linear.linear_backward", backend, backward_reference, arguments["x"], arguments)
+        return made(**arguments)
 
     def backward_fake(
         x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool, bias: Tensor | None, **_: Any

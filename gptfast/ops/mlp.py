@@ -177,9 +177,8 @@ def bias_gelu(
     if bias is not None and library.under_autocast(x, bias):
         bias = bias.to(x.dtype)
     arguments = {"x": x, "bias": bias, "approximate": approximate}
-    backend, as_op = library.route("mlp.bias_gelu", backend, arguments)
+    backend, as_op = library.route("mlp.bias_gelu", backend, arguments, _check_bias_gelu)
     if as_op:
-        _check_bias_gelu(**arguments)
         return _bias_gelu(**arguments, backend=backend)
     return dispatch.prepared("mlp.bias_gelu", backend, bias_gelu_reference, x, arguments, _check_bias_gelu)(**arguments)
 
@@ -190,9 +189,8 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     Raises ValueError for arguments that don't fit; BackendError where `backend` can't serve the call.
     """
     arguments = {"gate": gate, "up": up}
-    backend, as_op = library.route("mlp.swiglu", backend, arguments)
+    backend, as_op = library.route("mlp.swiglu", backend, arguments, _check_swiglu)
     if as_op:
-        _check_swiglu(**arguments)
         return _swiglu(**arguments, backend=backend)
     return dispatch.prepared("mlp.swiglu", backend, swiglu_reference, gate, arguments, _check_swiglu)(**arguments)
 
@@ -203,9 +201,8 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh", backend: str |
     Raises ValueError for arguments that don't fit; BackendError where `backend` can't serve the call.
     """
     arguments = {"gate": gate, "up": up, "approximate": approximate}
-    backend, as_op = library.route("mlp.geglu", backend, arguments)
+    backend, as_op = library.route("mlp.geglu", backend, arguments, _check_geglu)
     if as_op:
-        _check_geglu(**arguments)
         return _geglu(**arguments, backend=backend)
     return dispatch.prepared("mlp.geglu", backend, geglu_reference, gate, arguments, _check_geglu)(**arguments)
 

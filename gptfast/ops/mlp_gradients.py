@@ -95,6 +95,6 @@ def register_gated(op: str, reference: Callable[..., Tensor], approximate: bool)
 
 def _runner(op: str, reference: Callable[..., Any], device: str) -> Callable[..., Any]:
     def run(backend: str | None, **arguments: Any) -> Any:
-        return dispatch.run(f"mlp.{op}", backend, reference, arguments[device], **arguments)
+        return dispatch.prepared(f"mlp.{op}", backend, reference, arguments[device], arguments)(**arguments)
 
     return run

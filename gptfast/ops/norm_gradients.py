@@ -50,9 +50,23 @@ def register(op: str, reference: Callable[..., Any], statistics: Callable[..., t
         kept = total if residual is not None or dropout_p else nothing(x)
         return y, kept, nothing(rstd) if mean is None else mean, rstd
 
+    def run(
+        name: str,
+        backend: str | None,
+        reference: Callable[..., Any],
+        device: Tensor,
+        arguments: dict[str, Any],
+        seed: Tensor | None,
+    ) -> Any:
+        arguments["seed"] = 0 if seed is None else int(seed)
+        if arguments["dropout_p"]:  # each call has a seed of its own: nothing to prepare
+            return dispatch.run(name, backend, reference, device, **arguments)
+        return dispatch.prepared(name, backend, reference, device, arguments)(**arguments)
+
     def forward(bias: Tensor | None, seed: Tensor | None, backend: str | None, **arguments: Any) -> Any:
-        arguments |= {"seed": number(seed)} | ({"bias": bias} if centred else {})
-        return dispatch.run(f"{op}.{op}_forward", backend, forward_reference, arguments["x"], **arguments)
+        if centred:
+            arguments["bias"] = bias
+        return run(f"{op}.{op}_forward", backend, forward_reference, arguments["x"], arguments, seed)
 
     def forward_fake(x: Tensor, residual: Tensor | None, dropout_p: float, **_: Any) -> Any:
         rstd = x.new_empty(x.shape[:-1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
@@ -79,8 +93,7 @@ def register(op: str, reference: Callable[..., Any], statistics: Callable[..., t
         )
 
     def backward(seed: Tensor | None, backend: str | None, **arguments: Any) -> Any:
-        arguments["seed"] = number(seed)
-        return dispatch.run(f"{op}.{op}_backward", backend, backward_reference, arguments["s"], **arguments)
+        return run(f"{op}.{op}_backward", backend, backward_reference, arguments["s"], arguments, seed)
 
     def backward_fake(
         s: Tensor,
@@ -122,7 +135,3 @@ def register(op: str, reference: Callable[..., Any], statistics: Callable[..., t
     library.differentiate(first, save, gradients)
     library.differentiate_through(second, backward_reference)
     return first
-
-
-def number(seed: Tensor | None) -> int:
-    return 0 if seed is None else int(seed)

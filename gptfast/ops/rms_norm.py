@@ -155,9 +155,8 @@ def rms_norm(
     }  # fmt: skip
     if dropout_p:
         library.check_seed("rms_norm", seed)
-    backend, as_op = library.route("rms_norm", backend, arguments)
+    backend, as_op = library.route("rms_norm", backend, arguments, _check)
     if as_op:
-        _check(**arguments)
         arguments["seed"] = library.seed_tensor(seed, x) if dropout_p else None
         y, total, *_ = _registered(**arguments, bias=None, backend=backend)
         return y if residual is None else (y, total)

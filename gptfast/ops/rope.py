@@ -115,6 +115,15 @@ def rope(
 
     Raises ValueError for shapes and dtypes that don't fit; BackendError where `backend` can't serve the call.
     """
+    arguments = {"q": q, "k": k, "cos": cos, "sin": sin, "interleaved": interleaved}
+    backend, as_op = library.route("rope", backend, arguments, _check)
+    if as_op:
+        return _registered(**arguments, backend=backend)
+    return dispatch.prepared("rope", backend, reference, q, arguments, _check)(**arguments)
+
+
+def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+    """Raises where arguments don't fit together."""
     require(q.dim() == 4 and q.is_floating_point(), lambda: f"rope: expected q (B, S, H, D) of floats, got {shape(q)}")
     B, S, _, D = q.shape
     require(
@@ -130,11 +139,6 @@ def rope(
         sin.shape == cos.shape and sin.dtype == cos.dtype,
         lambda: f"rope: expected sin like cos {shape(cos)}, got {shape(sin)}",
     )
-    arguments = {"q": q, "k": k, "cos": cos, "sin": sin, "interleaved": interleaved}
-    backend, as_op = library.route("rope", backend, arguments)
-    if as_op:
-        return _registered(**arguments, backend=backend)
-    return dispatch.run("rope", backend, reference, q, **arguments)
 
 
 def rope_tables(
@@ -276,7 +280,7 @@ def _take(arguments: Any, b: int) -> dict[str, Any]:
 
 
 def _run(backend: str | None, **arguments: Any) -> tuple[Tensor, Tensor]:
-    return dispatch.run("rope", backend, reference, arguments["q"], **arguments)
+    return dispatch.prepared("rope", backend, reference, arguments["q"], arguments)(**arguments)
 
 
 def _backward_reference(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -285,7 +289,8 @@ def _backward_reference(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, interl
 
 
 def _run_backward(backend: str | None, **arguments: Any) -> tuple[Tensor, Tensor]:
-    return dispatch.run("rope.rope_backward", backend, _backward_reference, arguments["dq"], **arguments)
+    made = dispatch.prepared("rope.rope_backward", backend, _backward_reference, arguments["dq"], arguments)
+    return made(**arguments)
 
 
 def _save(ctx: Any, arguments: dict[str, Any], output: tuple[Tensor, Tensor]) -> None:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
+from itertools import compress, pairwise
 from operator import itemgetter
 from typing import Any
 
@@ -145,14 +145,17 @@ def prepare(
 ) -> Callable[..., Any]:
     """A kernel as the function of its op's arguments, for all that have the shapes, strides and dtypes of these.
 
-    outputs: the fields that each call allocates, with shape and dtype; the first `results` are what it returns.
+    outputs: the fields that each call allocates, with shape and dtype; the first `results` are what it returns. An
+    empty one is made, and is no field.
     inputs: fields, the argument that each is, and how it is made to fit (None: as it is). workspace: bytes that the
     field of this name points to, which hold nothing between calls. numbers: all other fields.
     """
     room = {"workspace": partial(shared, workspace)} if workspace else {}
-    launch, address = _cpu.Prepared(kernel, (*outputs, *room, *inputs), numbers), Tensor.data_ptr
-    makes = [*[_maker(shape, dtype) for shape, dtype in outputs.values()], *room.values()]
-    make = makes[0]
+    fields = [name for name, (shape, _) in outputs.items() if 0 not in shape]
+    launch, address = _cpu.Prepared(kernel, (*fields, *room, *inputs), numbers), Tensor.data_ptr
+    makes = [*[maker(shape, dtype) for shape, dtype in outputs.values()], *room.values()]
+    make, all_fields = makes[0], len(fields) == len(outputs)
+    is_field = [*(name in fields for name in outputs), *(True for _ in room)]
     # What fits as it is always will: dtypes and strides stay.
     fits = [
         (name, fit if fit and fit(arguments[name]) is not arguments[name] else None) for name, fit in inputs.values()
@@ -163,7 +166,7 @@ def prepare(
     def run(**arguments: Any) -> Any:
         made = [make() for make in makes]
         given = get(arguments) if as_given else [fit(arguments[name]) if fit else arguments[name] for name, fit in fits]
-        launch(threads, *map(address, made), *map(address, given))
+        launch(threads, *map(address, made if all_fields else compress(made, is_field)), *map(address, given))
         return made[0] if results == 1 else tuple(made[:results])
 
     def run_at_once(**arguments: Any) -> Any:  # 0.6 us less
@@ -171,10 +174,11 @@ def prepare(
         launch(threads, y.data_ptr(), *map(address, get(arguments)))
         return y
 
-    return run_at_once if len(makes) == 1 and as_given else run
+    return run_at_once if len(makes) == 1 == len(fields) and as_given else run
 
 
-def _maker(shape: Sequence[int], dtype: torch.dtype) -> Callable[[], Tensor]:
+def maker(shape: Sequence[int], dtype: torch.dtype) -> Callable[[], Tensor]:
+    """empty() for one shape."""
     if math.prod(shape) * dtype.itemsize >= LARGE:
         return partial(empty, tuple(shape), dtype)
     return partial(torch.empty, *shape or ((),), dtype=dtype)  # numbers one by one: 0.6 us less than a tuple of them

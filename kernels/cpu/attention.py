@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast import _cpu
-from gptfast.kernels.cpu import DTYPES, empty, prepare, unsupported
+from gptfast.kernels.cpu import DTYPES, prepare, unsupported
 
 CHUNK = 128  # keys
 EXACT = 48  # queries of a sequence, for which the kernel makes up for lse's rounding
@@ -56,41 +55,89 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    **terms: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        return prepare_attention(q, k, v, **terms)(q=q, k=k, v=v, **terms)
+    edges = {"cu_q": cu_seqlens_q, "cu_k": cu_seqlens_k}
+    return _attention(q, k, v, len(cu_seqlens_q) - 1, _longest(cu_seqlens_q), edges, **terms)(
+        q=q, k=k, v=v, **edges, **terms
+    )
+
+
+def prepare_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: None = None, cu_seqlens_k: None = None, **terms: Any
+) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
+    return _attention(q, k, v, q.shape[0], q.shape[1], {}, **terms)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    B: int,
+    longest: int,
+    edges: dict[str, Tensor],
+    *,
     mask: Tensor | None,
     bias: Tensor | None,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
     return_lse: bool,
     **terms: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
-    q, k, v = _rows(q), _rows(k), _rows(v)
-    B, longest, Sk, H = q.shape[0], q.shape[-3], k.shape[-3], q.shape[-2]
-    tensors, extra = _terms(q, k, mask, bias, alibi_slopes, sinks)
-    tensors |= {"q": q, "k": k, "v": v}
-    if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        B, longest = len(cu_seqlens_q) - 1, _longest(cu_seqlens_q)
-        tensors |= {"cu_q": cu_seqlens_q.contiguous(), "cu_k": cu_seqlens_k.contiguous()}
-    extra |= _dropout(**terms)
-    threads, room, numbers = _numbers(q, k, v, B, longest, Sk, **terms)
-    tensors["out"] = out = empty(tuple(q.shape), q.dtype)
-    tensors["workspace"] = torch.empty(room) if room else None
-    lse = torch.empty((H, q.shape[0]) if q.dim() == 3 else (B, H, longest)) if return_lse else None
-    tensors["lse"] = lse
-    pointers = {name: t.data_ptr() for name, t in tensors.items() if t is not None}
-    _cpu.attention(threads, **numbers | extra | pointers)
-    return out if lse is None else (out, lse)
+) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
+    """The kernel, prepared, for B sequences of at most `longest` queries."""
+    sizes, dtype = tuple(q.shape), q.dtype
+    inputs, extra = _terms(q, k, mask, bias, alibi_slopes, sinks)
+    inputs |= {"q": ("q", _rows), "k": ("k", _rows), "v": ("v", _rows)}
+    inputs |= {name: (name, _contiguous) for name in edges}
+    threads, room, numbers = _numbers(_rows(q), _rows(k), _rows(v), B, longest, k.shape[-3], **terms)
+    outputs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"out": (sizes, dtype)}
+    if return_lse:
+        outputs["lse"] = (sizes[1], sizes[0]) if q.dim() == 3 else (B, sizes[2], longest), torch.float32
+    return prepare(
+        *("attention", threads, outputs, inputs),
+        dict(q=q, k=k, v=v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks, **edges),
+        results=len(outputs),
+        workspace=4 * room,
+        **numbers | extra | _dropout(**terms),
+    )
 
 
 def attention_backward(
+    *, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, **arguments: Any
+) -> tuple[Tensor, ...]:
+    """The gradients: gptfast/ops/attention_gradients.py."""
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        return prepare_attention_backward(**arguments)(**arguments)
+    longest, longest_k = _longest(cu_seqlens_q), _longest(cu_seqlens_k)
+    pairs = int((cu_seqlens_q.diff() * cu_seqlens_k.diff()).sum())
+    edges = {"cu_q": cu_seqlens_q, "cu_k": cu_seqlens_k}
+    return _backward(len(cu_seqlens_q) - 1, longest, longest_k, pairs, edges, **arguments)(**arguments, **edges)
+
+
+def prepare_attention_backward(
+    *, q: Tensor, k: Tensor, cu_seqlens_q: None = None, cu_seqlens_k: None = None, **arguments: Any
+) -> Callable[..., tuple[Tensor, ...]]:
+    B, Sq, Sk = q.shape[0], q.shape[1], k.shape[1]
+    return _backward(B, Sq, Sk, B * Sq * Sk, {}, q=q, k=k, **arguments)
+
+
+def _backward(
+    B: int,
+    longest: int,
+    longest_k: int,
+    pairs: int,
+    edges: dict[str, Tensor],
+    *,
     dout: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    *,
     dlse: Tensor | None,
     causal: bool,
     scale: float | None,
@@ -100,52 +147,43 @@ def attention_backward(
     bias: Tensor | None,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
     wants_bias: bool,
     wants_sinks: bool,
     **dropout: Any,
-) -> tuple[Tensor, ...]:
-    """The gradients: gptfast/ops/attention_gradients.py."""
-    dout, q, k, v, out = (_rows(t) for t in (dout, q, k, v, out))
+) -> Callable[..., tuple[Tensor, ...]]:
+    """The kernel, prepared, for B sequences of at most `longest` queries and `longest_k` keys, so many pairs in all."""
     Sq, H, D = q.shape[-3:]
     Sk, Hk = k.shape[-3:-1]
-    B, longest, longest_k = q.shape[0], Sq, Sk
-    tensors, numbers = _terms(q, k, mask, bias, alibi_slopes, sinks)
-    pairs = B * Sq * Sk
-    if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        B, longest, longest_k = len(cu_seqlens_q) - 1, _longest(cu_seqlens_q), _longest(cu_seqlens_k)
-        tensors |= {"cu_q": cu_seqlens_q.contiguous(), "cu_k": cu_seqlens_k.contiguous()}
-        pairs = int((cu_seqlens_q.diff() * cu_seqlens_k.diff()).sum())
     threads = 1 if H * pairs * D < 1 << 15 else torch.get_num_threads()
     room = 3 * H // Hk * _up(longest, 48) * (_up(D) + 16)  # dQ, q and dout of the heads of a KV head
     # By heads the longest task may be all that there is to wait for; by blocks there are 7 products instead of 5.
     rounds = max(-(-B * Hk // threads), 1) * longest * longest_k * B / max(pairs, 1)
     split = threads > 1 and 5 * rounds * threads > 7 * B * Hk
-    made = {name: empty(tuple(t.shape), t.dtype) for name, t in (("dq", q), ("dk", k), ("dv", v))}
-    tensors |= {"q": q, "k": k, "v": v, "dout": dout, "out": out, "lse": lse.contiguous()}
-    tensors["dlse"] = None if dlse is None else dlse.contiguous()
-    tensors["delta"] = torch.empty(lse.shape)
-    exact = (wants_sinks and sinks is not None) or (wants_bias and bias is not None)
-    if exact or longest <= EXACT or cu_seqlens_q is not None:
-        tensors["norm"] = torch.empty(lse.shape)
-    tensors["workspace"] = None if split else empty((threads * room,), torch.float32)
-    shape = (0, 0, 0, 0)
-    if bias is not None and wants_bias:
-        shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
-        made["dbias"] = torch.empty(bias.shape, dtype=bias.dtype)
-    if sinks is not None and wants_sinks:
-        made["dsinks"] = torch.empty(sinks.shape)
-    pointers = {name: t.data_ptr() for name, t in (tensors | made).items() if t is not None}
-    strides = {
-        f"{name}_strides": _strides(t) for name, t in (("q", q), ("k", k), ("v", v), ("dout", dout), ("out", out))
+    nothing = (0,), dout.dtype
+    wants_bias, wants_sinks = wants_bias and bias is not None, wants_sinks and sinks is not None
+    outputs: dict[str, tuple[Any, torch.dtype]] = {
+        **{f"d{name}": (tuple(t.shape), t.dtype) for name, t in (("q", q), ("k", k), ("v", v))},
+        "dbias": (bias.shape, bias.dtype) if wants_bias and bias is not None else nothing,
+        "dsinks": (sinks.shape, torch.float32) if wants_sinks and sinks is not None else nothing,
+        "delta": (lse.shape, torch.float32),
     }
-    sizes = dict(B=B, Sq=Sq, Sk=Sk, H=H, Hk=Hk, D=D, q_longest=longest, k_longest=longest_k, room=room)
-    _cpu.attention_backward(
-        threads,
-        **pointers,
+    if wants_sinks or wants_bias or longest <= EXACT or edges:
+        outputs["norm"] = lse.shape, torch.float32
+    given: dict[str, Any] = dict(q=q, k=k, v=v, dout=dout, out=out)
+    strides = {f"{name}_strides": _strides(_rows(t)) for name, t in given.items()}
+    inputs, numbers = _terms(q, k, mask, bias, alibi_slopes, sinks)
+    inputs |= {name: (name, _rows) for name in given}
+    inputs |= {name: (name, _contiguous) for name in ("lse", *(["dlse"] if dlse is not None else []), *edges)}
+    shape = (0, 0, 0, 0)
+    if wants_bias and bias is not None:
+        shape = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+    launch = prepare(
+        *("attention_backward", threads, outputs, inputs),
+        given | dict(mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks, lse=lse, dlse=dlse, **edges),
+        results=5,
+        workspace=0 if split else 4 * threads * room,
         **strides,
-        **sizes,
+        **dict(B=B, Sq=Sq, Sk=Sk, H=H, Hk=Hk, D=D, q_longest=longest, k_longest=longest_k, room=room),
         **{"bias_dtype": 0, "slopes_batch": 0, "bias_shape": shape} | numbers,
         **_dropout(**dropout),
         scale=1 / math.sqrt(D) if scale is None else scale,
@@ -156,29 +194,36 @@ def attention_backward(
         right=window[1],
         split=split,
     )
-    if sinks is not None and wants_sinks:
-        made["dsinks"] = made["dsinks"].to(sinks.dtype)
-    return tuple(made.get(name, dout.new_empty(0)) for name in ("dq", "dk", "dv", "dbias", "dsinks"))
+    if not wants_sinks or sinks is None or sinks.dtype == torch.float32:
+        return launch
+    dtype = sinks.dtype
+
+    def rounded(**arguments: Any) -> tuple[Tensor, ...]:
+        *others, dsinks = launch(**arguments)
+        return *others, dsinks.to(dtype)
+
+    return rounded
 
 
 def _terms(
     q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None
-) -> tuple[dict[str, Tensor | None], dict[str, Any]]:
-    """What is added to scores or hides them, as fields: tensors, and numbers."""
-    tensors: dict[str, Tensor | None] = {"mask": mask, "bias": bias}
+) -> tuple[dict[str, tuple[str, Callable[[Tensor], Tensor] | None]], dict[str, Any]]:
+    """What is added to scores or hides them, as fields: inputs as prepare() takes them, and numbers."""
+    inputs: dict[str, tuple[str, Callable[[Tensor], Tensor] | None]] = {}
     numbers: dict[str, Any] = {}
     H = q.shape[-2]
     for name, t in (("mask", mask), ("bias", bias)):
         if t is not None:
+            inputs[name] = name, None
             numbers[f"{name}_strides"] = t.expand(q.shape[0], H, q.shape[1], k.shape[1]).stride()
     if bias is not None:
         numbers["bias_dtype"] = DTYPES[bias.dtype]
     if alibi_slopes is not None:
-        tensors["slopes"] = _floats(alibi_slopes)
+        inputs["slopes"] = "alibi_slopes", _floats
         numbers["slopes_batch"] = H if alibi_slopes.dim() == 2 else 0
     if sinks is not None:
-        tensors["sinks"] = _floats(sinks)
-    return tensors, numbers
+        inputs["sinks"] = "sinks", _floats
+    return inputs, numbers
 
 
 def _dropout(dropout_p: float = 0.0, seed: int = 0, stream: int = 0, **_: Any) -> dict[str, Any]:

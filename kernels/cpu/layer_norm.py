@@ -8,17 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptfast import _cpu
 from gptfast.kernels.cpu import (
     DTYPES,
     as_blocks,
     as_rows,
     blocks,
     chunk_of,
-    empty,
     prepare,
     rows,
-    shared,
     threads,
     unsupported,
 )
@@ -43,30 +40,62 @@ def prepare_layer_norm(**arguments: Any) -> Callable[..., Tensor | tuple[Tensor,
 
 
 def layer_norm_forward(**arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return prepare_layer_norm_forward(**arguments)(**arguments)
+
+
+def prepare_layer_norm_forward(**arguments: Any) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     return normalise_forward("layer_norm", **arguments)
 
 
 def layer_norm_backward(**arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return prepare_layer_norm_backward(**arguments)(**arguments)
+
+
+def prepare_layer_norm_backward(**arguments: Any) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     return normalise_backward("layer_norm", **arguments)
 
 
-def normalise(
+def normalise(kernel: str, x: Tensor, residual: Tensor | None, **others: Any) -> Callable[..., Any]:
+    """The kernel, prepared: its y, or (y, sum)."""
+    outputs = {"y": (x.shape, x.dtype)}
+    if residual is not None:
+        outputs["sum"] = outputs["y"]
+    return _forward(kernel, outputs, x, residual, **others)
+
+
+def normalise_forward(
+    kernel: str, x: Tensor, residual: Tensor | None, dropout_p: float, **others: Any
+) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The kernel's y, sum, mean and rstd, empty where there is none: what the backward reads too."""
+    row = x.shape[:-1], torch.float32
+    outputs = {
+        "y": (x.shape, x.dtype),
+        "sum": (x.shape if residual is not None or dropout_p else (0,), x.dtype),
+        "mean": row if kernel == "layer_norm" else NOTHING,
+        "rstd": row,
+    }
+    return _forward(kernel, outputs, x, residual, dropout_p=dropout_p, **others)
+
+
+NOTHING = (0,), torch.float32  # an output that this call doesn't have: a null pointer
+
+
+def _forward(
     kernel: str,
+    outputs: dict[str, tuple[Any, torch.dtype]],
     x: Tensor,
+    residual: Tensor | None,
     weight: Tensor,
     eps: float,
-    residual: Tensor | None,
     dropout_p: float,
     seed: int,
     stream: int,
     bias: Tensor | None = None,
-) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
-    """The kernel, prepared: its y, or (y, sum)."""
+) -> Callable[..., Any]:
     _, block, block_stride, x_stride = blocks(x)
-    outputs, inputs = {"y": (x.shape, x.dtype)}, {"x": ("x", as_blocks), "weight": ("weight", Tensor.contiguous)}
+    inputs = {"x": ("x", as_blocks), "weight": ("weight", Tensor.contiguous)}
     residual_stride = 0
     if residual is not None:
-        outputs["sum"] = outputs["y"]
         inputs["residual"] = "residual", as_rows
         residual_stride = rows(residual)[1]
     if bias is not None:
@@ -87,43 +116,6 @@ def normalise(
     )
 
 
-def normalise_forward(
-    kernel: str,
-    x: Tensor,
-    weight: Tensor,
-    eps: float,
-    residual: Tensor | None,
-    dropout_p: float,
-    seed: int,
-    stream: int,
-    bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The kernel's y, sum, mean and rstd, empty where there is none: what the backward reads too."""
-    x, block, block_stride, x_stride = blocks(x)
-    given = {"x": x, "weight": weight.contiguous()}
-    if residual is not None:
-        given["residual"] = as_rows(residual)
-    if bias is not None:
-        given["bias"] = bias.contiguous()
-    made = {"y": empty(x.shape, x.dtype), "rstd": torch.empty(x.shape[:-1])}
-    if residual is not None or dropout_p:
-        made["sum"] = empty(x.shape, x.dtype)
-    if kernel == "layer_norm":
-        made["mean"] = torch.empty(x.shape[:-1])
-    getattr(_cpu, kernel)(
-        threads(x.numel()),
-        **{name: t.data_ptr() for name, t in (given | made).items()},
-        **_sizes(x, weight, dropout_p, seed, stream),
-        block=block,
-        block_stride=block_stride,
-        x_stride=x_stride,
-        residual_stride=0 if residual is None else rows(given["residual"])[1],
-        eps=eps,
-    )
-    total, mean = (made.get(name, x.new_empty(0, dtype=t)) for name, t in (("sum", x.dtype), ("mean", torch.float32)))
-    return made["y"], total, mean, made["rstd"]
-
-
 def normalise_backward(
     kernel: str,
     dy: Tensor,
@@ -139,44 +131,41 @@ def normalise_backward(
     wants_weight: bool,
     wants_bias: bool,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients: gptfast/ops/norm_gradients.py."""
-    s, block, block_stride, s_stride = blocks(s)
-    dy, dy_stride = rows(dy)
-    given = {"dy": dy, "s": s, "weight": weight.contiguous(), "rstd": rstd}
-    dsum_stride = 0
-    if dsum is not None:
-        given["dsum"], dsum_stride = rows(dsum)
-    if kernel == "layer_norm":
-        given["mean"] = mean
-    made = {"dx": empty(s.shape, s.dtype)}
-    if wants_residual and dropout_p:
-        made["dresidual"] = empty(s.shape, s.dtype)
-    if wants_weight:
-        made["dweight"] = torch.empty_like(given["weight"])
-    if wants_bias:
-        made["dbias"] = torch.empty_like(given["weight"])
+) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The gradients, prepared: gptfast/ops/norm_gradients.py."""
+    cols, nothing = (weight.shape, weight.dtype), ((0,), weight.dtype)
+    outputs = {
+        "dx": (s.shape, s.dtype),
+        "dresidual": (s.shape if wants_residual and dropout_p else (0,), s.dtype),
+        "dweight": cols if wants_weight else nothing,
+        "dbias": cols if wants_bias else nothing,
+    }
     sizes = _sizes(s, weight, dropout_p, seed, stream)
-    chunk = chunk_of(sizes["rows"])
-    workspace = shared(8 * -(-sizes["rows"] // chunk) * sizes["cols"])
     if sizes["rows"] == 0:
-        for name in made.keys() & {"dweight", "dbias"}:
-            made[name].zero_()
-    else:
-        getattr(_cpu, kernel + "_backward")(
-            threads(s.numel()),
-            **{name: t.data_ptr() for name, t in (given | made).items()},
-            **sizes,
-            workspace=workspace.data_ptr(),
-            chunk=chunk,
-            dy_stride=dy_stride,
-            dsum_stride=dsum_stride,
-            block=block,
-            block_stride=block_stride,
-            s_stride=s_stride,
-        )
-    dresidual, dweight, dbias = (made.get(name, s.new_empty(0)) for name in ("dresidual", "dweight", "dbias"))
-    return made["dx"], dresidual, dweight, dbias
+        return lambda **_: tuple(torch.zeros(shape, dtype=dtype) for shape, dtype in outputs.values())
+    given: dict[str, Any] = dict(dy=dy, dsum=dsum, s=s, weight=weight, mean=mean, rstd=rstd)
+    fits = dict(dy=as_rows, dsum=as_rows, s=as_blocks, weight=Tensor.contiguous, mean=None, rstd=None)
+    left_out = {"dsum"} if dsum is None else set()
+    if kernel != "layer_norm":
+        left_out.add("mean")
+    _, block, block_stride, s_stride = blocks(s)
+    chunk = chunk_of(sizes["rows"])
+    return prepare(
+        kernel + "_backward",
+        threads(s.numel()),
+        outputs,
+        {name: (name, fit) for name, fit in fits.items() if name not in left_out},
+        given,
+        results=len(outputs),
+        workspace=8 * -(-sizes["rows"] // chunk) * sizes["cols"],
+        chunk=chunk,
+        dy_stride=rows(dy)[1],
+        dsum_stride=0 if dsum is None else rows(dsum)[1],
+        block=block,
+        block_stride=block_stride,
+        s_stride=s_stride,
+        **sizes,
+    )
 
 
 def _sizes(x: Tensor, weight: Tensor, dropout_p: float, seed: int, stream: int) -> dict[str, Any]:

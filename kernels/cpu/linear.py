@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gptfast import _cpu
-from gptfast.kernels.cpu import DTYPES, as_rows, empty, pointer, prepare, rows, threads, unsupported
+from gptfast.kernels.cpu import DTYPES, as_rows, empty, maker, pointer, prepare, rows, threads, unsupported
 from gptfast.quantize import PackedWeight, QuantizedWeight
 
 # Of a weight stored as (depth, cols), used from where it lies: chunks of depth and, at most, of cols; rows of a launch,
@@ -91,33 +91,70 @@ def supports_linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, **_:
     return unsupported(x, weight, bias, backward=True)
 
 
-def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y, _ = multiply(_matrix(x), weight.t(), bias)
-    return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+def linear_forward(**arguments: Any) -> Tensor:
+    return prepare_linear_forward(**arguments)(**arguments)
+
+
+def prepare_linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
+    shape, dtype = (*x.shape[:-1], weight.shape[0]), x.dtype
+    once = _once(_matrix(x), weight.t(), bias, shape)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if once:
+            return once(as_rows(x), weight, bias)[0].to(dtype)
+        return multiply(_matrix(x), weight.t(), bias)[0].to(dtype).view(shape)
+
+    return run
 
 
 def supports_linear_backward(x: Tensor, weight: Tensor, bias: Tensor | None, **_: Any) -> str | None:
     return unsupported(x, weight, bias, backward=True)
 
 
-def linear_backward(
+def linear_backward(**arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return prepare_linear_backward(**arguments)(**arguments)
+
+
+def prepare_linear_backward(
     dy: Tensor, x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """dx, dweight, laid out as the weight is, and dbias; those that nobody wants are empty."""
-    dx = dweight = dbias = nothing = x.new_empty(0)
-    rows, dy, sums = _matrix(x), _matrix(dy).contiguous(), None
-    if wants_x:
-        dx = multiply(dy, weight)[0].to(x.dtype).view(x.shape)
-    wants_bias = bias is not None
-    if wants_weight and weight.stride(0) == 1 < weight.shape[0]:
-        made, sums = multiply(rows.t(), dy, column_sums=wants_bias)
-        dweight = made.to(weight.dtype).t()
-    elif wants_weight or wants_bias:
-        made, sums = multiply(dy.t(), rows if wants_weight else rows[:, :1], row_sums=wants_bias)
-        dweight = made.to(weight.dtype) if wants_weight else nothing
-    if bias is not None and sums is not None:
-        dbias = sums.to(bias.dtype)
-    return dx, dweight, dbias
+    rows, d, wants_bias = _matrix(x), _matrix(dy).contiguous(), bias is not None
+    turned = wants_weight and weight.stride(0) == 1 < weight.shape[0]
+    inwards = _once(d, weight, None, x.shape) if wants_x else None
+    if turned:
+        outwards = _once(rows.t(), d, None, column_sums=wants_bias)
+    else:
+        outwards = _once(d.t(), rows, None, row_sums=wants_bias) if wants_weight else None
+
+    def run(
+        dy: Tensor, x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows, dy, sums = as_rows(x), as_rows(dy).contiguous(), None
+        dx = dweight = dbias = x.new_empty(0)
+        if inwards:
+            dx = inwards(dy, weight, None)[0].to(x.dtype)
+        elif wants_x:
+            dx = multiply(_matrix(dy), weight)[0].to(x.dtype).view(x.shape)
+        if turned:
+            made, sums = (
+                outwards(rows, dy, None)
+                if outwards
+                else multiply(_matrix(rows).t(), _matrix(dy), column_sums=wants_bias)
+            )
+            dweight = made.to(weight.dtype).t()
+        elif outwards:
+            made, sums = outwards(dy, rows, None)
+            dweight = made.to(weight.dtype)
+        elif wants_weight or wants_bias:
+            of = _matrix(rows) if wants_weight else _matrix(rows)[:, :1]
+            made, sums = multiply(_matrix(dy).t(), of, row_sums=wants_bias)
+            dweight = made.to(weight.dtype) if wants_weight else dweight
+        if bias is not None and sums is not None:
+            dbias = sums.to(bias.dtype)
+        return dx, dweight, dbias
+
+    return run
 
 
 def multiply(
@@ -128,6 +165,8 @@ def multiply(
     What is summed must be contiguous across the sums. Any of the storage dtypes; the order of each sum depends on K
     alone.
     """
+    if once := _once(a, b, bias, row_sums=row_sums, column_sums=column_sums):
+        return once(a, b, bias)
     a, b = _sided(a), _sided(b)
     (M, K), N = a.shape, b.shape[1]
     c = empty((M, N), torch.float32)
@@ -136,7 +175,7 @@ def multiply(
         return c.zero_() if bias is None else c.copy_(bias.expand(M, N)), sums
     bias = None if bias is None else bias.float().contiguous()
     (a_row, a_depth), (b_depth, b_col) = a.stride(), b.stride()
-    width, workers = max(LENGTH, (LENGTH * LENGTH) // max(M, 1) if M < LENGTH else 0), threads(M * N)
+    width, workers = _width(M), threads(M * N)
     for m in range(0, M, LENGTH):
         for n in range(0, N, width):
             rows, cols = min(LENGTH, M - m), min(width, N - n)
@@ -158,6 +197,41 @@ def multiply(
                     **dict(a_dtype=DTYPES[a.dtype], b_dtype=DTYPES[b.dtype], of_b=int(column_sums), add=int(k > 0)),
                 )
     return c, sums
+
+
+def _once(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    shape: Sequence[int] | None = None,
+    *,
+    row_sums: bool = False,
+    column_sums: bool = False,
+) -> Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]] | None:
+    """multiply() prepared for all operands that lie as these do, its product in this shape; None where it takes more
+    than one launch. What it is called with may have other shapes, as long as it starts where the matrices do."""
+    (M, K), N = a.shape, b.shape[1]
+    if not (0 < M <= LENGTH and 0 < N <= _width(M) and 0 < K <= DEPTH) or 1 not in a.stride() or 1 not in b.stride():
+        return None
+    (a_row, a_depth), (b_depth, b_col) = a.stride(), b.stride()
+    sizes = dict(rows=M, cols=N, depth=K, c_stride=N, a_row=a_row, a_depth=a_depth, b_depth=b_depth, b_col=b_col)
+    types = dict(a_dtype=DTYPES[a.dtype], b_dtype=DTYPES[b.dtype], of_b=int(column_sums), add=0)
+    launch = _cpu.Prepared("product", ("c", "sums", "workspace", "a", "b", "bias"), sizes | types)
+    make, summed = maker(shape or (M, N), torch.float32), M if row_sums else N if column_sums else 0
+    workers, room = threads(M * N), 4 * K * (M + N + 128)
+
+    def run(a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        c, sums = make(), torch.empty(summed) if summed else None
+        bias = None if bias is None else bias.float().contiguous()
+        launch(workers, c.data_ptr(), pointer(sums), _room(room).data_ptr(), a.data_ptr(), b.data_ptr(), pointer(bias))
+        return c, sums
+
+    return run
+
+
+def _width(rows: int) -> int:
+    """Of so many rows, the columns of a launch."""
+    return max(LENGTH, LENGTH * LENGTH // rows)
 
 
 def _sided(t: Tensor) -> Tensor:

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptfast import _cpu
-from gptfast.kernels.cpu import DTYPES, as_rows, chunk_of, empty, prepare, rows, shared, threads, unsupported
+from gptfast.kernels.cpu import DTYPES, as_rows, chunk_of, prepare, rows, threads, unsupported
 
 
 def supports_bias_gelu(x: Tensor, bias: Tensor | None, approximate: str) -> str | None:
@@ -72,60 +71,83 @@ def supports_bias_gelu_backward(x: Tensor, bias: Tensor | None, **_: Any) -> str
     return unsupported(x, bias, backward=True)
 
 
-def bias_gelu_backward(
+def bias_gelu_backward(**arguments: Any) -> tuple[Tensor, Tensor]:
+    return prepare_bias_gelu_backward(**arguments)(**arguments)
+
+
+def prepare_bias_gelu_backward(
     dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str, wants_bias: bool
-) -> tuple[Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """dx, and dbias (empty where nobody wants it)."""
-    given, made, sizes = _backward(dy, x)
-    dbias = torch.zeros(x.shape[-1:] if wants_bias else 0, dtype=x.dtype)
-    chunk = chunk_of(sizes["rows"])
-    if sizes["rows"]:
-        if bias is not None:
-            given["other"] = bias.contiguous()
-        if wants_bias:
-            made |= {"dother": dbias, "workspace": shared(4 * -(-sizes["rows"] // chunk) * sizes["cols"])}
-        _launch("bias_gelu_backward", given | made, sizes, tanh=approximate == "tanh", chunk=chunk, other_stride=0)
-    return made["dx"], dbias
+    chunk = chunk_of(x.numel() // max(x.shape[-1], 1))
+    return _backward(
+        *("bias_gelu_backward", "x", x, "bias", bias),
+        *(0, dy, x.shape[-1:] if wants_bias else (0,)),
+        workspace=4 * -(-x.numel() // chunk) if wants_bias else 0,
+        tanh=approximate == "tanh",
+        chunk=chunk,
+    )
 
 
 def supports_swiglu_backward(gate: Tensor, up: Tensor, **_: Any) -> str | None:
     return unsupported(gate, up, backward=True)
 
 
-def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return _gated_backward("swiglu_backward", dy, gate, up)
+def swiglu_backward(**arguments: Any) -> tuple[Tensor, Tensor]:
+    return prepare_swiglu_backward(**arguments)(**arguments)
+
+
+def prepare_swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    return _backward("swiglu_backward", "gate", gate, "up", up, rows(up)[1], dy, gate.shape)
 
 
 def supports_geglu_backward(gate: Tensor, up: Tensor, **_: Any) -> str | None:
     return unsupported(gate, up, backward=True)
 
 
-def geglu_backward(dy: Tensor, gate: Tensor, up: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
-    return _gated_backward("geglu_backward", dy, gate, up, tanh=approximate == "tanh")
+def geglu_backward(**arguments: Any) -> tuple[Tensor, Tensor]:
+    return prepare_geglu_backward(**arguments)(**arguments)
 
 
-def _gated_backward(kernel: str, dy: Tensor, gate: Tensor, up: Tensor, **more: int) -> tuple[Tensor, Tensor]:
-    given, made, sizes = _backward(dy, gate)
-    given["other"], sizes["other_stride"] = rows(up)
-    made["dother"] = empty(gate.shape, gate.dtype)
-    if sizes["rows"]:
-        _launch(kernel, given | made, sizes, **more)
-    return made["dx"], made["dother"]
+def prepare_geglu_backward(
+    dy: Tensor, gate: Tensor, up: Tensor, approximate: str
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    tanh = approximate == "tanh"
+    return _backward("geglu_backward", "gate", gate, "up", up, rows(up)[1], dy, gate.shape, tanh=tanh)
 
 
-def _backward(dy: Tensor, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, int]]:
-    """What all backwards share: inputs, outputs and numbers."""
-    (dy, dy_stride), (x, x_stride) = rows(dy), rows(x)
-    sizes = dict(
-        rows=x.numel() // x.shape[-1] if x.numel() else 0,
+def _backward(
+    kernel: str,
+    name: str,
+    x: Tensor,
+    other_name: str,
+    other: Tensor | None,
+    other_stride: int,
+    dy: Tensor,
+    dother: Sequence[int],
+    workspace: int = 0,
+    **more: int,
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The kernel, prepared: the gradients of x and other, which are the arguments of these names."""
+    outputs = {"dx": (x.shape, x.dtype), "dother": (dother, x.dtype)}
+    if x.numel() == 0:
+        return lambda **_: tuple(torch.zeros(shape, dtype=dtype) for shape, dtype in outputs.values())
+    inputs = {"dy": ("dy", as_rows), "x": (name, as_rows)}
+    if other is not None:
+        inputs["other"] = other_name, as_rows
+    return prepare(
+        kernel,
+        threads(x.numel()),
+        outputs,
+        inputs,
+        {"dy": dy, name: x, other_name: other},
+        results=2,
+        workspace=workspace,
+        rows=x.numel() // x.shape[-1],
         cols=x.shape[-1],
-        dy_stride=dy_stride,
-        x_stride=x_stride,
+        dy_stride=rows(dy)[1],
+        x_stride=rows(x)[1],
+        other_stride=other_stride,
         dtype=DTYPES[x.dtype],
+        **more,
     )
-    return {"dy": dy, "x": x}, {"dx": empty(x.shape, x.dtype)}, sizes
-
-
-def _launch(kernel: str, tensors: dict[str, Tensor], sizes: dict[str, int], **more: int) -> None:
-    count = threads(sizes["rows"] * sizes["cols"])
-    getattr(_cpu, kernel)(count, **{name: t.data_ptr() for name, t in tensors.items()}, **sizes, **more)

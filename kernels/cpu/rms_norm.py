@@ -10,6 +10,8 @@ from gptfast.kernels.cpu.layer_norm import supports_layer_norm_backward as suppo
 
 __all__ = [
     "prepare_rms_norm",
+    "prepare_rms_norm_backward",
+    "prepare_rms_norm_forward",
     "rms_norm",
     "rms_norm_backward",
     "rms_norm_forward",
@@ -27,8 +29,16 @@ def prepare_rms_norm(**arguments: Any) -> Callable[..., Tensor | tuple[Tensor, T
 
 
 def rms_norm_forward(**arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return prepare_rms_norm_forward(**arguments)(**arguments)
+
+
+def prepare_rms_norm_forward(**arguments: Any) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     return normalise_forward("rms_norm", **arguments)
 
 
 def rms_norm_backward(**arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return prepare_rms_norm_backward(**arguments)(**arguments)
+
+
+def prepare_rms_norm_backward(**arguments: Any) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
     return normalise_backward("rms_norm", **arguments)

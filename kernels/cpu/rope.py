@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from gptfast import _cpu
-from gptfast.kernels.cpu import DTYPES, empty, threads, unsupported
+from gptfast.kernels.cpu import DTYPES, prepare, threads, unsupported
 
 
 def supports(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **_) -> str | None:
@@ -18,38 +20,44 @@ def supports_rope_backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, **_
 
 
 def rope_backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    return rope(q=dq, k=dk, cos=cos, sin=-sin, interleaved=interleaved)
+
+
+def prepare_rope_backward(
+    dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """A rotation's gradient is the rotation back."""
-    return rope(dq, dk, cos, -sin, interleaved)
+    turn = prepare_rope(dq, dk, cos, -sin, interleaved)
+    return lambda dq, dk, cos, sin, **_: turn(q=dq, k=dk, cos=cos, sin=-sin)
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k))
-    cos, sin = cos.contiguous(), sin.contiguous()
+def rope(**arguments: Any) -> tuple[Tensor, Tensor]:
+    return prepare_rope(**arguments)(**arguments)
+
+
+def prepare_rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+) -> Callable[..., tuple[Tensor, Tensor]]:
     B, S, Hq, D = q.shape
-    q_out, k_out = empty(q.shape, q.dtype), empty(k.shape, k.dtype)
-    _cpu.rope(
+    (q_b, q_s, q_h, _), (k_b, k_s, k_h, _) = _last_whole(q).stride(), _last_whole(k).stride()
+    return prepare(
+        "rope",
         threads(q.numel() + k.numel()),
-        q_out=q_out.data_ptr(),
-        k_out=k_out.data_ptr(),
-        q=q.data_ptr(),
-        k=k.data_ptr(),
-        cos=cos.data_ptr(),
-        sin=sin.data_ptr(),
-        B=B,
-        S=S,
-        Hq=Hq,
-        Hk=k.shape[2],
-        D=D,
-        R=2 * cos.shape[-1],
-        q_b=q.stride(0),
-        q_s=q.stride(1),
-        q_h=q.stride(2),
-        k_b=k.stride(0),
-        k_s=k.stride(1),
-        k_h=k.stride(2),
-        table_b=cos.stride(0) if cos.dim() == 3 else 0,
+        {"q_out": (q.shape, q.dtype), "k_out": (k.shape, k.dtype)},
+        {
+            **{"q": ("q", _last_whole), "k": ("k", _last_whole)},
+            **{"cos": ("cos", Tensor.contiguous), "sin": ("sin", Tensor.contiguous)},
+        },
+        dict(q=q, k=k, cos=cos, sin=sin),
+        results=2,
+        **dict(B=B, S=S, Hq=Hq, Hk=k.shape[2], D=D, R=2 * cos.shape[-1]),
+        **dict(q_b=q_b, q_s=q_s, q_h=q_h, k_b=k_b, k_s=k_s, k_h=k_h),
+        table_b=cos.shape[-2] * cos.shape[-1] if cos.dim() == 3 else 0,
         table_s=cos.shape[-1],
         interleaved=interleaved,
         dtype=DTYPES[q.dtype],
     )
-    return q_out, k_out
+
+
+def _last_whole(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
