@@ -13,7 +13,8 @@ using namespace products;
 
 constexpr int GROUP = 16;                 // panels that a task packs: long runs, also of what lies the other way round
 constexpr int FEW = 8;                    // the same where they are packed for few rows: more tasks, and less of L2
-constexpr int64_t ROWS = 96, COLS = 512;  // of a task's part of C: a chunk of its rows of A stays in L2
+constexpr int64_t ROWS = 96, COLS = 512;  // of a task's part of C, at most: a chunk of its rows of A stays in L2
+constexpr int SHARES = 4;                 // tasks of a worker, at least, where they can be made smaller
 
 INLINE int64_t panels(int64_t n, int R) { return ceil_div(n, R); }
 
@@ -61,14 +62,20 @@ INLINE void pack_across(const T* x, int64_t depth_stride, int n, int64_t length,
   }
 }
 
-// One group of panels of R rows of x (rows, depth), in fp32, rows beyond the last being zero: at
-// packed[chunk][panel][depth][R]. sums[row] = the sum of that row (with `add`: is increased by it), if contiguous rows
-// ask for it.
+// How many panels of R rows a task packs: fewer where there are few, but some lines of what lies across the depth.
+template <int R>
+INLINE int64_t group_of(int64_t panels, const Worker& worker) {
+  return max<int64_t>(min<int64_t>(panels / (SHARES * worker.count), GROUP), ceil_div(48, R));
+}
+
+// The panels of R rows of x (rows, depth) from `start` to `start` + `many` rows, in fp32, rows beyond the last being
+// zero: at packed[chunk][panel][depth][R]. sums[row] = the sum of that row (with `add`: is increased by it), if
+// contiguous rows ask for it.
 template <int R, class T>
-INLINE void pack(const T* x, int64_t row_stride, int64_t depth_stride, int64_t rows, int64_t depth, int64_t group,
-                 float* packed, float* sums, bool add) {
-  const int64_t start = group * GROUP * R, padded = panels(rows, R) * R;
-  const int n = (int)min<int64_t>(GROUP * R, rows - start);
+INLINE void pack(const T* x, int64_t row_stride, int64_t depth_stride, int64_t rows, int64_t depth, int64_t start,
+                 int64_t many, float* packed, float* sums, bool add) {
+  const int64_t padded = panels(rows, R) * R;
+  const int n = (int)min(many, rows - start);
   float total[GROUP * R] = {};
   for (int64_t from = 0; from < depth; from += CHUNK) {
     const int64_t length = min(CHUNK, depth - from);
@@ -137,24 +144,29 @@ void few_rows(const Product& p, const float* a, Worker& worker) {
 void product(const Product& p, Worker& worker) {
   const int64_t rows = panels(p.rows, MR) * MR, cols = panels(p.cols, NR) * NR;
   float *a = p.workspace, *b = a + rows * p.depth;
-  with_storage(p.a_dtype, [&](auto t) {
-    worker.each(panels(p.rows, GROUP * MR), [&](int64_t group) {
-      pack<MR>((const decltype(t)*)p.a, p.a_row, p.a_depth, p.rows, p.depth, group, a, p.of_b ? nullptr : p.sums,
-               p.add);
-    });
+  const bool few = p.rows <= ROWS && !(p.sums && p.of_b);
+  const int64_t each_a = group_of<MR>(rows / MR, worker) * MR, each_b = group_of<NR>(cols / NR, worker) * NR;
+  const int64_t of_a = ceil_div(p.rows, each_a), of_b = few ? 0 : ceil_div(p.cols, each_b);
+  worker.each(of_a + of_b, [&](int64_t task) {
+    if (task < of_a)
+      with_storage(p.a_dtype, [&](auto t) {
+        pack<MR>((const decltype(t)*)p.a, p.a_row, p.a_depth, p.rows, p.depth, task * each_a, each_a, a,
+                 p.of_b ? nullptr : p.sums, p.add);
+      });
+    else
+      with_storage(p.b_dtype, [&](auto t) {
+        pack<NR>((const decltype(t)*)p.b, p.b_col, p.b_depth, p.cols, p.depth, (task - of_a) * each_b, each_b, b,
+                 p.of_b ? p.sums : nullptr, p.add);
+      });
   });
-  const int64_t down = ceil_div(p.rows, ROWS);
-  if (down == 1 && !(p.sums && p.of_b))
-    return with_storage(p.b_dtype, [&](auto t) { few_rows<decltype(t)>(p, a, worker); });
-  with_storage(p.b_dtype, [&](auto t) {
-    worker.each(panels(p.cols, GROUP * NR), [&](int64_t group) {
-      pack<NR>((const decltype(t)*)p.b, p.b_col, p.b_depth, p.cols, p.depth, group, b, p.of_b ? p.sums : nullptr,
-               p.add);
-    });
-  });
-  worker.each(down * ceil_div(p.cols, COLS), [&](int64_t task) {
-    const int64_t top = task % down * ROWS, left = task / down * COLS;
-    const int64_t bottom = min(top + ROWS, p.rows), right = min(left + COLS, p.cols);
+  if (few) return with_storage(p.b_dtype, [&](auto t) { few_rows<decltype(t)>(p, a, worker); });
+  int64_t tall = ROWS, wide = COLS;
+  while (ceil_div(p.rows, tall) * ceil_div(p.cols, wide) < SHARES * worker.count && wide > 2 * NR)
+    (wide > 8 * NR || tall < ROWS ? wide : tall) /= 2;
+  const int64_t down = ceil_div(p.rows, tall);
+  worker.each(down * ceil_div(p.cols, wide), [&](int64_t task) {
+    const int64_t top = task % down * tall, left = task / down * wide;
+    const int64_t bottom = min(top + tall, p.rows), right = min(left + wide, p.cols);
     for (int64_t from = 0; from < p.depth; from += CHUNK) {
       const int64_t length = min(CHUNK, p.depth - from);
       // From L3 to L2 meanwhile: a tile's share of the next chunk of B, or of its first one for the rows below, and of
