@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -33,11 +36,24 @@ _LATER = {
 }
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Nobody looks for garbage in cycles meanwhile. A vocabulary's or a module's many objects set that off, a search
+    through all that PyTorch has made takes 0.1 s, and there are no cycles to be found."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def __getattr__(name: str) -> Any:
     """Everything is imported when it is first asked for, torch too: the command can prepare the process before that."""
-    if name == "ops":
-        return importlib.import_module("gptfast.ops")
-    if name in _LATER:
-        value = globals()[name] = getattr(importlib.import_module(_LATER[name]), name)
+    if name == "ops" or name in _LATER:
+        with uncollected():
+            module = importlib.import_module(_LATER.get(name, "gptfast.ops"))
+        value = globals()[name] = module if name == "ops" else getattr(module, name)
         return value
     raise AttributeError(f"module 'gptfast' has no attribute {name!r}")

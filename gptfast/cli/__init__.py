@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+from gptfast import uncollected
+
 # Between two of its ops PyTorch's idle OpenMP threads spin, on cores that our kernels' threads could have: a training
 # step of 512 tokens took 254 ms so, and 198 ms where they sleep (Zen 3, 2 cores). Read when torch is loaded: later.
 TRAINING = ("train", "recipe")
@@ -15,7 +17,8 @@ def main() -> None:
     if sys.argv[1:2] and sys.argv[1] in TRAINING:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        from gptfast.cli.app import app
+        with uncollected():
+            from gptfast.cli.app import app
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in ("typer", "rich"):
             raise

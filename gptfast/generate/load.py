@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from gptfast import uncollected
 from gptfast.formats.gguf import open_gguf
 from gptfast.formats.huggingface import Folder, read_folder
 from gptfast.formats.registry import PRESETS, find_preset_file
@@ -50,7 +48,7 @@ def load(
     """
     if kv_cache is not None and kv_cache not in CACHE_DTYPES:
         raise ValueError(f"load: expected kv_cache None or one of {', '.join(CACHE_DTYPES)}, got {kv_cache!r}")
-    with _uncollected():
+    with uncollected():
         model, found, name = open_model(name_or_path, weights)
     if device is not None:
         model = model.to(device)
@@ -88,19 +86,6 @@ def open_model(
     raise FileNotFoundError(
         f"no model at {str(source)!r}: expected a .gguf file, a Hugging Face folder, or one of {', '.join(PRESETS)}"
     )
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Nobody looks for garbage in cycles meanwhile. A vocabulary's many objects set that off, a search through all that
-    PyTorch has made takes 0.1 s, and there are no cycles to be found."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _folder_tokenizer(folder: Folder) -> Tokenizer | None:

@@ -85,7 +85,8 @@ def differentiate(known: Registered, save: Callable[..., None], backward: Callab
 
     methods = {"forward": forward, "backward": in_order}
     function = type(op._opname, (torch.autograd.Function,), {k: staticmethod(f) for k, f in methods.items()})
-    known.apply = super(torch.autograd.Function, function).apply  # without its look at transforms: watched() has looked
+    # without its own look at transforms, for watched() has looked
+    known.apply = getattr(super(torch.autograd.Function, function), "apply")  # noqa: B009
 
 
 def differentiate_through(op: Registered, function: Callable[..., Any]) -> None:

@@ -142,7 +142,8 @@ def normalise_backward(
     }
     sizes = _sizes(s, weight, dropout_p, seed, stream)
     if sizes["rows"] == 0:
-        return lambda **_: tuple(torch.zeros(shape, dtype=dtype) for shape, dtype in outputs.values())
+        dx, dresidual, dweight, dbias = (torch.zeros(shape, dtype=dtype) for shape, dtype in outputs.values())
+        return lambda **_: (dx.clone(), dresidual.clone(), dweight.clone(), dbias.clone())
     given: dict[str, Any] = dict(dy=dy, dsum=dsum, s=s, weight=weight, mean=mean, rstd=rstd)
     fits = dict(dy=as_rows, dsum=as_rows, s=as_blocks, weight=Tensor.contiguous, mean=None, rstd=None)
     left_out = {"dsum"} if dsum is None else set()

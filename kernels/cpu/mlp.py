@@ -131,7 +131,7 @@ def _backward(
     """The kernel, prepared: the gradients of x and other, which are the arguments of these names."""
     outputs = {"dx": (x.shape, x.dtype), "dother": (dother, x.dtype)}
     if x.numel() == 0:
-        return lambda **_: tuple(torch.zeros(shape, dtype=dtype) for shape, dtype in outputs.values())
+        return lambda **_: (torch.zeros(x.shape, dtype=x.dtype), torch.zeros(dother, dtype=x.dtype))
     inputs = {"dy": ("dy", as_rows), "x": (name, as_rows)}
     if other is not None:
         inputs["other"] = other_name, as_rows
