@@ -79,11 +79,12 @@ def prepare_bias_gelu_backward(
     dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str, wants_bias: bool
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """dx, and dbias (empty where nobody wants it)."""
-    chunk = chunk_of(x.numel() // max(x.shape[-1], 1))
+    count = x.numel() // max(x.shape[-1], 1)
+    chunk = chunk_of(count)
     return _backward(
         *("bias_gelu_backward", "x", x, "bias", bias),
         *(0, dy, x.shape[-1:] if wants_bias else (0,)),
-        workspace=4 * -(-x.numel() // chunk) if wants_bias else 0,
+        workspace=4 * -(-count // chunk) * x.shape[-1] if wants_bias else 0,
         tanh=approximate == "tanh",
         chunk=chunk,
     )
