@@ -207,3 +207,15 @@ def test_gpu_figures_are_in_units_of_one(gpu: hardware.Gpu) -> None:
     """FLOP/s and bytes/s, not tera and giga; and a ratio that no GPU of these generations leaves."""
     assert 1e14 < gpu.bf16_flops < 1e16 and 5e11 < gpu.bytes_per_s < 1e13 and 64 <= gpu.multiprocessors <= 512
     assert 100 < gpu.bf16_flops / gpu.bytes_per_s < 400
+
+
+@needs_cpu
+def test_an_instruction_set_has_all_kernels_or_says_which() -> None:
+    from gptfast import _cpu
+
+    every = set(_cpu.own_kernels("baseline"))
+    own = {isa: set(_cpu.own_kernels(isa)) for isa in _cpu.isas()}
+    some = {"avx512vnni": {"linear_int8"}, "avx512bf16": {"attention_backward"}}
+    assert own == {isa: some.get(isa, every) for isa in own}
+    with pytest.raises(ValueError, match="instruction set 'mmx' was asked for"):
+        _cpu.own_kernels("mmx")

@@ -33,17 +33,20 @@ def backends() -> list[str]:
     return [name for name in wanted if reason_missing(name) is None]
 
 
-def kernels() -> Iterator[str]:
-    """Each backend of this session by name; the CPU's with each of its instruction sets, in use."""
+def kernels(op: str) -> Iterator[str]:
+    """Each backend of this session by name; the CPU's with each instruction set, in use, that has kernels of its own
+    for the op: they begin with its name."""
     for name in backends():
         if name != "cpu":
             yield name
             continue
         from gptfast import _cpu
 
-        before = _cpu.isa()
+        before, all_kernels = _cpu.isa(), set(_cpu.own_kernels("baseline"))
         try:
             for isa in _cpu.isas():
+                if not all_kernels.issubset(own := _cpu.own_kernels(isa)) and not any(k.startswith(op) for k in own):
+                    continue
                 _cpu.use_isa(isa)
                 yield f"cpu ({isa})"
         finally:

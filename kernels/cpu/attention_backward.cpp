@@ -1,5 +1,6 @@
 #include "attention_backward.h"
 
+#include "attention_pairs.h"
 #include "kernels.h"
 
 // The gradients of attention, FlashAttention-2's: probabilities are made again from q, k and lse, block by block.
@@ -59,12 +60,17 @@ struct Wanted {
 // A worker's memory and its work on one sequence.
 template <class T>
 struct Gradients {
+#if defined(__AVX512BF16__)
+  static constexpr bool PAIRS = __is_same(T, bf16);
+#else
+  static constexpr bool PAIRS = false;
+#endif
   const AttentionBackward& a;
   const int D, padded, stride;
   Sequence s{};
   Block x{};
   int first_key = 0, keys = 0;  // of the strip
-  float *kt, *vt, *rows, *dkt, *dvt, *p, *ds, *bias, *dbias, *block_q, *few;
+  float *kt, *vt, *rows, *dkt, *dvt, *p, *dp, *ds, *bias, *dbias, *block_q, *few;
 
   static int64_t strip_floats(int64_t D) { return STRIP * row_stride((int)D); }
   Gradients(const AttentionBackward& a, Worker& worker)
@@ -72,10 +78,10 @@ struct Gradients {
     const int64_t strip = strip_floats(D), block = QUERIES * stride, pairs = QUERIES * TILE;
     const int64_t tasks = a.split ? 3 * TASK_BLOCKS * block : 0;
     float* at =
-        (float*)worker.scratch((5 * strip + 2 * block + 2 * pairs + 2 * QUERIES * STRIP + tasks) * sizeof(float));
+        (float*)worker.scratch((5 * strip + 2 * block + 3 * pairs + 2 * QUERIES * STRIP + tasks) * sizeof(float));
     for (float** part : {&kt, &vt, &rows, &dkt, &dvt}) *part = at, at += strip;
     block_q = at, at += 2 * block;
-    for (float** part : {&p, &bias}) *part = at, at += pairs;
+    for (float** part : {&p, &dp, &bias}) *part = at, at += pairs;
     for (float** part : {&ds, &dbias}) *part = at, at += QUERIES * STRIP;
     few = at;
   }
@@ -117,6 +123,13 @@ struct Gradients {
   void load_strip(int strip, int64_t hk) {
     first_key = strip * STRIP;
     keys = min(s.k_len - first_key, STRIP);
+    if constexpr (PAIRS) {
+      auto key = [&](const void* t, const int64_t* strides) {
+        return [=, this](int i) { return row(t, strides, s.k_first, first_key + i, hk); };
+      };
+      pack_pairs(key(a.v, a.v_strides), keys, D, padded, stride, vt, nullptr);
+      return pack_pairs(key(a.k, a.k_strides), keys, D, padded, stride, kt, rows);
+    }
     const int all = round_up(keys, LANES);
     copy(rows, a.v, a.v_strides, s.k_first, first_key, keys, all, hk, 1.0f);
     turn(vt);
@@ -126,6 +139,17 @@ struct Gradients {
 
   // Rows first .. of q and dout, n of them filled up to `all`.
   void load_rows(float* q, float* dout, int first, int n, int all, int64_t h) const {
+    if constexpr (PAIRS) {
+      for (int i = 0; i < all; i += QUERIES, q += QUERIES * stride, dout += QUERIES * stride) {
+        auto query = [&](const void* t, const int64_t* strides) {
+          return [=, this](int r) { return row(t, strides, s.q_first, first + i + r, h); };
+        };
+        const int present = min(n - i, QUERIES);
+        pack_pair_rows(query(a.q, a.q_strides), present, QUERIES, D, stride, q);
+        pack_pair_rows(query(a.dout, a.dout_strides), present, QUERIES, D, stride, dout);
+      }
+      return;
+    }
     copy(q, a.q, a.q_strides, s.q_first, first, n, all, h, a.scale);
     copy(dout, a.dout, a.dout_strides, s.q_first, first, n, all, h, 1.0f);
   }
@@ -183,9 +207,14 @@ struct Gradients {
   template <int NV>
   void tile(int64_t h, int t, int begin, int end, const Wanted& wanted) {
     const int at = t * TILE * padded, key = first_key + t * TILE, last = min(end, x.rows) - 1;
-    float* g = ds + t * QUERIES * TILE;
-    rows_by_keys<NV>(x.q, stride, kt + at, p, D, begin, end);
-    rows_by_keys<NV>(x.dout, stride, vt + at, g, D, begin, end);
+    float *made = ds + t * QUERIES * TILE, *g = PAIRS ? dp : made;
+    if constexpr (PAIRS) {
+      pair_rows_by_keys<NV>(x.q, stride / 2, kt + at, p, (D + 1) / 2, a.scale, begin, end);
+      pair_rows_by_keys<NV>(x.dout, stride / 2, vt + at, g, (D + 1) / 2, 1.0f, begin, end);
+    } else {
+      rows_by_keys<NV>(x.q, stride, kt + at, p, D, begin, end);
+      rows_by_keys<NV>(x.dout, stride, vt + at, g, D, begin, end);
+    }
     Terms terms{};
     terms.cap = a.softcap;
     terms.inverse_cap = terms.cap != 0 ? 1 / terms.cap : 0;
@@ -197,10 +226,6 @@ struct Gradients {
       gradient<NV>(x, terms, key, bias, wanted.keys || wanted.dq, p, g, begin, end);
     else
       plain_gradient<NV>(x, p, g, begin, end);
-    if (wanted.keys) {
-      keys_by_rows<NV>(p, x.dout, stride, dvt + at, padded, begin, end);
-      keys_by_rows<NV>(g, x.q, stride, dkt + at, padded, begin, end);
-    }
     if (wanted.sums)
       for (int i = begin; i < end; i++) {
         f32v a = {}, b = {};
@@ -214,10 +239,21 @@ struct Gradients {
           float* to = wanted.dbias + (t * QUERIES + i) * TILE + v;
           store(to, load(to) + load(g + i * TILE + v));
         }
+    if constexpr (PAIRS) {
+      if (wanted.keys || wanted.dq) pair_up<NV>(p, g, made, made + QUERIES / 2 * TILE, begin, end);
+      if (!wanted.keys) return;
+      pair_keys_by_rows<NV>(p, x.dout + QUERIES * stride / 2, stride, dvt + at, padded, begin, end);
+      pair_keys_by_rows<NV>(made, x.q + QUERIES * stride / 2, stride, dkt + at, padded, begin, end);
+    } else if (wanted.keys) {
+      keys_by_rows<NV>(p, x.dout, stride, dvt + at, padded, begin, end);
+      keys_by_rows<NV>(g, x.q, stride, dkt + at, padded, begin, end);
+    }
   }
 
   // The block and the strip that are loaded.
   void pair(int64_t h, const Wanted& wanted) {
+    constexpr int wide = PAIRS ? PAIR_TILE : TILE;  // lanes of a row of ds
+    const float* weights = ds + (PAIRS ? QUERIES / 2 * TILE : 0);
     int first[QUERIES / GROUP], last[QUERIES / GROUP] = {};  // the tiles that a group of queries sees
     for (int& t : first) t = STRIP_TILES;
     for (int t = 0; t < tiles(); t++) {
@@ -237,9 +273,9 @@ struct Gradients {
       if (!wanted.dq) continue;
       const int from = begin / GROUP, until = (int)ceil_div(end, GROUP);
       for (int g = from; g < until; g++) first[g] = min(first[g], t), last[g] = t + 1;
-      float* edge = ds + t * QUERIES * TILE;
-      memset(edge + from * GROUP * TILE, 0, (begin - from * GROUP) * TILE * sizeof(float));
-      memset(edge + end * TILE, 0, (until * GROUP - end) * TILE * sizeof(float));
+      float* edge = ds + (weights - ds) + t * QUERIES * TILE;
+      memset(edge + from * GROUP * wide, 0, (begin - from * GROUP) * wide * sizeof(float));
+      memset(edge + end * wide, 0, (until * GROUP - end) * wide * sizeof(float));
     }
     if (!wanted.dq) return;
     float* dq = wanted.dq + (int64_t)(x.first - wanted.first) * stride;
@@ -248,9 +284,10 @@ struct Gradients {
       for (int g = 0; g * GROUP < x.rows; g++) {
         const int t = first[g], n = last[g] - t, i = g * GROUP;
         if (n <= 0) continue;
-        const float *from = ds + (t * QUERIES + i) * TILE, *k = rows + t * TILE * stride + d;
-        (vectors == 1 ? queries_by_keys<1> : queries_by_keys<DQ_VECTORS>)(from, k, stride, dq + i * stride + d, n,
-                                                                          keys - t * TILE);
+        const float *from = weights + t * QUERIES * TILE + i * wide, *k = rows + t * wide * stride + d;
+        constexpr auto one = PAIRS ? pair_queries_by_keys<1> : queries_by_keys<1>;
+        constexpr auto some = PAIRS ? pair_queries_by_keys<DQ_VECTORS> : queries_by_keys<DQ_VECTORS>;
+        (vectors == 1 ? one : some)(from, k, stride, dq + i * stride + d, n, keys - t * TILE);
       }
       d += vectors * LANES;
     }
@@ -274,8 +311,8 @@ struct Gradients {
     memset(dvt, 0, strip_floats(D) * sizeof(float));
     for (int64_t g = 0; g < G; g++, dq += dq ? 3 * room : 0)
       blocks(n, hk * G + g, 0, blocks(), {.dq = dq, .q = dq ? dq + room : nullptr, .room = room, .keys = true});
-    store_strip((T*)a.dk, dkt, hk);
-    store_strip((T*)a.dv, dvt, hk);
+    store_strip((T*)a.dk, dkt, hk, PAIRS ? a.scale : 1.0f);
+    store_strip((T*)a.dv, dvt, hk, 1.0f);
   }
 
   // All of a KV head.
@@ -307,7 +344,7 @@ struct Gradients {
     store_queries(few, first, n, h);
   }
 
-  void store_strip(T* to, const float* packed, int64_t hk) {
+  void store_strip(T* to, const float* packed, int64_t hk, float scale) {
     for (int t = 0; t < tiles(); t++) {
       const int W = width(t);
       for (int l = 0; l < W; l += LANES)
@@ -317,7 +354,7 @@ struct Gradients {
           transpose(y);
           for (int i = 0; i < LANES && t * TILE + l + i < keys; i++) {
             const int64_t at = (a.cu_q ? s.k_first : s.b * a.Sk) + first_key + t * TILE + l + i;
-            store(to + (at * a.Hk + hk) * D + d, y[i], min(LANES, D - d));
+            store(to + (at * a.Hk + hk) * D + d, y[i] * scale, min(LANES, D - d));
           }
         }
     }
@@ -460,8 +497,20 @@ void run(const AttentionBackward& a, Worker& worker) {
 
 }  // namespace
 
+#if defined(__AVX512BF16__)
+}
+namespace gptfast::avx512 {
+void attention_backward(const AttentionBackward&, Worker&);
+}
+namespace gptfast::ISA {
+void attention_backward(const AttentionBackward& a, Worker& worker) {
+  if (a.dtype == BFLOAT16) return run<bf16>(a, worker);
+  avx512::attention_backward(a, worker);
+}
+#else
 void attention_backward(const AttentionBackward& a, Worker& worker) {
   with_storage(a.dtype, [&](auto t) { run<decltype(t)>(a, worker); });
 }
+#endif
 
 }  // namespace gptfast::ISA

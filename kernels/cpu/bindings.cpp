@@ -305,6 +305,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "gptfast's kernels in C++ for the CPU. Use gptfast.ops; this module takes raw pointers.";
   m.def("isa", &isa, "The instruction set in use.");
   m.def("isas", &isas, "The instruction sets this machine can run, the narrowest first.");
+  m.def("own_kernels", &own_kernels, py::arg("isa"), "Its kernels that the next narrower instruction set hasn't.");
   m.def("use_isa", &use_isa, py::arg("name"), "Use another instruction set's kernels from now on.");
   m.def("shares_cores", &shares_cores, "Whether PyTorch's idle threads sleep for ours: see openmp.h.");
   m.def("let_share", &let_share, py::arg("want"), "Whether launches may make them sleep, from now on.");

@@ -18,6 +18,9 @@ extern const Kernels kernels;
 namespace avx512vnni {
 void linear_int8(const Linear&, Worker&);
 }
+namespace avx512bf16 {
+void attention_backward(const AttentionBackward&, Worker&);
+}
 #endif
 
 namespace {
@@ -39,6 +42,10 @@ std::vector<Choice> runnable() {
   if (all.size() == 3 && __builtin_cpu_supports("avx512vnni")) {
     all.push_back({"avx512vnni", avx512::kernels});
     all.back().kernels.linear_int8 = avx512vnni::linear_int8;
+  }
+  if (all.size() == 4 && __builtin_cpu_supports("avx512bf16")) {
+    all.push_back({"avx512bf16", all.back().kernels});
+    all.back().kernels.attention_backward = avx512bf16::attention_backward;
   }
 #endif
   return all;
@@ -73,6 +80,16 @@ const std::string& isa() { return choices()[current()].name; }
 std::vector<std::string> isas() {
   std::vector<std::string> names;
   for (const Choice& choice : choices()) names.push_back(choice.name);
+  return names;
+}
+std::vector<std::string> own_kernels(const std::string& name) {
+  const size_t i = find(name);
+  const Kernels &mine = choices()[i].kernels, &before = choices()[i ? i - 1 : 0].kernels;
+  std::vector<std::string> names;
+#define GPTFAST_OWN(kernel, Args) \
+  if (!i || mine.kernel != before.kernel) names.push_back(#kernel);
+  GPTFAST_KERNELS(GPTFAST_OWN)
+#undef GPTFAST_OWN
   return names;
 }
 void use_isa(const std::string& name) { current() = find(name); }

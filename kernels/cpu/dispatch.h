@@ -7,9 +7,10 @@
 
 namespace gptfast {
 
-const Kernels& kernels();               // those in use
-const std::string& isa();               // its name
-std::vector<std::string> isas();        // those this machine can run, the narrowest first
-void use_isa(const std::string& name);  // throws std::invalid_argument if this machine can't
+const Kernels& kernels();                                       // those in use
+const std::string& isa();                                       // its name
+std::vector<std::string> isas();                                // those this machine can run, the narrowest first
+std::vector<std::string> own_kernels(const std::string& name);  // those that the next narrower one hasn't
+void use_isa(const std::string& name);                          // throws std::invalid_argument if this machine can't
 
 }  // namespace gptfast

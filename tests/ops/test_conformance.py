@@ -78,7 +78,7 @@ def test_every_backend_means_the_same(op: Op, case: Case, dtype: torch.dtype) ->
     limits = of_outputs(op, case, dtype, arguments)
     if where.on_the_cpu():  # elsewhere its arithmetic is another PyTorch's
         check(call(op, arguments, "reference"), limits, "reference")
-    for name in where.kernels():
+    for name in where.kernels(op.name):
         backend = name.partition(" ")[0]
         if refused[backend]:  # its kernel says that it doesn't take such a call; the reference serves it
             continue

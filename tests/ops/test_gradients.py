@@ -59,7 +59,7 @@ def test_every_gradient(op: Op, case: Case, dtype: torch.dtype) -> None:
         pytest.skip("; ".join(filter(None, refused.values())))
     given = upstream(op, arguments, case.name)
     limits = of_gradients(op, case, dtype, given)
-    for name in where.kernels():
+    for name in where.kernels(op.name):
         backend = name.partition(" ")[0]
         if refused[backend]:
             continue
