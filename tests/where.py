@@ -35,17 +35,18 @@ def backends() -> list[str]:
 
 def kernels(op: str) -> Iterator[str]:
     """Each backend of this session by name; the CPU's with each instruction set, in use, that has kernels of its own
-    for the op: they begin with its name."""
+    for the op: they begin with its name, or are linear's."""
     for name in backends():
         if name != "cpu":
             yield name
             continue
         from gptfast import _cpu
 
-        before, all_kernels = _cpu.isa(), set(_cpu.own_kernels("baseline"))
+        before, every = _cpu.isa(), set(_cpu.own_kernels("baseline"))
         try:
             for isa in _cpu.isas():
-                if not all_kernels.issubset(own := _cpu.own_kernels(isa)) and not any(k.startswith(op) for k in own):
+                own = _cpu.own_kernels(isa)
+                if every.difference(own) and not any(k.startswith(op) or (k, op) == ("product", "linear") for k in own):
                     continue
                 _cpu.use_isa(isa)
                 yield f"cpu ({isa})"

@@ -20,6 +20,7 @@ void linear_int8(const Linear&, Worker&);
 }
 namespace avx512bf16 {
 void attention_backward(const AttentionBackward&, Worker&);
+void product(const Product&, Worker&);
 }
 #endif
 
@@ -46,6 +47,7 @@ std::vector<Choice> runnable() {
   if (all.size() == 4 && __builtin_cpu_supports("avx512bf16")) {
     all.push_back({"avx512bf16", all.back().kernels});
     all.back().kernels.attention_backward = avx512bf16::attention_backward;
+    all.back().kernels.product = avx512bf16::product;
   }
 #endif
   return all;

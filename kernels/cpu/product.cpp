@@ -18,20 +18,30 @@ constexpr int SHARES = 4;                 // tasks of a worker, at least, where 
 
 INLINE int64_t panels(int64_t n, int R) { return ceil_div(n, R); }
 
+// LANES lanes of the depth of a row of `length`, from lane k on.
+template <class T>
+INLINE f32v along(const T* row, int64_t k, int64_t length) {
+  if constexpr (PAIRS)
+    return bitcast<f32v>(load_pairs(row + 2 * k, length - 2 * k));
+  else
+    return load(row + k, (int)min<int64_t>(LANES, length - k));
+}
+
 // One panel of a chunk, [depth][R], from rows that lie along the depth: `count` of them, the others zero.
 template <int R, class T>
 INLINE void pack_along(const T* x, int64_t row_stride, int count, int64_t length, float* out) {
+  const int64_t depth = lanes_of(length);
   if constexpr (R % LANES == 0) {
     for (int i = 0; i < R; i += LANES)
-      for (int64_t k = 0; k < length; k += LANES) {
-        const int deep = (int)min<int64_t>(LANES, length - k);
+      for (int64_t k = 0; k < depth; k += LANES) {
+        const int deep = (int)min<int64_t>(LANES, depth - k);
         f32v t[LANES];
-        for (int j = 0; j < LANES; j++) t[j] = i + j < count ? load(x + (i + j) * row_stride + k, deep) : f32v{};
+        for (int j = 0; j < LANES; j++) t[j] = i + j < count ? along(x + (i + j) * row_stride, k, length) : f32v{};
         transpose(t);
         for (int j = 0; j < deep; j++) store(out + (k + j) * R + i, t[j]);
       }
   } else if constexpr (R <= LANES) {
-    interleave_rows(x, row_stride, length, R, count, out);
+    interleave(depth, R, count, out, [&](int i, int64_t k, int) { return along(x + i * row_stride, k, length); });
   } else {
     float lines[R][CHUNK] = {};
     for (int i = 0; i < count; i++)
@@ -47,15 +57,25 @@ INLINE void pack_along(const T* x, int64_t row_stride, int count, int64_t length
 template <int R, class T>
 INLINE void pack_across(const T* x, int64_t depth_stride, int n, int64_t length, float* out, int64_t apart,
                         float* part) {
-  constexpr int64_t AHEAD = 8;
+  constexpr int64_t AHEAD = 8, EACH = PAIRS ? 2 : 1;  // depths of a lane
   const int count = (int)panels(n, R);
+  const int64_t depth = lanes_of(length);
   float line[GROUP * R] = {};
-  for (int64_t k = 0; k < length; k++, x += depth_stride) {
+  for (int64_t k = 0; k < depth; k++, x += EACH * depth_stride) {
     for (int c = 0; c < n; c += LANES) {
-      if (c * sizeof(T) % 64 == 0) __builtin_prefetch(x + AHEAD * depth_stride + c);
-      const f32v v = load(x + c, min(LANES, n - c));
-      store(line + c, v);
-      if (part) store(part + c, load(part + c) + v);
+      if (c * sizeof(T) % 64 == 0)
+        for (int64_t i = AHEAD; i < AHEAD + EACH; i++) __builtin_prefetch(x + i * depth_stride + c);
+      if constexpr (PAIRS) {
+        const i32v v = load_two(x + c, 2 * k + 1 < length ? x + depth_stride + c : nullptr, min(LANES, n - c));
+        store(line + c, bitcast<f32v>(v));
+        if (!part) continue;
+        const f32v sum = load(part + c) + bitcast<f32v>(v << 16);
+        store(part + c, sum + bitcast<f32v>(v & (int32_t)0xffff0000));
+      } else {
+        const f32v v = load(x + c, min(LANES, n - c));
+        store(line + c, v);
+        if (part) store(part + c, load(part + c) + v);
+      }
     }
     for (int panel = 0; panel < count; panel++)
       memcpy(out + panel * apart + k * R, line + panel * R, R * sizeof(float));
@@ -79,13 +99,14 @@ INLINE void pack(const T* x, int64_t row_stride, int64_t depth_stride, int64_t r
   float total[GROUP * R] = {};
   for (int64_t from = 0; from < depth; from += CHUNK) {
     const int64_t length = min(CHUNK, depth - from);
-    float* out = packed + from * padded + start * length;
+    const int64_t lanes = lanes_of(length);
+    float* out = packed + lanes_of(from) * padded + start * lanes;
     if (row_stride == 1) {
       float part[GROUP * R] = {};
-      pack_across<R>(x + from * depth_stride + start, depth_stride, n, length, out, R * length, sums ? part : nullptr);
+      pack_across<R>(x + from * depth_stride + start, depth_stride, n, length, out, R * lanes, sums ? part : nullptr);
       for (int c = 0; c < GROUP * R; c++) total[c] += part[c];
     } else {
-      for (int panel = 0; panel < (int)panels(n, R); panel++, out += R * length)
+      for (int panel = 0; panel < (int)panels(n, R); panel++, out += R * lanes)
         pack_along<R>(x + (start + panel * R) * row_stride + from, row_stride, min(R, n - panel * R), length, out);
     }
   }
@@ -112,9 +133,10 @@ INLINE void multiply(const Product& p, const float* a, const float* b, int64_t f
   const float* bias = last && p.bias ? p.bias + n : nullptr;
   float* c = p.c + m * p.c_stride + n;
   if (m + MR <= bottom && n + NR <= right)
-    tile(a, b, length, c, p.c_stride, add, bias, (const char*)later);
+    tile(a, b, lanes_of(length), c, p.c_stride, add, bias, (const char*)later);
   else
-    corner(a, b, length, c, p.c_stride, add, bias, (int)min<int64_t>(MR, bottom - m), (int)min<int64_t>(NR, right - n));
+    corner(a, b, lanes_of(length), c, p.c_stride, add, bias, (int)min<int64_t>(MR, bottom - m),
+           (int)min<int64_t>(NR, right - n));
 }
 
 // C of so few rows that each panel of B is needed once: it is packed where it is used.
@@ -125,41 +147,48 @@ void few_rows(const Product& p, const float* a, Worker& worker) {
   worker.each(panels(p.cols, FEW * NR), [&](int64_t group) {
     const int64_t left = group * FEW * NR, right = min(left + FEW * NR, p.cols);
     for (int64_t from = 0; from < p.depth; from += CHUNK) {
-      const int64_t length = min(CHUNK, p.depth - from);
+      const int64_t length = min(CHUNK, p.depth - from), lanes = lanes_of(length);
       const T* x = (const T*)p.b + from * p.b_depth + left * p.b_col;
-      if (p.b_col == 1) pack_across<NR>(x, p.b_depth, (int)(right - left), length, b, NR * length, nullptr);
+      if (p.b_col == 1) pack_across<NR>(x, p.b_depth, (int)(right - left), length, b, NR * lanes, nullptr);
       for (int64_t n = left; n < right; n += NR) {
-        float* panel = b + (n - left) * length;
+        float* panel = b + (n - left) * lanes;
         if (p.b_col != 1)
           pack_along<NR>(x + (n - left) * p.b_col, p.b_col, (int)min<int64_t>(NR, right - n), length, panel);
         for (int64_t m = 0; m < p.rows; m += MR)
-          multiply(p, a + from * rows + m * length, panel, from, length, m, n, p.rows, p.cols, panel);
+          multiply(p, a + lanes_of(from) * rows + m * lanes, panel, from, length, m, n, p.rows, p.cols, panel);
       }
     }
   });
 }
 
-}  // namespace
+// f(T{}) with the type of an operand.
+template <class F>
+INLINE void with_operand(int dtype, F f) {
+  if constexpr (PAIRS)
+    f(bf16{});
+  else
+    with_storage(dtype, f);
+}
 
-void product(const Product& p, Worker& worker) {
+void multiply_all(const Product& p, Worker& worker) {
   const int64_t rows = panels(p.rows, MR) * MR, cols = panels(p.cols, NR) * NR;
-  float *a = p.workspace, *b = a + rows * p.depth;
+  float *a = p.workspace, *b = a + rows * lanes_of(p.depth);
   const bool few = p.rows <= ROWS && !(p.sums && p.of_b);
   const int64_t each_a = group_of<MR>(rows / MR, worker) * MR, each_b = group_of<NR>(cols / NR, worker) * NR;
   const int64_t of_a = ceil_div(p.rows, each_a), of_b = few ? 0 : ceil_div(p.cols, each_b);
   worker.each(of_a + of_b, [&](int64_t task) {
     if (task < of_a)
-      with_storage(p.a_dtype, [&](auto t) {
+      with_operand(p.a_dtype, [&](auto t) {
         pack<MR>((const decltype(t)*)p.a, p.a_row, p.a_depth, p.rows, p.depth, task * each_a, each_a, a,
                  p.of_b ? nullptr : p.sums, p.add);
       });
     else
-      with_storage(p.b_dtype, [&](auto t) {
+      with_operand(p.b_dtype, [&](auto t) {
         pack<NR>((const decltype(t)*)p.b, p.b_col, p.b_depth, p.cols, p.depth, (task - of_a) * each_b, each_b, b,
                  p.of_b ? p.sums : nullptr, p.add);
       });
   });
-  if (few) return with_storage(p.b_dtype, [&](auto t) { few_rows<decltype(t)>(p, a, worker); });
+  if (few) return with_operand(p.b_dtype, [&](auto t) { few_rows<decltype(t)>(p, a, worker); });
   int64_t tall = ROWS, wide = COLS;
   while (ceil_div(p.rows, tall) * ceil_div(p.cols, wide) < SHARES * worker.count && wide > 2 * NR)
     (wide > 8 * NR || tall < ROWS ? wide : tall) /= 2;
@@ -168,23 +197,23 @@ void product(const Product& p, Worker& worker) {
     const int64_t top = task % down * tall, left = task / down * wide;
     const int64_t bottom = min(top + tall, p.rows), right = min(left + wide, p.cols);
     for (int64_t from = 0; from < p.depth; from += CHUNK) {
-      const int64_t length = min(CHUNK, p.depth - from);
+      const int64_t length = min(CHUNK, p.depth - from), lanes = lanes_of(length), done = lanes_of(from);
       // From L3 to L2 meanwhile: a tile's share of the next chunk of B, or of its first one for the rows below, and of
       // the next panel of A.
-      const int64_t after = from + length < p.depth ? from + length : 0, deep = min(CHUNK, p.depth - after);
+      const int64_t next = from + length < p.depth ? from + length : 0, after = lanes_of(next);
+      const int64_t deep = lanes_of(min(CHUNK, p.depth - next));
       const float* next_b = b + after * cols + left * deep;
       const float* next_a = a + (after ? after * rows + top * deep : bottom < p.rows ? bottom * deep : 0);
-      const int64_t share = MR * length / ceil_div(right - left, NR);
+      const int64_t share = MR * lanes / ceil_div(right - left, NR);
       auto tiles = [&](int64_t m, int64_t n) {
         const float* later = next_b;
         if constexpr (AHEAD > 0) {
-          next_b += length / EVERY * 16;
+          next_b += lanes / EVERY * 16;
           const float* panel =
-              (m + MR < bottom ? a + from * rows + (m + MR) * length : next_a) + (n - left) / NR * share;
+              (m + MR < bottom ? a + done * rows + (m + MR) * lanes : next_a) + (n - left) / NR * share;
           for (int64_t i = 0; i < share; i += 16) __builtin_prefetch(panel + i, 0, 2);
         }
-        multiply(p, a + from * rows + m * length, b + from * cols + n * length, from, length, m, n, bottom, right,
-                 later);
+        multiply(p, a + done * rows + m * lanes, b + done * cols + n * lanes, from, length, m, n, bottom, right, later);
       };
       // A panel of B stays in L1 where it fits, else that of A does.
       if (LANES == 16)
@@ -196,5 +225,21 @@ void product(const Product& p, Worker& worker) {
     }
   });
 }
+
+}  // namespace
+
+#if defined(__AVX512BF16__)
+}
+namespace gptfast::avx512 {
+void product(const Product&, Worker&);
+}
+namespace gptfast::ISA {
+void product(const Product& p, Worker& worker) {
+  if (p.a_dtype == BFLOAT16 && p.b_dtype == BFLOAT16) return multiply_all(p, worker);
+  avx512::product(p, worker);
+}
+#else
+void product(const Product& p, Worker& worker) { multiply_all(p, worker); }
+#endif
 
 }  // namespace gptfast::ISA

@@ -19,13 +19,13 @@ INLINE void transpose(f32v* r, int from = LANES / 2) {
   }
 }
 
-// rows x K of x in fp32 as [k][rows], rows <= LANES; those from `present` on are zero.
-template <class T>
-INLINE void interleave_rows(const T* x, int64_t stride, int64_t K, int rows, int present, float* out) {
+// rows x K as [k][rows], rows <= LANES; those from `present` on are zero. f(i, k, n) loads n lanes of row i from k on.
+template <class F>
+INLINE void interleave(int64_t K, int rows, int present, float* out, F f) {
   for (int64_t k = 0; k < K; k += LANES) {
     const int n = (int)min<int64_t>(LANES, K - k);
     f32v t[LANES];
-    UNROLL for (int i = 0; i < LANES; i++) t[i] = i < present ? load(x + i * stride + k, n) : f32v{};
+    UNROLL for (int i = 0; i < LANES; i++) t[i] = i < present ? f(i, k, n) : f32v{};
     transpose(t);
     // What lies beyond the rows is written over by the next, which at the end isn't there.
     const int whole = (int)min<int64_t>(n, K - k - ceil_div(LANES, rows) + 1);
@@ -37,6 +37,11 @@ INLINE void interleave_rows(const T* x, int64_t stride, int64_t K, int rows, int
         store(to, t[i], rows);
     }
   }
+}
+// The same of rows of x, in fp32.
+template <class T>
+INLINE void interleave_rows(const T* x, int64_t stride, int64_t K, int rows, int present, float* out) {
+  interleave(K, rows, present, out, [&](int i, int64_t k, int n) { return load(x + i * stride + k, n); });
 }
 
 }  // namespace gptfast::ISA

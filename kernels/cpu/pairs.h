@@ -1,0 +1,42 @@
+// Pairs of bfloat16 neighbours in 32-bit lanes, for VDPBF16PS: it adds the products of both to a sum in fp32, twice as
+// many as an FMA of fp32 does. The products are exact; subnormal numbers count as zero.
+#pragma once
+#include "vec.h"
+
+namespace gptfast::ISA {
+
+#if defined(__AVX512BF16__)
+INLINE f32v add_pairs(f32v sum, i32v a, i32v b) {
+  return (f32v)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+INLINE i32v splat_pair(const float* p) {
+  int32_t pair;
+  memcpy(&pair, p, sizeof pair);
+  return splat(pair);
+}
+// Up to 2 * LANES neighbours, the others zero.
+INLINE i32v load_pairs(const bf16* p, int64_t n) {
+  return (i32v)_mm512_maskz_loadu_epi16(n >= 32 ? ~0u : (1u << n) - 1, p);
+}
+// Up to LANES neighbours of two rows, each beside its other; `b` may be null.
+INLINE i32v load_two(const bf16* a, const bf16* b, int n) {
+  const __mmask16 some = (__mmask16)((1u << n) - 1);
+  const i32v low = (i32v)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, a));
+  if (!b) return low;
+  return low | (i32v)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, b)), 16);
+}
+// Two vectors rounded to bfloat16, lane beside lane.
+INLINE i32v beside(f32v a, f32v b) {
+  alignas(64) static constexpr int16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+  return (i32v)_mm512_permutexvar_epi16(_mm512_load_si512(order), both);
+}
+#else  // named in code that is left out
+f32v add_pairs(f32v sum, i32v a, i32v b);
+i32v splat_pair(const float* p);
+i32v load_pairs(const bf16* p, int64_t n);
+i32v load_two(const bf16* a, const bf16* b, int n);
+#endif
+
+}  // namespace gptfast::ISA
