@@ -357,8 +357,8 @@ PYBIND11_MODULE(_cpu, m) {
        bias_dtype, source, before);
   BIND(linear_packed, Linear, y, x, weight, bias, workspace, rows, cols, depth, x_stride, weight_stride, dtype, format,
        bias_dtype, source, before);
-  BIND(product, Product, c, sums, workspace, a, b, bias, rows, cols, depth, c_stride, a_row, a_depth, b_depth, b_col,
-       a_dtype, b_dtype, of_b, add);
+  BIND(product, Product, c, rounded, sums, workspace, a, b, bias, rows, cols, depth, c_stride, a_row, a_depth, b_depth,
+       b_col, a_dtype, b_dtype, rounded_dtype, of_b, add);
   BIND(sample, Sample, ids, logprobs, logits, logit_bias, mask, history, prompt_lengths, reals, top_k, seed, step,
        stream, per_row, rows, cols, logits_stride, bias_stride, mask_stride, history_cols, dtype, processed);
   BIND(advance, Advance, ids, positions, steps, lengths, drawn, running, history, prompt_lengths, rows, history_cols);

@@ -21,7 +21,7 @@ void linear_int8(const Linear&, Worker&);
 namespace avx512bf16 {
 void attention_backward(const AttentionBackward&, Worker&);
 void product(const Product&, Worker&);
-}
+}  // namespace avx512bf16
 #endif
 
 namespace {

@@ -155,14 +155,15 @@ struct Linear {
 };
 
 struct Product {      // c = a b + bias, of matrices stored either way round
-  float* c;           // (rows, cols)
+  float* c;           // (rows, cols), or, where rounded isn't null,
+  void* rounded;      // the same of rounded_dtype
   float* sums;        // (rows): sums over a's columns; with of_b (cols): over b's rows; their own side is
                       // contiguous then. Or null
   float* workspace;   // both operands: rows and cols, each rounded up to whole panels, times depth
   const void *a, *b;  // (rows, depth), (depth, cols); one stride of each is 1
   const float* bias;  // (cols), or null
   int64_t rows, cols, depth, c_stride, a_row, a_depth, b_depth, b_col;
-  int32_t a_dtype, b_dtype, of_b, add;  // add: to what c and sums hold
+  int32_t a_dtype, b_dtype, rounded_dtype, of_b, add;  // add: to what c and sums hold
 };
 
 struct Pack {

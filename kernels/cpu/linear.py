@@ -97,11 +97,11 @@ def linear_forward(**arguments: Any) -> Tensor:
 
 def prepare_linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
     shape, dtype = (*x.shape[:-1], weight.shape[0]), x.dtype
-    once = _once(_matrix(x), weight.t(), bias, shape)
+    once = _once(_matrix(x), weight.t(), bias, shape, dtype)
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if once:
-            return once(as_rows(x), weight, bias)[0].to(dtype)
+            return once(as_rows(x), weight, bias)[0]
         return multiply(_matrix(x), weight.t(), bias)[0].to(dtype).view(shape)
 
     return run
@@ -121,11 +121,11 @@ def prepare_linear_backward(
     """dx, dweight, laid out as the weight is, and dbias; those that nobody wants are empty."""
     rows, d, wants_bias = _matrix(x), _matrix(dy).contiguous(), bias is not None
     turned = wants_weight and weight.stride(0) == 1 < weight.shape[0]
-    inwards = _once(d, weight, None, x.shape) if wants_x else None
+    inwards = _once(d, weight, None, x.shape, x.dtype) if wants_x else None
     if turned:
-        outwards = _once(rows.t(), d, None, column_sums=wants_bias)
+        outwards = _once(rows.t(), d, None, None, weight.dtype, column_sums=wants_bias)
     else:
-        outwards = _once(d.t(), rows, None, row_sums=wants_bias) if wants_weight else None
+        outwards = _once(d.t(), rows, None, None, weight.dtype, row_sums=wants_bias) if wants_weight else None
 
     def run(
         dy: Tensor, x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool, bias: Tensor | None
@@ -133,7 +133,7 @@ def prepare_linear_backward(
         rows, dy, sums = as_rows(x), as_rows(dy).contiguous(), None
         dx = dweight = dbias = x.new_empty(0)
         if inwards:
-            dx = inwards(dy, weight, None)[0].to(x.dtype)
+            dx = inwards(dy, weight, None)[0]
         elif wants_x:
             dx = multiply(_matrix(dy), weight)[0].to(x.dtype).view(x.shape)
         if turned:
@@ -144,8 +144,7 @@ def prepare_linear_backward(
             )
             dweight = made.to(weight.dtype).t()
         elif outwards:
-            made, sums = outwards(dy, rows, None)
-            dweight = made.to(weight.dtype)
+            dweight, sums = outwards(dy, rows, None)
         elif wants_weight or wants_bias:
             of = _matrix(rows) if wants_weight else _matrix(rows)[:, :1]
             made, sums = multiply(_matrix(dy).t(), of, row_sums=wants_bias)
@@ -165,8 +164,6 @@ def multiply(
     What is summed must be contiguous across the sums. Any of the storage dtypes; the order of each sum depends on K
     alone.
     """
-    if once := _once(a, b, bias, row_sums=row_sums, column_sums=column_sums):
-        return once(a, b, bias)
     a, b = _sided(a), _sided(b)
     (M, K), N = a.shape, b.shape[1]
     c = empty((M, N), torch.float32)
@@ -194,7 +191,8 @@ def multiply(
                     bias=pointer(bias) + 4 * n if last else 0,
                     **dict(rows=rows, cols=cols, depth=depth, c_stride=N),
                     **dict(a_row=a_row, a_depth=a_depth, b_depth=b_depth, b_col=b_col),
-                    **dict(a_dtype=DTYPES[a.dtype], b_dtype=DTYPES[b.dtype], of_b=int(column_sums), add=int(k > 0)),
+                    **dict(a_dtype=DTYPES[a.dtype], b_dtype=DTYPES[b.dtype], rounded_dtype=0),
+                    **dict(of_b=int(column_sums), add=int(k > 0)),
                 )
     return c, sums
 
@@ -204,20 +202,23 @@ def _once(
     b: Tensor,
     bias: Tensor | None,
     shape: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float32,
     *,
     row_sums: bool = False,
     column_sums: bool = False,
 ) -> Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]] | None:
-    """multiply() prepared for all operands that lie as these do, its product in this shape; None where it takes more
-    than one launch. What it is called with may have other shapes, as long as it starts where the matrices do."""
+    """multiply() prepared for all operands that lie as these do, its product in this shape and dtype; None where it
+    takes more than one launch. What it is called with may have other shapes, if it starts where the matrices do."""
     (M, K), N = a.shape, b.shape[1]
     if not (0 < M <= LENGTH and 0 < N <= _width(M) and 0 < K <= DEPTH) or 1 not in a.stride() or 1 not in b.stride():
         return None
     (a_row, a_depth), (b_depth, b_col) = a.stride(), b.stride()
     sizes = dict(rows=M, cols=N, depth=K, c_stride=N, a_row=a_row, a_depth=a_depth, b_depth=b_depth, b_col=b_col)
-    types = dict(a_dtype=DTYPES[a.dtype], b_dtype=DTYPES[b.dtype], of_b=int(column_sums), add=0)
-    launch = _cpu.Prepared("product", ("c", "sums", "workspace", "a", "b", "bias"), sizes | types)
-    make, summed = maker(shape or (M, N), torch.float32), M if row_sums else N if column_sums else 0
+    types = dict(a_dtype=DTYPES[a.dtype], b_dtype=DTYPES[b.dtype], rounded_dtype=DTYPES[dtype])
+    types |= dict(of_b=int(column_sums), add=0)
+    c = "c" if dtype == torch.float32 else "rounded"
+    launch = _cpu.Prepared("product", (c, "sums", "workspace", "a", "b", "bias"), sizes | types)
+    make, summed = maker((M, N) if shape is None else shape, dtype), M if row_sums else N if column_sums else 0
     workers, room = threads(M * N), 4 * K * (M + N + 128)
 
     def run(a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -139,13 +139,37 @@ INLINE void multiply(const Product& p, const float* a, const float* b, int64_t f
            (int)min<int64_t>(NR, right - n));
 }
 
+// A task's part of C, in memory of its own where C is rounded: there p's c and stride lead.
+struct Part {
+  Product p;
+  int64_t top, bottom, left, right;
+
+  Part(const Product& whole, float* own, int64_t top, int64_t bottom, int64_t left, int64_t right)
+      : p(whole), top(top), bottom(bottom), left(left), right(right) {
+    if (!p.rounded) return;
+    p.c_stride = COLS;
+    p.c = own - (top * COLS + left);
+  }
+  void round(int64_t stride) const {
+    if (!p.rounded) return;
+    with_storage(p.rounded_dtype, [&](auto t) {
+      for (int64_t m = top; m < bottom; m++)
+        for (int64_t n = left; n < right; n += LANES) {
+          const int count = (int)min<int64_t>(LANES, right - n);
+          store((decltype(t)*)p.rounded + m * stride + n, load(p.c + m * COLS + n, count), count);
+        }
+    });
+  }
+};
+
 // C of so few rows that each panel of B is needed once: it is packed where it is used.
 template <class T>
 void few_rows(const Product& p, const float* a, Worker& worker) {
   const int64_t rows = panels(p.rows, MR) * MR;
-  auto* b = (float*)worker.scratch(FEW * NR * CHUNK * sizeof(float));
+  auto* b = (float*)worker.scratch((FEW * NR * CHUNK + ROWS * COLS) * sizeof(float));
   worker.each(panels(p.cols, FEW * NR), [&](int64_t group) {
     const int64_t left = group * FEW * NR, right = min(left + FEW * NR, p.cols);
+    const Part part(p, b + FEW * NR * CHUNK, 0, p.rows, left, right);
     for (int64_t from = 0; from < p.depth; from += CHUNK) {
       const int64_t length = min(CHUNK, p.depth - from), lanes = lanes_of(length);
       const T* x = (const T*)p.b + from * p.b_depth + left * p.b_col;
@@ -155,9 +179,10 @@ void few_rows(const Product& p, const float* a, Worker& worker) {
         if (p.b_col != 1)
           pack_along<NR>(x + (n - left) * p.b_col, p.b_col, (int)min<int64_t>(NR, right - n), length, panel);
         for (int64_t m = 0; m < p.rows; m += MR)
-          multiply(p, a + lanes_of(from) * rows + m * lanes, panel, from, length, m, n, p.rows, p.cols, panel);
+          multiply(part.p, a + lanes_of(from) * rows + m * lanes, panel, from, length, m, n, p.rows, p.cols, panel);
       }
     }
+    part.round(p.c_stride);
   });
 }
 
@@ -193,9 +218,11 @@ void multiply_all(const Product& p, Worker& worker) {
   while (ceil_div(p.rows, tall) * ceil_div(p.cols, wide) < SHARES * worker.count && wide > 2 * NR)
     (wide > 8 * NR || tall < ROWS ? wide : tall) /= 2;
   const int64_t down = ceil_div(p.rows, tall);
+  auto* own = (float*)worker.scratch(p.rounded ? ROWS * COLS * sizeof(float) : 0);
   worker.each(down * ceil_div(p.cols, wide), [&](int64_t task) {
     const int64_t top = task % down * tall, left = task / down * wide;
     const int64_t bottom = min(top + tall, p.rows), right = min(left + wide, p.cols);
+    const Part part(p, own, top, bottom, left, right);
     for (int64_t from = 0; from < p.depth; from += CHUNK) {
       const int64_t length = min(CHUNK, p.depth - from), lanes = lanes_of(length), done = lanes_of(from);
       // From L3 to L2 meanwhile: a tile's share of the next chunk of B, or of its first one for the rows below, and of
@@ -213,7 +240,8 @@ void multiply_all(const Product& p, Worker& worker) {
               (m + MR < bottom ? a + done * rows + (m + MR) * lanes : next_a) + (n - left) / NR * share;
           for (int64_t i = 0; i < share; i += 16) __builtin_prefetch(panel + i, 0, 2);
         }
-        multiply(p, a + done * rows + m * lanes, b + done * cols + n * lanes, from, length, m, n, bottom, right, later);
+        multiply(part.p, a + done * rows + m * lanes, b + done * cols + n * lanes, from, length, m, n, bottom, right,
+                 later);
       };
       // A panel of B stays in L1 where it fits, else that of A does.
       if (LANES == 16)
@@ -223,6 +251,7 @@ void multiply_all(const Product& p, Worker& worker) {
         for (int64_t n = left; n < right; n += NR)
           for (int64_t m = top; m < bottom; m += MR) tiles(m, n);
     }
+    part.round(p.c_stride);
   });
 }
 
