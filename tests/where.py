@@ -33,9 +33,17 @@ def backends() -> list[str]:
     return [name for name in wanted if reason_missing(name) is None]
 
 
+# Kernels whose names don't begin with that of each op that they serve.
+SERVES = {
+    "product": ("linear",),
+    "vocabulary_logits": ("linear_cross_entropy", "token_logprobs", "token_kl"),
+    "vocabulary_gradients": ("linear_cross_entropy", "token_logprobs", "token_kl"),
+}
+
+
 def kernels(op: str) -> Iterator[str]:
     """Each backend of this session by name; the CPU's with each instruction set, in use, that has kernels of its own
-    for the op: they begin with its name, or are linear's."""
+    for the op."""
     for name in backends():
         if name != "cpu":
             yield name
@@ -46,7 +54,7 @@ def kernels(op: str) -> Iterator[str]:
         try:
             for isa in _cpu.isas():
                 own = _cpu.own_kernels(isa)
-                if every.difference(own) and not any(k.startswith(op) or (k, op) == ("product", "linear") for k in own):
+                if every.difference(own) and not any(k.startswith(op) or op in SERVES.get(k, ()) for k in own):
                     continue
                 _cpu.use_isa(isa)
                 yield f"cpu ({isa})"

@@ -60,11 +60,6 @@ struct Wanted {
 // A worker's memory and its work on one sequence.
 template <class T>
 struct Gradients {
-#if defined(__AVX512BF16__)
-  static constexpr bool PAIRS = __is_same(T, bf16);
-#else
-  static constexpr bool PAIRS = false;
-#endif
   const AttentionBackward& a;
   const int D, padded, stride;
   Sequence s{};

@@ -107,8 +107,8 @@ NOINLINE void pair_up(float* p, const float* ds, float* ds_pairs, float* ds_rows
       const f32v a = load(ds + from), b = load(ds + from + TILE);
       store(ds_pairs + to, bitcast<f32v>(beside(a, b)));
       float* row = ds_rows + i * PAIR_TILE + v * LANES / 2;
-      _mm256_storeu_si256((__m256i*)row, (__m256i)_mm512_cvtneps_pbh((__m512)a));
-      _mm256_storeu_si256((__m256i*)(row + PAIR_TILE), (__m256i)_mm512_cvtneps_pbh((__m512)b));
+      store_half(row, a);
+      store_half(row + PAIR_TILE, b);
     }
 }
 

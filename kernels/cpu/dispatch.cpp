@@ -21,6 +21,8 @@ void linear_int8(const Linear&, Worker&);
 namespace avx512bf16 {
 void attention_backward(const AttentionBackward&, Worker&);
 void product(const Product&, Worker&);
+void vocabulary_logits(const Vocabulary&, Worker&);
+void vocabulary_gradients(const Vocabulary&, Worker&);
 }  // namespace avx512bf16
 #endif
 
@@ -48,6 +50,8 @@ std::vector<Choice> runnable() {
     all.push_back({"avx512bf16", all.back().kernels});
     all.back().kernels.attention_backward = avx512bf16::attention_backward;
     all.back().kernels.product = avx512bf16::product;
+    all.back().kernels.vocabulary_logits = avx512bf16::vocabulary_logits;
+    all.back().kernels.vocabulary_gradients = avx512bf16::vocabulary_gradients;
   }
 #endif
   return all;

@@ -4,6 +4,8 @@
 //   logits   depth in chunks of DEPTH, in order
 //   dx       columns in blocks of BLOCK, in order within each of the vocabulary's parts; then the parts, in order
 //   dW, db   rows in order, in chunks of ROWS
+// Of bfloat16, on a machine that multiplies pairs of them, G is rounded to bfloat16 for its products.
+#include "pairs.h"
 #include "vocabulary.h"
 
 namespace gptfast::ISA {
@@ -27,7 +29,7 @@ constexpr int64_t ROW_BLOCK = 96;                         // rows whose x stays 
 
 int64_t groups(int64_t n) { return ceil_div(n, COLS); }
 
-// acc[i] += a[i * ROW + k * STEP] * b[k][N * LANES], k in order.
+// acc[i] += a[i * ROW + k * STEP] * b[k][N * LANES], k in order. k: lanes, here and in the tiles.
 template <int ROW, int STEP, int M, int N>
 INLINE void multiply_add(f32v (&acc)[M][N], const float* a, const float* b, int64_t length) {
 #pragma GCC unroll 1
@@ -38,7 +40,12 @@ INLINE void multiply_add(f32v (&acc)[M][N], const float* a, const float* b, int6
 #pragma GCC unroll 8
     for (int i = 0; i < M; i++)
 #pragma GCC unroll 8
-      for (int v = 0; v < N; v++) acc[i][v] = fma(splat(a[i * ROW]), row[v], acc[i][v]);
+      for (int v = 0; v < N; v++) {
+        if constexpr (PAIRS)
+          acc[i][v] = add_pairs(acc[i][v], splat_pair(a + i * ROW), bitcast<i32v>(row[v]));
+        else
+          acc[i][v] = fma(splat(a[i * ROW]), row[v], acc[i][v]);
+      }
   }
 }
 
@@ -60,7 +67,8 @@ __attribute__((noinline)) void logits_tile(const float* x, const float* w, int64
 __attribute__((noinline)) void dx_tile(const float* g, int64_t stride, int64_t panels, const float* w, float* dx,
                                        bool add) {
   f32v acc[HIGH][NV] = {};
-  for (int64_t p = 0; p < panels; p++, g += stride, w += PANEL * COLS) multiply_add<PANEL, 1>(acc, g, w, PANEL);
+  constexpr int DEEP = PANEL / PER_LANE;
+  for (int64_t p = 0; p < panels; p++, g += stride, w += DEEP * COLS) multiply_add<DEEP, 1>(acc, g, w, DEEP);
 #pragma GCC unroll 8
   for (int i = 0; i < HIGH; i++)
 #pragma GCC unroll 8
@@ -77,18 +85,28 @@ __attribute__((noinline)) void dw_tile(const float* g, const float* x, int64_t r
     for (int v = 0; v < 3; v++, sums += LANES) store(sums, add ? load(sums) + acc[i][v] : acc[i][v]);
 }
 
+// LANES lanes of a row from k on, of which `length` numbers are left.
+template <class T>
+INLINE f32v lanes_at(const T* p, int64_t length) {
+  if constexpr (PAIRS)
+    return bitcast<f32v>(load_pairs(p, length));
+  else
+    return load(p, (int)min<int64_t>(LANES, length));
+}
+
 // n rows of W as [group][k][COLS], the columns beyond n zero.
 template <class T>
 void pack_columns(const T* w, int64_t stride, int n, int64_t length, float* out) {
+  const int64_t depth = lanes_of(length);
   for (int64_t c = 0; c < groups(n) * COLS; c += LANES) {
-    float* to = out + c / COLS * length * COLS + c % COLS;
-    for (int64_t k = 0; k < length; k += LANES) {
-      const int deep = (int)min<int64_t>(LANES, length - k);
+    float* to = out + c / COLS * depth * COLS + c % COLS;
+    for (int64_t k = 0; k < depth; k += LANES) {
+      const int deep = (int)min<int64_t>(LANES, depth - k);
       f32v t[LANES];
       for (int i = 0; i < LANES; i++) {
-        const T* p = w + (c + i) * stride + k;
+        const T* p = w + (c + i) * stride + k * PER_LANE;
         if (c + i < n) __builtin_prefetch(p + LANES * stride);
-        t[i] = c + i < n ? load(p, deep) : f32v{};
+        t[i] = c + i < n ? lanes_at(p, length - k * PER_LANE) : f32v{};
       }
       transpose(t);
       for (int i = 0; i < deep; i++) store(to + (k + i) * COLS, t[i]);
@@ -96,14 +114,35 @@ void pack_columns(const T* w, int64_t stride, int n, int64_t length, float* out)
   }
 }
 
-// n rows of W or x, row r at at(r), as [group][row][W], the elements beyond depth zero; then `zeros` rows more.
+// n rows of W or x, row r at at(r), as [group][lane of rows][W], the elements beyond depth zero; then zeros, as far as
+// `padded` rows.
 template <int W, class At>
-void pack_depth(At at, int64_t n, int64_t rows, int64_t begin, int64_t zeros, int64_t depth, float* out) {
-  for (int64_t r = 0; r < n + zeros; r++)
+void pack_depth(At at, int64_t n, int64_t padded, int64_t depth, float* out, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; r++)
     for (int64_t k = 0; k < ceil_div(depth, W) * W; k += LANES) {
       const int lanes = (int)max<int64_t>(0, min<int64_t>(LANES, depth - k));
-      store(out + (k / W * rows + begin + r) * W + k % W, r < n ? load(at(r) + k, lanes) : f32v{});
+      f32v v = f32v{};
+      if (const int64_t row = r * PER_LANE; row < n && lanes) {
+        if constexpr (PAIRS)
+          v = bitcast<f32v>(load_two(at(row) + k, row + 1 < n ? at(row + 1) + k : nullptr, lanes));
+        else
+          v = load(at(row) + k, lanes);
+      }
+      store(out + (k / W * lanes_of(padded) + r) * W + k % W, v);
     }
+}
+
+// A block of G rounded to bfloat16: as pairs of rows, and as rows.
+void round_block(const Vocabulary& a, int64_t n, const float* g, float* pairs, float* rows) {
+  if constexpr (PAIRS)
+    for (int64_t p = 0; p < groups(n) * ABREAST; p++, g += a.padded * PANEL)
+      for (int64_t r = 0; r < a.rows; r += 2) {
+        const f32v even = load(g + r * PANEL), odd = r + 1 < a.rows ? load(g + (r + 1) * PANEL) : f32v{};
+        store(pairs + (p * lanes_of(a.padded) + r / 2) * PANEL, bitcast<f32v>(beside(even, odd)));
+        float* row = rows + (p * a.padded + r) * (PANEL / 2);
+        store_half(row, even);
+        if (r + 1 < a.rows) store_half(row + PANEL / 2, odd);
+      }
 }
 
 template <class F>
@@ -151,13 +190,13 @@ void logits_block(const Vocabulary& a, const Terms& terms, int64_t block, float*
   const int n = width(a.cols, block);
   const T* w = (const T*)a.weight + block * BLOCK * a.weight_stride;
   for (int64_t k = 0; k < a.depth; k += DEPTH) {
-    const int64_t length = min(DEPTH, a.depth - k);
+    const int64_t length = min(DEPTH, a.depth - k), lanes = lanes_of(length);
     pack_columns(w + k, a.weight_stride, n, length, packed);
     for (int64_t begin = 0; begin < a.rows; begin += ROW_BLOCK) {
       const int64_t end = min(begin + ROW_BLOCK, a.rows);
       for (int64_t g = 0; g < groups(n); g++)
         for (int64_t r = begin; r < end; r += HIGH)
-          logits_tile(a.tiles + r * a.depth + k * HIGH, packed + g * length * COLS, length,
+          logits_tile(a.tiles + r * a.depth + lanes_of(k) * HIGH, packed + g * lanes * COLS, lanes,
                       logits + g * ABREAST * stride + r * PANEL, stride, k > 0);
       if (k + length == a.depth) finish_rows<T>(a, terms, block, begin, end, logits);
     }
@@ -187,11 +226,11 @@ void gradient_block(const Vocabulary& a, const Terms& terms, int64_t block, floa
     for (int64_t r = 0; r < a.rows; r++) store(logits + c / PANEL * a.padded * PANEL + c % PANEL + r * PANEL, f32v{});
 }
 
-// dW of a block, to or onto the sums of the chunks before.
+// dW of a block, to or onto the sums of the chunks before. g: [panel][lane of rows][PANEL].
 void dw_block(const Vocabulary& a, int64_t block, const float* g, float* sums) {
   const int n = width(a.cols, block);
   for (int64_t c = 0; c < a.depth; c += WIDE) {
-    const float* x = a.panels + c * a.rows;
+    const float* x = a.panels + c * lanes_of(a.rows);
     float* out = a.dweight + block * BLOCK * a.depth + c;
     for (int64_t k = 0; k < a.rows; k += ROWS)
       for (int v = 0; v < n; v += TALL) {
@@ -199,8 +238,9 @@ void dw_block(const Vocabulary& a, int64_t block, const float* g, float* sums) {
         const bool last = k + ROWS >= a.rows;
         if (last)
           for (int i = 0; i < TALL; i++) __builtin_prefetch(out + min(v + i, n - 1) * a.depth, 1);
-        dw_tile(g + v / PANEL * a.padded * PANEL + k * PANEL + v % PANEL, x + k * WIDE, min(ROWS, a.rows - k), tile,
-                k > 0);
+        const int64_t done = lanes_of(k);
+        dw_tile(g + (v / PANEL * lanes_of(a.padded) + done) * PANEL + v % PANEL, x + done * WIDE,
+                lanes_of(min(ROWS, a.rows - k)), tile, k > 0);
         if (last)
           for (int i = 0; i < TALL && v + i < n; i++)
             for (int j = 0; j < WIDE && c + j < a.depth; j += LANES) {
@@ -213,31 +253,42 @@ void dw_block(const Vocabulary& a, int64_t block, const float* g, float* sums) {
   }
 }
 
-// A block's part of dx, [group][row][COLS].
+// A block's part of dx, [group][row][COLS]. g: [panel][row][lanes of PANEL].
 void dx_block(const Vocabulary& a, int64_t block, const float* g, const float* w, float* dx, bool add) {
-  const int64_t panels = groups(width(a.cols, block)) * ABREAST;
+  const int64_t panels = groups(width(a.cols, block)) * ABREAST, deep = lanes_of(PANEL);
   for (int64_t c = 0; c < groups(a.depth); c++)
     for (int64_t r = 0; r < a.rows; r += HIGH)
-      dx_tile(g + r * PANEL, a.padded * PANEL, panels, w + c * BLOCK * COLS, dx + (c * a.padded + r) * COLS, add);
+      dx_tile(g + r * deep, a.padded * deep, panels, w + c * lanes_of(BLOCK) * COLS, dx + (c * a.padded + r) * COLS,
+              add);
 }
 
 }  // namespace
 
-// The statistics of a chunk of rows, and its logits where there is a place for them.
-void vocabulary_logits(const Vocabulary& a, Worker& worker) {
+namespace {
+
+// f(T{}) with the type of x and W.
+template <class F>
+INLINE void with_operands(const Vocabulary& a, F f) {
+  if constexpr (PAIRS)
+    f(bf16{});
+  else
+    with_storage(a.dtype, f);
+}
+
+void make_logits(const Vocabulary& a, Worker& worker) {
   const Terms terms(a.softcap, a.inverse_temperature);
   float* packed = (float*)worker.scratch((DEPTH * BLOCK + (a.logits ? 0 : a.padded * BLOCK)) * sizeof(float));
-  with_storage(a.dtype, [&](auto t) {
+  with_operands(a, [&](auto t) {
     using T = decltype(t);
     worker.each(ceil_div(a.rows, HIGH), [&](int64_t tile) {
       float* out = a.tiles + tile * HIGH * a.depth;
       for (int i = 0; i < HIGH; i++) {
         const int64_t r = tile * HIGH + i;
         const T* x = (const T*)a.x + a.index[min(r, a.rows - 1)] * a.x_stride;
-        for (int64_t k = 0; k < a.depth; k += LANES) {
-          const int n = (int)min<int64_t>(LANES, a.depth - k);
+        for (int64_t k = 0; k < lanes_of(a.depth); k += LANES) {
+          const int n = (int)min<int64_t>(LANES, lanes_of(a.depth) - k);
           float lanes[LANES];
-          store(lanes, r < a.rows ? load(x + k, n) : f32v{});
+          store(lanes, r < a.rows ? lanes_at(x + k * PER_LANE, a.depth - k * PER_LANE) : f32v{});
           for (int l = 0; l < n; l++) out[(k + l) * HIGH + i] = lanes[l];
         }
       }
@@ -258,18 +309,19 @@ void vocabulary_logits(const Vocabulary& a, Worker& worker) {
   });
 }
 
-// The chunk's logits become their gradient; dx, and dW and db to or onto those of the chunks before.
-void vocabulary_gradients(const Vocabulary& a, Worker& worker) {
+void make_gradients(const Vocabulary& a, Worker& worker) {
   const Terms terms(a.softcap, a.inverse_temperature);
   const int64_t part = groups(a.depth) * a.padded * COLS, packed = a.dx ? groups(a.depth) * COLS * BLOCK : 0;
-  float* w = (float*)worker.scratch((packed + BLOCK * WIDE) * sizeof(float));
-  with_storage(a.dtype, [&](auto t) {
+  const int64_t halves = PAIRS ? BLOCK * lanes_of(a.padded) : 0;  // of G: pairs of rows, and rows
+  float* w = (float*)worker.scratch((packed + BLOCK * WIDE + 2 * halves) * sizeof(float));
+  float *pairs = w + packed + BLOCK * WIDE, *rows = pairs + halves;
+  with_operands(a, [&](auto t) {
     using T = decltype(t);
     const int64_t depth = a.depth;
     if (a.dweight)
-      worker.each(a.rows, [&](int64_t r) {
-        const T* x = (const T*)a.x + a.index[r] * a.x_stride;
-        pack_depth<WIDE>([&](int64_t) { return x; }, 1, a.rows, r, 0, depth, a.panels);
+      worker.each(lanes_of(a.rows), [&](int64_t r) {
+        auto row = [&](int64_t i) { return (const T*)a.x + a.index[i] * a.x_stride; };
+        pack_depth<WIDE>(row, a.rows, a.rows, depth, a.panels, r, r + 1);
       });
     worker.phase(a.parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; p++) {
@@ -277,12 +329,14 @@ void vocabulary_gradients(const Vocabulary& a, Worker& worker) {
         for (int64_t b = first; b < last; b++) {
           float* g = a.logits + b * BLOCK * a.padded;
           gradient_block(a, terms, b, g);
-          if (a.dweight) dw_block(a, b, g, w + packed);
+          const int n = width(a.cols, b);
+          round_block(a, n, g, pairs, rows);
+          if (a.dweight) dw_block(a, b, PAIRS ? pairs : g, w + packed);
           if (!a.dx) continue;
           const T* weight = (const T*)a.weight + b * BLOCK * a.weight_stride;
-          const int n = width(a.cols, b);
-          pack_depth<COLS>([&](int64_t v) { return weight + v * a.weight_stride; }, n, BLOCK, 0, BLOCK - n, depth, w);
-          dx_block(a, b, g, w, a.dx_parts + p * part, b > first);
+          auto row = [&](int64_t v) { return weight + v * a.weight_stride; };
+          pack_depth<COLS>(row, n, BLOCK, depth, w, 0, lanes_of(BLOCK));
+          dx_block(a, b, PAIRS ? rows : g, w, a.dx_parts + p * part, b > first);
         }
       }
     });
@@ -297,6 +351,33 @@ void vocabulary_gradients(const Vocabulary& a, Worker& worker) {
         }
       });
   });
+}
+
+}  // namespace
+
+#if defined(__AVX512BF16__)
+}
+namespace gptfast::avx512 {
+void vocabulary_logits(const Vocabulary&, Worker&);
+void vocabulary_gradients(const Vocabulary&, Worker&);
+}  // namespace gptfast::avx512
+namespace gptfast::ISA {
+#endif
+
+// The statistics of a chunk of rows, and its logits where there is a place for them.
+void vocabulary_logits(const Vocabulary& a, Worker& worker) {
+#if defined(__AVX512BF16__)
+  if (a.dtype != BFLOAT16) return avx512::vocabulary_logits(a, worker);
+#endif
+  make_logits(a, worker);
+}
+
+// The chunk's logits become their gradient; dx, and dW and db to or onto those of the chunks before.
+void vocabulary_gradients(const Vocabulary& a, Worker& worker) {
+#if defined(__AVX512BF16__)
+  if (a.dtype != BFLOAT16) return avx512::vocabulary_gradients(a, worker);
+#endif
+  make_gradients(a, worker);
 }
 
 }  // namespace gptfast::ISA

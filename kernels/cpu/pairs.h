@@ -1,9 +1,19 @@
 // Pairs of bfloat16 neighbours in 32-bit lanes, for VDPBF16PS: it adds the products of both to a sum in fp32, twice as
-// many as an FMA of fp32 does. The products are exact; subnormal numbers count as zero.
+// many as an FMA of fp32 does. The products are exact; subnormal numbers count as zero. A source that has loops of them
+// is compiled for such machines once more (CMakeLists.txt), there for bfloat16 alone.
 #pragma once
 #include "vec.h"
 
 namespace gptfast::ISA {
+
+#if defined(__AVX512BF16__)
+constexpr bool PAIRS = true;
+#else
+constexpr bool PAIRS = false;
+#endif
+// Numbers that one lane multiplies, and the lanes of so many.
+constexpr int64_t PER_LANE = PAIRS ? 2 : 1;
+INLINE int64_t lanes_of(int64_t n) { return (n + PER_LANE - 1) / PER_LANE; }
 
 #if defined(__AVX512BF16__)
 INLINE f32v add_pairs(f32v sum, i32v a, i32v b) {
@@ -32,11 +42,15 @@ INLINE i32v beside(f32v a, f32v b) {
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
   return (i32v)_mm512_permutexvar_epi16(_mm512_load_si512(order), both);
 }
+// A vector rounded to bfloat16, in half as many lanes.
+INLINE void store_half(float* p, f32v v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v)); }
 #else  // named in code that is left out
 f32v add_pairs(f32v sum, i32v a, i32v b);
 i32v splat_pair(const float* p);
 i32v load_pairs(const bf16* p, int64_t n);
 i32v load_two(const bf16* a, const bf16* b, int n);
+i32v beside(f32v a, f32v b);
+void store_half(float* p, f32v v);
 #endif
 
 }  // namespace gptfast::ISA

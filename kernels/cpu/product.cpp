@@ -57,14 +57,14 @@ INLINE void pack_along(const T* x, int64_t row_stride, int count, int64_t length
 template <int R, class T>
 INLINE void pack_across(const T* x, int64_t depth_stride, int n, int64_t length, float* out, int64_t apart,
                         float* part) {
-  constexpr int64_t AHEAD = 8, EACH = PAIRS ? 2 : 1;  // depths of a lane
+  constexpr int64_t AHEAD = 8;
   const int count = (int)panels(n, R);
   const int64_t depth = lanes_of(length);
   float line[GROUP * R] = {};
-  for (int64_t k = 0; k < depth; k++, x += EACH * depth_stride) {
+  for (int64_t k = 0; k < depth; k++, x += PER_LANE * depth_stride) {
     for (int c = 0; c < n; c += LANES) {
       if (c * sizeof(T) % 64 == 0)
-        for (int64_t i = AHEAD; i < AHEAD + EACH; i++) __builtin_prefetch(x + i * depth_stride + c);
+        for (int64_t i = AHEAD; i < AHEAD + PER_LANE; i++) __builtin_prefetch(x + i * depth_stride + c);
       if constexpr (PAIRS) {
         const i32v v = load_two(x + c, 2 * k + 1 < length ? x + depth_stride + c : nullptr, min(LANES, n - c));
         store(line + c, bitcast<f32v>(v));

@@ -11,14 +11,6 @@ constexpr int MR = LANES == 16 ? 12 : 6, NR = 2 * LANES;  // the sums of a tile 
 constexpr int64_t CHUNK = 384;  // the op page's constant. A panel of B stays in L1 with 8 lanes: 24 KB
 constexpr int64_t AHEAD = LANES == 16 ? 2048 : 0;  // bytes of a panel of B that comes from L2
 
-#if defined(__AVX512BF16__)
-constexpr bool PAIRS = true;
-#else
-constexpr bool PAIRS = false;
-#endif
-// The lanes of so many depths.
-INLINE int64_t lanes_of(int64_t depths) { return PAIRS ? (depths + 1) / 2 : depths; }
-
 constexpr int64_t EVERY = 4;  // lanes of a tile's depth to a line that it fetches for later
 
 // c (MR, NR) = what it holds if `add`, else 0, + a b over `depth` lanes + bias (NR), if there is one. Meanwhile a line
