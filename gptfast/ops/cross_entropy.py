@@ -22,7 +22,8 @@ it costs nothing. Where no row counts, the mean is NaN, the sum 0 and the gradie
 the vocabulary raises before anything is computed. In a CUDA graph rows that don't count cost what others do, are zeros
 in the sums for weight, whose blocks they shift, and targets aren't looked at: each must be in the vocabulary.
 
-Products and sums in fp32 (fp64 for fp64), each gradient rounded once to its input's dtype. The logits of a chunk of
+Products and sums in fp32 (fp64 for fp64), each gradient rounded once to its input's dtype; with bfloat16 on a machine
+with AVX512-BF16 the logits' gradient is rounded to bfloat16 for its products. The logits of a chunk of
 rows exist at a time, and their gradient takes their place: see the constants in kernels/cpu/cross_entropy.py. With a
 scalar loss the gradients are made in the forward pass, for a loss that has an upstream gradient of 1, and scaled in the
 backward pass; for reduction="none" the backward pass computes the logits again.
