@@ -9,8 +9,8 @@ With p the probabilities before dropout, m = 1 / (1 - dropout_p) where dropout k
 
 A row that attends to nothing gives zeros. ALiBi's slopes get no gradient from kernels. These make p again from q, k and
 lse by blocks of queries and keys, on the CPU 48 and 96 counted from the first of a sequence; sums are fp32, dk and dv
-over the blocks of queries in order, dq over those of keys. For products of bfloat16 on a machine with AVX512-BF16, as on
-GPUs, p and ds are rounded to bfloat16. Dao: FlashAttention-2 (arXiv:2307.08691).
+over the blocks of queries in order, dq over those of keys. For products of bfloat16 on a machine with AVX512-BF16, and
+on GPUs, p and ds are rounded to bfloat16. Dao: FlashAttention-2 (arXiv:2307.08691).
 """
 
 from __future__ import annotations

@@ -4,9 +4,10 @@
 
 On the CPU all three products are a kernel of ours: sums in fp32 in chunks of 384 of the summed dimension, in order
 inside a chunk, the chunks added in order. So a row of y and of dx depends on that row alone, and dW and dbias on the
-shape alone. Where both operands are bfloat16 and the machine has AVX512-BF16, k and k + 1 are added to a sum together,
-as its instruction does it. With backend="triton" y and dx have that property too, in the orders of gptfast/ops/linear.py's page and of
-one chain over the summed dimension. Without a kernel they are PyTorch's own, whose bits are theirs.
+shape alone. Where both operands are bfloat16 and the machine has AVX512-BF16, two neighbours are added to a sum at
+once, as its instruction does it. With backend="triton" y and dx have that property too, in the orders of
+gptfast/ops/linear.py's page and of one chain over the summed dimension. Without a kernel they are PyTorch's own, whose
+bits are theirs.
 
 A quantised or packed weight is frozen: y is what it is without gradients, dx = dy W of the weight's values, which are
 made for this product and let go, so that a model of 4-bit weights is never held in fp32. With activations="int8" the
