@@ -202,7 +202,8 @@ struct Gradients {
   template <int NV>
   void tile(int64_t h, int t, int begin, int end, const Wanted& wanted) {
     const int at = t * TILE * padded, key = first_key + t * TILE, last = min(end, x.rows) - 1;
-    float *made = ds + t * QUERIES * TILE, *g = PAIRS ? dp : made;
+    float *made = ds + t * QUERIES * TILE, *g = PAIRS ? dp : made, *made_rows = made + QUERIES / 2 * TILE;
+    const bool products = wanted.keys || wanted.dq;
     if constexpr (PAIRS) {
       pair_rows_by_keys<NV>(x.q, stride / 2, kt + at, p, (D + 1) / 2, a.scale, begin, end);
       pair_rows_by_keys<NV>(x.dout, stride / 2, vt + at, g, (D + 1) / 2, 1.0f, begin, end);
@@ -217,8 +218,12 @@ struct Gradients {
     terms.bias = a.bias || a.mask;
     terms.edge = x.low[last] > key || x.high[begin] < key + NV * LANES;
     if (terms.bias) load_bias(h, key, min(keys - t * TILE, TILE));
-    if (terms.cap != 0 || terms.alibi || terms.bias || terms.edge || x.dropout.below)
-      gradient<NV>(x, terms, key, bias, wanted.keys || wanted.dq, p, g, begin, end);
+    const bool plain = terms.cap == 0 && !terms.alibi && !terms.bias && !terms.edge && !x.dropout.below;
+    const bool at_once = PAIRS && plain && !wanted.sums && !wanted.dbias;  // nobody else reads p and ds
+    if (!plain)
+      gradient<NV>(x, terms, key, bias, products, p, g, begin, end);
+    else if constexpr (PAIRS)
+      at_once ? plain_pairs<NV>(x, p, g, made, made_rows, begin, end) : plain_gradient<NV>(x, p, g, begin, end);
     else
       plain_gradient<NV>(x, p, g, begin, end);
     if (wanted.sums)
@@ -235,7 +240,7 @@ struct Gradients {
           store(to, load(to) + load(g + i * TILE + v));
         }
     if constexpr (PAIRS) {
-      if (wanted.keys || wanted.dq) pair_up<NV>(p, g, made, made + QUERIES / 2 * TILE, begin, end);
+      if (products && !at_once) pair_up<NV>(p, g, made, made_rows, begin, end);
       if (!wanted.keys) return;
       pair_keys_by_rows<NV>(p, x.dout + QUERIES * stride / 2, stride, dvt + at, padded, begin, end);
       pair_keys_by_rows<NV>(made, x.q + QUERIES * stride / 2, stride, dkt + at, padded, begin, end);

@@ -112,6 +112,30 @@ NOINLINE void pair_up(float* p, const float* ds, float* ds_pairs, float* ds_rows
     }
 }
 
+// plain_gradient() and pair_up() in one; p needs no more digits than bfloat16 has.
+template <int NV>
+NOINLINE void plain_pairs(const Block& x, float* s, const float* dp, float* ds_pairs, float* ds_rows, int begin,
+                          int end) {
+  for (int i = begin; i < end; i += 2) {
+    f32v p[2][NV], ds[2][NV];
+    UNROLL for (int r = 0; r < 2; r++) {
+      const f32v lse = splat(x.lse[i + r]), delta = splat(x.delta[i + r]), norm = splat(x.norm[i + r]);
+      const int at = (i + r) * TILE;
+      UNROLL for (int v = 0; v < NV; v++) p[r][v] = load(s + at + v * LANES) - lse;
+      decay(p[r]);
+      UNROLL for (int v = 0; v < NV; v++) {
+        p[r][v] *= norm;
+        ds[r][v] = p[r][v] * (load(dp + at + v * LANES) - delta);
+      }
+    }
+    UNROLL for (int v = 0; v < NV; v++) {
+      store(s + i / 2 * TILE + v * LANES, bitcast<f32v>(beside(p[0][v], p[1][v])));
+      store(ds_pairs + i / 2 * TILE + v * LANES, bitcast<f32v>(beside(ds[0][v], ds[1][v])));
+      UNROLL for (int r = 0; r < 2; r++) store_half(ds_rows + (i + r) * PAIR_TILE + v * LANES / 2, ds[r][v]);
+    }
+  }
+}
+
 // Keys of one head, row(key) -> const bf16*, `keys` of them, as pairs of dims by tiles, the rest of a vector zero; and
 // where `rows` isn't null there as pairs of keys.
 template <class F>
@@ -153,6 +177,8 @@ template <int ND>
 void pair_queries_by_keys(const float*, const float*, int, float*, int, int);
 template <int NV>
 void pair_up(float*, const float*, float*, float*, int, int);
+template <int NV>
+void plain_pairs(const Block&, float*, const float*, float*, float*, int, int);
 template <class F>
 void pack_pairs(F, int, int, int, int, float*, float*);
 template <class F>
