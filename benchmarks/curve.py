@@ -16,7 +16,7 @@ from pydoc_data.topics import topics
 import torch
 from torch import Tensor
 
-from benchmarks.train import EAGER, OURS, PATCHED, Contender, make
+from benchmarks.train import EAGER, OURS, PATCHED, Contender, Shape, make
 from gptfast.bench import threads_set
 
 ALLOWED = 1e-3
@@ -63,9 +63,15 @@ def main(argv: Sequence[str] = ()) -> int:
         text = b"\n".join(path.read_bytes() for path in sorted(options.text))
     else:
         text = "\n\n".join(topics[name] for name in sorted(topics)).encode()
-    sizes = {"n_embd": options.width, "n_head": options.width // 64, "vocab_size": 256, "n_positions": options.length}
+    shape = Shape(
+        layers=options.layers,
+        width=options.width,
+        heads=options.width // 64,
+        vocabulary=256,
+        positions=options.length,
+    )
     with threads_set(options.threads):
-        contenders = {name: make(name, options.layers, **sizes) for name in (OURS, PATCHED, EAGER)}
+        contenders = {name: make(name, shape) for name in (OURS, PATCHED, EAGER)}
         rows = run(contenders, batches(text, options.batch, options.length, options.steps))
     worst = {name: max(abs(row[name] - row[EAGER]) for row in rows) for name in (OURS, PATCHED)}
     print(f"{len(text)} bytes of text, {options.steps} steps: loss {rows[0][EAGER]:.4f} -> {rows[-1][EAGER]:.4f}")

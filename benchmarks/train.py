@@ -1,5 +1,6 @@
-"""A training step of GPT-2 124M (batch 4 x 512, fp32, random weights, no dropout): ours, a patched Hugging Face model,
-Hugging Face's own eager and compiled, in turns in one process; and the memory of each in a process of its own.
+"""A training step of GPT-2 124M (batch 4 x 512, fp32, random weights, no dropout), or of one of another shape or dtype:
+ours, a patched Hugging Face model, Hugging Face's own eager and compiled, in turns in one process; and the memory of
+each in a process of its own.
 
 A step is forward, backward, clipping of the gradients' norm and AdamW. The rivals get PyTorch's fused AdamW, SDPA and
 their own loss; all start from the same weights, and their losses are compared.
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,26 @@ from gptfast.train import AdamW
 EAGER, COMPILED, PATCHED, OURS = "transformers eager", "transformers compiled", "transformers patched", "gptfast"
 ALL = (OURS, PATCHED, COMPILED, EAGER)
 LR, CLIP = 3e-4, 1.0
+SAMPLE_S = 0.1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A GPT-2, by default the small one, and a batch for it."""
+
+    batch: int = 4
+    length: int = 512
+    layers: int = 12
+    width: int = 768
+    heads: int = 12
+    vocabulary: int = 50257
+    positions: int = 1024
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        small = (self.layers, self.width, self.vocabulary) == (12, 768, 50257)
+        name = "GPT-2 124M" if small else f"GPT-2 with {self.layers} layers of {self.width}, {self.vocabulary} tokens"
+        return f"{name}, batch {self.batch} x {self.length}, {self.dtype}"
 
 
 @dataclass(frozen=True)
@@ -44,16 +65,20 @@ class Contender:
     parameters: int
 
 
-def make(name: str, layers: int = 12, **sizes: Any) -> Contender:
-    """The contender by name, from the same seed. sizes: of a GPT2Config, where they aren't GPT-2's own."""
+def make(name: str, shape: Shape) -> Contender:
+    """The contender by name, from the same seed."""
     from transformers import GPT2Config, GPT2LMHeadModel
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     torch.manual_seed(0)
     dropout: dict[str, Any] = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    config = GPT2Config(n_layer=layers, use_cache=False, bos_token_id=0, eos_token_id=0, **dropout, **sizes)
+    sizes = dict(n_layer=shape.layers, n_embd=shape.width, n_head=shape.heads, vocab_size=shape.vocabulary)
+    config = GPT2Config(
+        **sizes, n_positions=shape.positions, use_cache=False, bos_token_id=0, eos_token_id=0, **dropout
+    )
     theirs: Any = GPT2LMHeadModel._from_config(config, attn_implementation="sdpa").train()
+    theirs = theirs.to(getattr(torch, shape.dtype))
     if name == OURS:
         model: Any = GPT.from_huggingface_model(theirs).train()
         del theirs
@@ -97,20 +122,22 @@ def _contender(model: Any, loss: Callable[[Tensor, Tensor], Tensor], update: Cal
     return Contender(step, sum(p.numel() for p in model.parameters()))
 
 
-def data(batch: int, length: int, vocabulary: int = 50257) -> tuple[Tensor, Tensor]:
-    ids = torch.randint(0, vocabulary, (batch, length + 1), generator=torch.Generator().manual_seed(1))
+def data(shape: Shape) -> tuple[Tensor, Tensor]:
+    size = shape.batch, shape.length + 1
+    ids = torch.randint(0, shape.vocabulary, size, generator=torch.Generator().manual_seed(1))
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def flops(batch: int, length: int, layers: int = 12) -> float:
+def flops(shape: Shape) -> float:
     """Of the matrix products of a step: three times the forward's; a causal row sees half of the keys."""
-    config = GPTConfig("gpt2", vocab_size=50257, n_layer=layers, n_embd=768, n_head=12, context=1024)
-    return 3.0 * batch * length * config.flops_per_token((length + 1) // 2)
+    sizes = dict(vocab_size=shape.vocabulary, n_layer=shape.layers, n_embd=shape.width, n_head=shape.heads)
+    config = GPTConfig("gpt2", **sizes, context=shape.positions)
+    return 3.0 * shape.batch * shape.length * config.flops_per_token((shape.length + 1) // 2)
 
 
-def memory(name: str, batch: int, length: int, layers: int) -> dict[str, Any]:
+def memory(name: str, shape: Shape) -> dict[str, Any]:
     """Of this process: the most that a step takes beyond parameters, gradients and optimiser state, in bytes."""
-    contender, (ids, targets) = make(name, layers), data(batch, length)
+    contender, (ids, targets) = make(name, shape), data(shape)
     contender.step(ids, targets)
     contender.step(ids, targets)
     gc.collect()
@@ -119,7 +146,8 @@ def memory(name: str, batch: int, length: int, layers: int) -> dict[str, Any]:
     reset_peak()
     contender.step(ids, targets)
     # Gradients are freed between steps: they are part of what the step may use.
-    return {"peak_bytes": memory_status("VmHWM") - before - 4 * contender.parameters}
+    held = getattr(torch, shape.dtype).itemsize * contender.parameters
+    return {"peak_bytes": memory_status("VmHWM") - before - held}
 
 
 def reset_peak() -> None:
@@ -133,27 +161,32 @@ def memory_status(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024
 
 
-def memory_apart(name: str, batch: int, length: int, layers: int) -> int:
+def memory_apart(name: str, shape: Shape) -> int:
     """memory() in a process of its own."""
-    options = [f"--batch={batch}", f"--length={length}", f"--layers={layers}", f"--threads={torch.get_num_threads()}"]
+    options = [f"--{key}={value}" for key, value in asdict(shape).items()] + [f"--threads={torch.get_num_threads()}"]
     command = [sys.executable, "-m", "benchmarks", "train", f"--memory={name}", *options]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["peak_bytes"]
 
 
-def measure(names: Sequence[str], batch: int, length: int, layers: int, rounds: int) -> list[dict[str, Any]]:
-    """One row for each contender: seconds a step, how many times as fast as each rival, peak memory."""
-    ids, targets = data(batch, length)
-    contenders = {name: make(name, layers) for name in names}
+def measure(names: Sequence[str], shape: Shape, rounds: int) -> list[dict[str, Any]]:
+    """One row for each contender: seconds a step, how many times as fast as each rival, peak memory. A sample is one
+    step, or as many as the first contender takes a tenth of a second for."""
+    ids, targets = data(shape)
+    contenders = {name: make(name, shape) for name in names}
     first = {name: [c.step(ids, targets) for _ in range(2)] for name, c in contenders.items()}  # warm-up
+    start = time.perf_counter()
+    contenders[names[0]].step(ids, targets)
+    steps = max(int(SAMPLE_S / (time.perf_counter() - start)), 1)
     times: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
         for name in [*names[i % len(names) :], *names[: i % len(names)]]:
             time.sleep(SETTLE_S)
             start = time.perf_counter()
-            contenders[name].step(ids, targets)
-            times[name].append(time.perf_counter() - start)
-    peaks = {name: memory_apart(name, batch, length, layers) for name in names}
-    work = flops(batch, length, layers)
+            for _ in range(steps):
+                contenders[name].step(ids, targets)
+            times[name].append((time.perf_counter() - start) / steps)
+    peaks = {name: memory_apart(name, shape) for name in names}
+    work = flops(shape)
     moved = 28.0 * max(c.parameters for c in contenders.values())  # by AdamW: 4 numbers read, 3 written
     bound = hardware.roofline(Cost(flops=work, bytes=moved)) if hardware.machine().isa else None
     rows = []
@@ -161,13 +194,11 @@ def measure(names: Sequence[str], batch: int, length: int, layers: int, rounds: 
         spread = Spread.of(times[name])
         row: dict[str, Any] = {
             "contender": name,
-            "batch": batch,
-            "length": length,
-            "layers": layers,
+            **asdict(shape),
             "threads": torch.get_num_threads(),
             "second_loss": round(first[name][1], 5),
-            "step_s": round(spread.median, 3),
-            "tokens_per_s": round(batch * length / spread.median, 1),
+            "step_s": round(spread.median, 5),
+            "tokens_per_s": round(shape.batch * shape.length / spread.median, 1),
             "gflops": round(work / spread.median / 1e9, 1),
             "roofline_percent": bound and round(100 * bound / spread.median, 1),
             "peak_mb": round(peaks[name] / 1e6, 1),
@@ -196,7 +227,7 @@ def show(rows: Sequence[dict[str, Any]], title: str) -> None:
     for row in rows:
         share = row["roofline_percent"]
         table.add_row(
-            *(row["contender"], f"{row['second_loss']:.4f}", f"{row['step_s']:.2f}", f"{row['tokens_per_s']:.0f}"),
+            *(row["contender"], f"{row['second_loss']:.4f}", f"{row['step_s']:.3g}", f"{row['tokens_per_s']:.0f}"),
             *(f"{row['gflops']:.0f}", "-" if share is None else f"{share:.0f}%"),
             *(times(row["over_eager"]), times(row["over_compiled"]), f"{row['peak_mb']:.0f}"),
         )
@@ -206,22 +237,22 @@ def show(rows: Sequence[dict[str, Any]], title: str) -> None:
 def main(argv: Sequence[str] = ()) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks train", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=12)
+    for name, default in asdict(Shape()).items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", choices=ALL, nargs="+", default=list(ALL))
     parser.add_argument("--memory", choices=ALL, help="measure the memory of this one alone, in this process")
     parser.add_argument("--csv", nargs="?", const="", help="append to results/<machine>/train.csv, or to this file")
     options = parser.parse_args(argv)
+    shape = Shape(**{name: getattr(options, name) for name in asdict(Shape())})
     with threads_set(options.threads):
         if options.memory:
-            print(json.dumps(memory(options.memory, options.batch, options.length, options.layers)))
+            print(json.dumps(memory(options.memory, shape)))
             return 0
         if hardware.machine().isa is not None:
             hardware.ceilings(refresh=True)
-        rows = measure(options.only, options.batch, options.length, options.layers, options.rounds)
-    show(rows, f"GPT-2 124M, batch {options.batch} x {options.length}, fp32, {options.threads} threads")
+        rows = measure(options.only, shape, options.rounds)
+    show(rows, f"{shape}, {options.threads} threads")
     if options.csv is not None:
         append_csv(Path(options.csv) if options.csv else results_file("train"), rows)
     return 0
