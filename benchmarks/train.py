@@ -130,7 +130,9 @@ def data(shape: Shape) -> tuple[Tensor, Tensor]:
 
 def flops(shape: Shape) -> float:
     """Of the matrix products of a step: three times the forward's; a causal row sees half of the keys."""
-    sizes = dict(vocab_size=shape.vocabulary, n_layer=shape.layers, n_embd=shape.width, n_head=shape.heads)
+    sizes: dict[str, Any] = dict(
+        vocab_size=shape.vocabulary, n_layer=shape.layers, n_embd=shape.width, n_head=shape.heads
+    )
     config = GPTConfig("gpt2", **sizes, context=shape.positions)
     return 3.0 * shape.batch * shape.length * config.flops_per_token((shape.length + 1) // 2)
 
