@@ -240,13 +240,21 @@ def main(argv: Sequence[str] = ()) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks train", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     for name, default in asdict(Shape()).items():
-        parser.add_argument(f"--{name}", type=type(default), default=default)
+        choices = ("float32", "bfloat16") if name == "dtype" else None
+        parser.add_argument(f"--{name}", type=type(default), default=default, choices=choices)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", choices=ALL, nargs="+", default=list(ALL))
     parser.add_argument("--memory", choices=ALL, help="measure the memory of this one alone, in this process")
     parser.add_argument("--csv", nargs="?", const="", help="append to results/<machine>/train.csv, or to this file")
     options = parser.parse_args(argv)
     shape = Shape(**{name: getattr(options, name) for name in asdict(Shape())})
+    if any(isinstance(x, int) and x < 1 for x in asdict(shape).values()):
+        parser.error("expected positive sizes")
+    if shape.width % shape.heads or shape.length > shape.positions:
+        parser.error(
+            f"expected a width of whole heads and a length of at most {shape.positions} positions, "
+            f"got {shape.width} for {shape.heads} heads and {shape.length}"
+        )
     with threads_set(options.threads):
         if options.memory:
             print(json.dumps(memory(options.memory, shape)))

@@ -221,6 +221,8 @@ def _check(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    causal: bool,
+    scale: float | None,
     window: tuple[int, int],
     softcap: float,
     alibi_slopes: Tensor | None,
@@ -230,9 +232,12 @@ def _check(
     dropout_p: float,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    return_lse: bool = False,
     **_: Any,
 ) -> None:
     """Raises where arguments don't fit together."""
+    dispatch.require_numbers("attention", causal=causal, scale=scale, window=window, softcap=softcap)
+    dispatch.require_numbers("attention", dropout_p=dropout_p, return_lse=return_lse)
     varlen = cu_seqlens_q is not None
     dims, form = (3, "(T, H, D)") if varlen else (4, "(B, S, H, D)")
     require(

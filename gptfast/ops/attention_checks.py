@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from gptfast.ops.dispatch import require, shape, unreadable
+from gptfast.ops.dispatch import require, require_numbers, shape, unreadable
 
 
 def check_heads(op: str, q: Tensor, k: Tensor) -> None:
@@ -75,10 +73,15 @@ def check_kvcache(
     sin: Tensor | None,
     cache_batch_idx: Tensor | None,
     cache_leftpad: Tensor | None,
-    **_: Any,
+    causal: bool,
+    scale: float | None,
+    interleaved: bool,
+    return_lse: bool,
 ) -> None:
     """Raises where shapes or dtypes don't fit together."""
     op, dtype = "attention_kvcache", q.dtype
+    require_numbers(op, causal=causal, scale=scale, window=window, softcap=softcap, interleaved=interleaved)
+    require_numbers(op, return_lse=return_lse)
     require(q.dim() == 4 and q.is_floating_point(), lambda: f"{op}: expected q (B, Sq, H, D) of floats, got {shape(q)}")
     B, Sq, _H, D = q.shape
     require(
@@ -89,13 +92,13 @@ def check_kvcache(
         v_cache.shape == k_cache.shape and v_cache.dtype == k_cache.dtype,
         lambda: f"{op}: expected v_cache like k_cache {shape(k_cache)}, got {shape(v_cache)}",
     )
-    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+    for name, scales in (("k_scale", k_scale), ("v_scale", v_scale)):
         if k_cache.dtype == torch.int8:
-            if scale is None or scale.shape != k_cache.shape[:3] or scale.dtype != torch.float32:
+            if scales is None or scales.shape != k_cache.shape[:3] or scales.dtype != torch.float32:
                 wanted = f"{name} {tuple(k_cache.shape[:3])} float32 with int8 caches"
-                raise ValueError(f"{op}: expected {wanted}, got {shape(scale)}")
-        elif scale is not None:
-            raise ValueError(f"{op}: expected no {name} with caches of {shape(k_cache)}, got {shape(scale)}")
+                raise ValueError(f"{op}: expected {wanted}, got {shape(scales)}")
+        elif scales is not None:
+            raise ValueError(f"{op}: expected no {name} with caches of {shape(k_cache)}, got {shape(scales)}")
     check_heads(op, q, k_cache)
     check_terms(op, q, B, window, softcap, alibi_slopes, sinks)
     require((k is None) == (v is None), f"{op}: expected k and v, or neither, got one of them")

@@ -227,6 +227,14 @@ def require(condition: bool, message: str | Callable[[], str]) -> None:
         raise ValueError(message if isinstance(message, str) else message())
 
 
+def require_numbers(op: str, **arguments: Any) -> None:
+    """Raises ValueError for a tensor in a number's place: a prepared call is known again by the shapes of tensors, not
+    by what they hold."""
+    for name, x in arguments.items():
+        if isinstance(x, Tensor) or (isinstance(x, tuple) and any(isinstance(y, Tensor) for y in x)):
+            raise ValueError(f"{op}: expected {name} as a plain number, got a tensor, {x}")
+
+
 def unreadable(t: Tensor) -> bool:
     """Whether a CUDA graph is captured now that this tensor's values are for: nobody may wait for them then."""
     return t.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -124,6 +124,7 @@ def rope(
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
     """Raises where arguments don't fit together."""
+    dispatch.require_numbers("rope", interleaved=interleaved)
     require(q.dim() == 4 and q.is_floating_point(), lambda: f"rope: expected q (B, S, H, D) of floats, got {shape(q)}")
     B, S, _, D = q.shape
     require(

@@ -474,3 +474,16 @@ def test_what_the_kernel_declines_has_a_reason() -> None:
     assert attention(q, k, v, alibi_slopes=slopes).requires_grad
     caches = [t.requires_grad_() for t in qkv(1, 1, 8)]
     assert "no backward yet" in str(explain(attention_kvcache, *caches, ints(8)))
+
+
+@pytest.mark.parametrize("name", ["scale", "softcap", "causal", "window"])
+def test_a_tensor_in_a_numbers_place_is_refused(name: str) -> None:
+    """A call is known again by its signature, which says nothing of what a tensor holds."""
+    q = torch.randn(1, 4, 2, 16)
+    given: Any = {name: (torch.tensor(1), -1) if name == "window" else torch.tensor(1.0)}
+    for needs_gradient in (False, True):
+        x = q.clone().requires_grad_(needs_gradient)
+        with pytest.raises(ValueError, match=f"attention: expected {name} as a plain number, got a tensor"):
+            attention(x, x, x, **given)
+    with pytest.raises(ValueError, match=f"attention_kvcache: expected {name} as a plain number, got a tensor"):
+        attention_kvcache(q, q.clone(), q.clone(), torch.tensor([4], dtype=torch.int32), **given)
