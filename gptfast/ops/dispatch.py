@@ -90,7 +90,7 @@ def prepared(
         check(**arguments)
         choice = choose(op, backend.backend, device, arguments)[0]
         return lambda **_: choice
-    key = (op, backend, _preferred(), torch.is_grad_enabled(), torch.get_num_threads(), *signature(arguments))
+    key = (op, backend, preferred(), torch.is_grad_enabled(), torch.get_num_threads(), *signature(arguments))
     try:
         function = _prepared.get(key)
     except TypeError:  # what can't be part of a key fits no op: the check says what was expected
@@ -111,24 +111,36 @@ def prepared(
 _prepared: dict[Any, Callable[..., Any]] = {}
 
 
-def served(op: str, backend: str | None, arguments: dict[str, Any], check: Callable[..., None]) -> bool:
-    """Whether a kernel serves the call; checked and found out once for each signature, as in prepared()."""
-    key = (op, backend, _preferred(), *signature(arguments))
-    kernel = None
+class Plan:
+    """What calls of one signature share: how they are launched, and each kind of backward pass that has followed one,
+    once they are known."""
+
+    __slots__ = "backward", "forward"
+
+    def __init__(self) -> None:
+        self.forward: Callable[..., Any] | None = None
+        self.backward: dict[Any, Callable[..., Any]] = {}
+
+
+def served(op: str, backend: str | None, arguments: dict[str, Any], check: Callable[..., None]) -> Plan | None:
+    """The plan of a call that a kernel serves; checked and found out once for each signature, as in prepared()."""
+    key = (op, backend, preferred(), torch.get_num_threads(), *signature(arguments))
+    plan = UNKNOWN
     with suppress(TypeError):  # of what can't be part of a key
-        kernel = _served.get(key)
-    if kernel is None:
+        plan = _served.get(key, UNKNOWN)
+    if plan is UNKNOWN:
         check(**arguments)
         device = next(x for x in arguments.values() if isinstance(x, Tensor))
-        kernel = choose(op, backend, device, arguments)[1] is not None
+        plan = None if choose(op, backend, device, arguments)[1] is None else Plan()
         if len(_served) >= 1024:
             _served.clear()
         with suppress(TypeError):
-            _served[key] = kernel
-    return kernel
+            _served[key] = plan
+    return plan
 
 
-_served: dict[Any, bool] = {}
+UNKNOWN = Plan()
+_served: dict[Any, Plan | None] = {}
 
 
 def signature(arguments: dict[str, Any]) -> list[Any]:
@@ -152,7 +164,7 @@ def signature(arguments: dict[str, Any]) -> list[Any]:
 _environment: dict[Any, Any] | None = getattr(os.environ, "_data", None) if os.name == "posix" else None
 
 
-def _preferred() -> Any:
+def preferred() -> Any:
     """GPTFAST_BACKEND as part of a key: its bytes, where that is quicker."""
     return os.environ.get("GPTFAST_BACKEND") if _environment is None else _environment.get(b"GPTFAST_BACKEND")
 
@@ -161,7 +173,7 @@ def choose(
     op: str, backend: str | None, device: Tensor, arguments: dict[str, Any]
 ) -> tuple[Choice, Callable[..., Any] | None]:
     """The backend for this call and its function (None = the reference)."""
-    order = _order(backend, _preferred(), device.device.type)
+    order = _order(backend, preferred(), device.device.type)
     passed_over: tuple[tuple[str, str], ...] = ()
     for name in order:
         if name == "reference":

@@ -32,6 +32,7 @@ class Registered:
     def __init__(self, op: Any, run: Callable[..., Any]) -> None:
         self.op, self.run, self.names = op, run, argument_names(op)
         self.apply: Any = None  # an autograd.Function's, where the op has gradients
+        self.planned: Any = None  # the same of one that takes a Plan, where the op has it
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         arguments = dict(zip(self.names, given)) | named
@@ -85,8 +86,12 @@ def differentiate(known: Registered, save: Callable[..., None], backward: Callab
 
     methods = {"forward": forward, "backward": in_order}
     function = type(op._opname, (torch.autograd.Function,), {k: staticmethod(f) for k, f in methods.items()})
-    # without its own look at transforms, for watched() has looked
-    known.apply = getattr(super(torch.autograd.Function, function), "apply")  # noqa: B009
+    known.apply = direct(function)
+
+
+def direct(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """Its apply() without its own look at transforms, for calls that are not watched()."""
+    return getattr(super(torch.autograd.Function, function), "apply")  # noqa: B009
 
 
 def differentiate_through(op: Registered, function: Callable[..., Any]) -> None:
@@ -147,9 +152,10 @@ def _recording() -> Any:
 
 def route(
     op: str, backend: Any, arguments: dict[str, Any], check: Callable[..., None] = lambda **_: None
-) -> tuple[Any, bool]:
+) -> tuple[Any, dispatch.Plan | bool]:
     """Which way a call goes: the backend to ask for, and whether by the op that PyTorch knows; then the arguments have
-    been checked by check(**arguments), if not in this call then in one with the same signature.
+    been checked by check(**arguments), if not in this call then in one with the same signature. Their Plan is true
+    too, where nothing but gradients is recorded.
 
     That one is for calls that PyTorch must see and a kernel would serve. Without a kernel the reference, which is
     PyTorch's ops, is seen by itself; so it is under torch.func's transforms, which take no registered gradients.
@@ -160,7 +166,7 @@ def route(
         if not recorded(arguments):
             return backend, False
         random = {"seed": 0, "stream": 0} if arguments.get("dropout_p") else {}  # which are others in each call
-        return backend, dispatch.served(op, backend, arguments | random if random else arguments, check)
+        return backend, dispatch.served(op, backend, arguments | random if random else arguments, check) or False
     if not torch.compiler.is_compiling():
         if _functorch.peek_interpreter_stack() is not None:
             if backend is not None:

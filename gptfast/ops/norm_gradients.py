@@ -130,8 +130,57 @@ def register(op: str, reference: Callable[..., Any], statistics: Callable[..., t
         dresidual = dresidual if ctx.numbers["dropout_p"] else dx
         return {"x": dx, "weight": dweight, "bias": dbias, "residual": dresidual}
 
+    class Planned(torch.autograd.Function):
+        """A call without dropout, for all with its signature: `save` and `gradients` without what need not be done
+        again."""
+
+        @staticmethod
+        def forward(
+            ctx: Any,
+            plan: dispatch.Plan,
+            eps: float,
+            backend: str | None,
+            x: Tensor,
+            weight: Tensor,
+            bias: Tensor | None,
+            residual: Tensor | None,
+        ) -> Any:
+            given = dict(x=x, weight=weight, eps=eps, residual=residual, dropout_p=0.0, seed=0, stream=0)
+            if centred:
+                given["bias"] = bias
+            if (launch := plan.forward) is None:
+                launch = plan.forward = dispatch.prepared(f"{op}.{op}_forward", backend, forward_reference, x, given)
+            y, total, mean, rstd = launch(**given)
+            ctx.save_for_backward(x if residual is None else total, weight, mean, rstd)
+            ctx.plan, ctx.eps, ctx.backend = plan, eps, backend
+            ctx.set_materialize_grads(False)
+            return y if residual is None else (y, total)
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+            s, weight, mean, rstd = ctx.saved_tensors
+            _, _, _, _, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad
+            given: dict[str, Any] = dict(
+                dy=dy, dsum=dsum, s=s, weight=weight, mean=mean, rstd=rstd, eps=ctx.eps, dropout_p=0.0, seed=0, stream=0,
+                wants_residual=wants_residual, wants_weight=wants_weight, wants_bias=wants_bias,
+            )  # fmt: skip
+            if dy is None or library.needed(given):
+                given |= dict(dy=torch.zeros_like(s) if dy is None else dy, seed=None, backend=ctx.backend)
+                launch = second
+            else:
+                strides = dy.stride(), None if dsum is None else dsum.stride()
+                key = *strides, wants_weight, wants_bias, torch.get_num_threads(), dispatch.preferred()
+                if (launch := ctx.plan.backward.get(key)) is None:
+                    name = f"{op}.{op}_backward"
+                    launch = dispatch.prepared(name, ctx.backend, backward_reference, s, given)
+                    ctx.plan.backward[key] = launch
+            dx, _, dweight, dbias = launch(**given)
+            dweight, dbias = dweight if wants_weight else None, dbias if wants_bias else None
+            return None, None, None, dx, dweight, dbias, dx if wants_residual else None
+
     first = library.define(op + FORWARD, forward, forward_fake)
     second = library.define(f"{op}_backward" + BACKWARD, backward, backward_fake)
     library.differentiate(first, save, gradients)
+    first.planned = library.direct(Planned)
     library.differentiate_through(second, backward_reference)
     return first

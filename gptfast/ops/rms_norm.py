@@ -156,6 +156,8 @@ def rms_norm(
     if dropout_p:
         library.check_seed("rms_norm", seed)
     backend, as_op = library.route("rms_norm", backend, arguments, _check)
+    if isinstance(as_op, dispatch.Plan) and not dropout_p:
+        return _registered.planned(as_op, eps, backend, x, weight, None, residual)
     if as_op:
         arguments["seed"] = library.seed_tensor(seed, x) if dropout_p else None
         y, total, *_ = _registered(**arguments, bias=None, backend=backend)

@@ -122,8 +122,9 @@ struct Gradients {
       auto key = [&](const void* t, const int64_t* strides) {
         return [=, this](int i) { return row(t, strides, s.k_first, first_key + i, hk); };
       };
-      pack_pairs(key(a.v, a.v_strides), keys, D, padded, stride, vt, nullptr);
-      return pack_pairs(key(a.k, a.k_strides), keys, D, padded, stride, kt, rows);
+      const int last = s.k_len - first_key - 1;
+      pack_pairs(key(a.v, a.v_strides), keys, last, D, padded, stride, vt, nullptr);
+      return pack_pairs(key(a.k, a.k_strides), keys, last, D, padded, stride, kt, rows);
     }
     const int all = round_up(keys, LANES);
     copy(rows, a.v, a.v_strides, s.k_first, first_key, keys, all, hk, 1.0f);
@@ -139,9 +140,9 @@ struct Gradients {
         auto query = [&](const void* t, const int64_t* strides) {
           return [=, this](int r) { return row(t, strides, s.q_first, first + i + r, h); };
         };
-        const int present = min(n - i, QUERIES);
-        pack_pair_rows(query(a.q, a.q_strides), present, QUERIES, D, stride, q);
-        pack_pair_rows(query(a.dout, a.dout_strides), present, QUERIES, D, stride, dout);
+        const int present = min(n - i, QUERIES), last = max(n - i - 1, 0);
+        pack_pair_rows(query(a.q, a.q_strides), present, QUERIES, last, D, stride, q);
+        pack_pair_rows(query(a.dout, a.dout_strides), present, QUERIES, last, D, stride, dout);
       }
       return;
     }
@@ -155,19 +156,37 @@ struct Gradients {
     x.dout = x.q + (wanted.q ? wanted.room : QUERIES * stride);
     if (!wanted.q) load_rows(x.q, x.dout, x.first, x.rows, QUERIES, h);
     const int64_t at = lse_at(h) + x.first;
-    for (int i = 0; i < QUERIES; i++) {
-      const bool there = i < x.rows && a.lse[at + i] != NONE;
-      x.lse[i] = there ? a.lse[at + i] : -NONE;
-      x.delta[i] = there ? a.delta[at + i] : 0.0f;
-      x.norm[i] = there && a.norm ? a.norm[at + i] : 1.0f;
-      visible(a, s, x.first + min(i, x.rows - 1), x.low + i, x.high + i);
+    for (int i = 0; i < QUERIES; i += LANES) {
+      const int n = min(max(x.rows - i, 0), LANES);
+      const f32v lse = load(a.lse + at + i, n);
+      const auto there = (iota() + i < x.rows) & bitcast<i32v>(lse != NONE);
+      store(x.lse + i, select(there, lse, splat(-NONE)));
+      store(x.delta + i, select(there, load(a.delta + at + i, n), f32v{}));
+      store(x.norm + i, a.norm ? select(there, load(a.norm + at + i, n), splat(1.0f)) : splat(1.0f));
     }
+    see();
     x.position = x.first + s.k_len - s.q_len;
     x.slope = a.slopes ? a.slopes[s.b * a.slopes_batch + h] : 0.0f;
     x.element = s.elements + (h * s.q_len + x.first) * (uint64_t)s.k_len;
     x.elements = s.k_len;
     x.dropout = {a.seed, a.stream, wanted.keep_all ? 0 : a.drop_below};
     x.keep_scale = a.keep_scale;
+  }
+
+  // visible() of the block's queries.
+  void see() {
+    const int reach = s.q_len + s.k_len;
+    const int left = a.left >= 0 ? (int)min<int64_t>(a.left, reach) : reach;
+    const int most = a.causal ? 0 : reach, right = a.right >= 0 ? (int)min<int64_t>(a.right, most) : most;
+    for (int i = 0; i < QUERIES; i += LANES) {
+      const i32v query = iota() + i, last = splat(x.rows - 1);
+      const i32v here = (query < last ? query : last) + (x.first + s.k_len - s.q_len);
+      const i32v from = here - left, to = here + (right + 1);
+      const i32v all = to < s.k_len ? to : splat(s.k_len);
+      const i32v low = from > 0 ? from : i32v{}, high = all > 0 ? all : i32v{};
+      memcpy(x.low + i, &low, sizeof low);
+      memcpy(x.high + i, &high, sizeof high);
+    }
   }
 
   // Whether any query of a block sees any key of a strip.

@@ -137,12 +137,13 @@ NOINLINE void plain_pairs(const Block& x, float* s, const float* dp, float* ds_p
 }
 
 // Keys of one head, row(key) -> const bf16*, `keys` of them, as pairs of dims by tiles, the rest of a vector zero; and
-// where `rows` isn't null there as pairs of keys.
+// where `rows` isn't null there as pairs of keys. The next ones, where there are any up to `last`, are fetched.
 template <class F>
-INLINE void pack_pairs(F row, int keys, int D, int padded, int stride, float* tiles, float* rows) {
+INLINE void pack_pairs(F row, int keys, int last, int D, int padded, int stride, float* tiles, float* rows) {
   for (int t = 0; t * TILE < keys; t++) {
     const int W = round_up(min(keys - t * TILE, TILE), LANES);
-    for (int l = 0; l < W; l += LANES)
+    for (int l = 0; l < W; l += LANES) {
+      for (int i = 0; i < LANES; i++) prefetch_row(row(min(t * TILE + l + LANES + i, last)), D);
       for (int d = 0; d < D; d += 2 * LANES) {
         f32v y[LANES];
         UNROLL for (int i = 0; i < LANES; i++) {
@@ -152,16 +153,19 @@ INLINE void pack_pairs(F row, int keys, int D, int padded, int stride, float* ti
         transpose(y);
         UNROLL for (int i = 0; i < LANES; i++) store(tiles + t * TILE * padded + (d / 2 + i) * W + l, y[i]);
       }
+    }
   }
   if (rows) two_by_two(row, keys, keys, D, stride, rows);
 }
 
 // Queries likewise: rows of pairs of dims (stride / 2 apart), and behind those of `all` rows pairs of queries.
 template <class F>
-INLINE void pack_pair_rows(F row, int present, int all, int D, int stride, float* to) {
-  for (int i = 0; i < all; i++)
+INLINE void pack_pair_rows(F row, int present, int all, int last, int D, int stride, float* to) {
+  for (int i = 0; i < all; i++) {
+    prefetch_row(row(min(i + AHEAD, last)), D);
     for (int d = 0; d < D; d += 2 * LANES)
       store(to + i * stride / 2 + d / 2, i < present ? bitcast<f32v>(load_pairs(row(i) + d, D - d)) : f32v{});
+  }
   two_by_two(row, present, all, D, stride, to + all * stride / 2);
 }
 
@@ -180,8 +184,8 @@ void pair_up(float*, const float*, float*, float*, int, int);
 template <int NV>
 void plain_pairs(const Block&, float*, const float*, float*, float*, int, int);
 template <class F>
-void pack_pairs(F, int, int, int, int, float*, float*);
+void pack_pairs(F, int, int, int, int, int, float*, float*);
 template <class F>
-void pack_pair_rows(F, int, int, int, int, float*);
+void pack_pair_rows(F, int, int, int, int, int, float*);
 }  // namespace gptfast::ISA::attn
 #endif
