@@ -1,7 +1,8 @@
 """This machine and its ceilings: what no kernel can beat, measured once and cached; public figures of GPUs.
 
-Rates are in units per second: floating-point operations ("fp32"; a multiply-add counts two), 8-bit integer operations
-into 32-bit sums ("int8", likewise) and bytes ("l2", "l3", "dram" reading; "copy" counts bytes read and bytes written).
+Rates are in units per second: floating-point operations ("fp32", and "bf16" into fp32 sums, which is fp32's where the
+machine has no instruction of its own for it; a multiply-add counts two), 8-bit integer operations into 32-bit sums
+("int8", likewise) and bytes ("l2", "l3", "dram" reading; "copy" counts bytes read and bytes written).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 if TYPE_CHECKING:  # this file stands on the ground: it imports no op
     from gptfast.ops.spec import Cost
 
-NAMES = ("fp32", "int8", "l2", "l3", "dram", "copy")
+NAMES = ("fp32", "bf16", "int8", "l2", "l3", "dram", "copy")
 ROUNDS = 12  # timings of each ceiling: the best is the ceiling, the median says how quiet the machine was
 SAMPLE_S = 4e-3  # what one timing takes: far above the clock's step and a launch, far below a scheduler's time slice
 DRAM_BYTES = 256 << 20  # read for the DRAM ceiling where the caches don't ask for more
@@ -232,7 +233,8 @@ def _measure(here: Machine) -> Ceilings:
     probe = _Probe(here)
     private = (here.cache_bytes(2) or here.cores << 20) // here.cores // 2  # bytes for each thread: half of its L2
     shared = here.cache_bytes(3) // 2 or 4 * private * here.cores
-    sizes = {"fp32": 0, "int8": 0, "l2": private, "l3": shared, "dram": probe.bytes, "copy": probe.bytes // 2}
+    arithmetic = {"fp32": 0, "bf16": 0, "int8": 0}
+    sizes = arithmetic | {"l2": private, "l3": shared, "dram": probe.bytes, "copy": probe.bytes // 2}
     jobs = [
         (name, threads, sizes[name] * threads if name == "l2" else sizes[name])
         for name in NAMES
@@ -248,7 +250,7 @@ def _measure(here: Machine) -> Ceilings:
 class _Probe:
     """Runs the ceilings kernel on buffers of its own."""
 
-    KINDS: ClassVar = {"fp32": 0, "int8": 1, "l2": 2, "l3": 2, "dram": 2, "copy": 3}  # Ceilings::what, kernels.h
+    KINDS: ClassVar = {"fp32": 0, "bf16": 4, "int8": 1, "l2": 2, "l3": 2, "dram": 2, "copy": 3}  # Ceilings, kernels.h
 
     def __init__(self, here: Machine) -> None:
         self.bytes = min(max(DRAM_BYTES, 4 * here.cache_bytes(3)), here.memory // 8)

@@ -35,8 +35,8 @@ def some_machine(cores: int = 4, l2: int = MIB, l3: int = 32 * MIB) -> Machine:
 
 def some_ceilings(cores: int = 4) -> Ceilings:
     """100 units per second and thread for arithmetic and L2; L3 300 and DRAM 150 at most; one thread 100 of each."""
-    single = {"fp32": 100, "int8": 400, "l2": 100, "l3": 100, "dram": 100, "copy": 100}
-    every = {"fp32": 100 * cores, "int8": 400 * cores, "l2": 100 * cores, "l3": 300, "dram": 150, "copy": 150}
+    single = {"fp32": 100, "bf16": 200, "int8": 400, "l2": 100, "l3": 100, "dram": 100, "copy": 100}
+    every = {name: rate * cores for name, rate in single.items()} | {"l3": 300, "dram": 150, "copy": 150}
     return Ceilings({name: {1: Rate(50, single[name]), cores: Rate(60, every[name])} for name in hardware.NAMES})
 
 
@@ -191,6 +191,7 @@ def test_best_between_the_measured_counts() -> None:
         (Cost(flops=1e9, bytes=64), 1, 1e7),  # arithmetic
         (Cost(flops=1e9, bytes=64), 4, 2.5e6),
         (Cost(flops=1e9, bytes=64, unit="int8"), 1, 2.5e6),
+        (Cost(flops=1e9, bytes=64, unit="bf16"), 4, 1.25e6),
         (Cost(flops=0, bytes=2 * MIB), 4, 2 * MIB / 400),  # all in L2
         (Cost(flops=0, bytes=20 * MIB), 4, 20 * MIB / 300),  # all in L3
         (Cost(flops=0, bytes=200 * MIB), 4, 200 * MIB / 150),  # memory

@@ -9,7 +9,7 @@ import gptfast
 from gptfast.cli.console import out
 from gptfast.hardware import Ceilings, Machine
 
-UNITS = {"fp32": "GFLOP/s", "int8": "GOP/s"}
+UNITS = {"fp32": "GFLOP/s", "bf16": "GFLOP/s", "int8": "GOP/s"}
 
 
 def print_info(machine: Machine, ceilings: Ceilings | None) -> None:

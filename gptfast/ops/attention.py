@@ -63,7 +63,7 @@ from gptfast.ops import attention_cases, attention_gradients, dispatch, library
 from gptfast.ops.attention_checks import check_heads, check_kvcache, check_lengths, check_terms, check_varlen
 from gptfast.ops.dispatch import require, shape
 from gptfast.ops.philox import dropout_keep
-from gptfast.ops.spec import Cost, Op, nbytes
+from gptfast.ops.spec import Cost, Op, nbytes, products
 
 CHUNK = 128  # keys; kernels merge chunks in order
 Result = Any  # Tensor, or (Tensor, Tensor) with return_lse
@@ -284,13 +284,14 @@ def cost(q: Tensor, k: Tensor, v: Tensor, **terms: Any) -> Cost:
         lengths = [(q.shape[1], k.shape[1])] * q.shape[0]
     pairs = sum(_pairs(*n, terms.get("causal", False), terms.get("window", (-1, -1))) for n in lengths)
     moved = nbytes(q, q, k, v, terms.get("bias"), terms.get("mask"))
-    return Cost(flops=4 * q.shape[-1] * q.shape[-2] * pairs, bytes=moved)
+    return Cost(flops=4 * q.shape[-1] * q.shape[-2] * pairs, bytes=moved, unit=products(q, k, v))
 
 
 def train_cost(q: Tensor, k: Tensor, v: Tensor, **terms: Any) -> Cost:
     """The backward has five products where the forward has two; it reads five tensors and writes three."""
     forward = cost(q, k, v, **terms)
-    return Cost(flops=3.5 * forward.flops, bytes=forward.bytes + nbytes(q, q, q, q, k, k, v, v))
+    moved = forward.bytes + nbytes(q, q, q, q, k, k, v, v)
+    return Cost(flops=3.5 * forward.flops, bytes=moved, unit=forward.unit)
 
 
 def _pairs(q_len: int, k_len: int, causal: bool, window: tuple[int, int]) -> int:
@@ -438,7 +439,8 @@ def cost_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *
     row = k_cache.shape[2] * (
         k_cache.shape[3] * k_cache.element_size() + (4 if terms.get("k_scale") is not None else 0)
     )
-    return Cost(flops=4 * q.shape[-1] * q.shape[2] * pairs, bytes=nbytes(q, q, k, terms.get("v")) + 2 * keys * row)
+    moved = nbytes(q, q, k, terms.get("v")) + 2 * keys * row
+    return Cost(flops=4 * q.shape[-1] * q.shape[2] * pairs, bytes=moved, unit=products(q, k_cache, v_cache))
 
 
 OPS = [

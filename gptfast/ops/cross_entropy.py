@@ -53,7 +53,7 @@ from torch import Tensor
 from gptfast.ops import dispatch, library, loss_gradients
 from gptfast.ops.cross_entropy_cases import cross_entropy_cases, linear_cross_entropy_cases
 from gptfast.ops.dispatch import require, shape
-from gptfast.ops.spec import Cost, Op, nbytes
+from gptfast.ops.spec import Cost, Op, nbytes, products
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -185,7 +185,8 @@ def linear_cross_entropy_cost(x: Tensor, weight: Tensor, target: Tensor, **optio
     backward pass costs two products more."""
     rows = (target != options.get("ignore_index", -100)).sum().item()
     moved = nbytes(x, weight, target, options.get("bias"), options.get("class_weight"))
-    return Cost(flops=rows * weight.shape[0] * (2.0 * weight.shape[1] + 14), bytes=moved)
+    flops = rows * weight.shape[0] * (2.0 * weight.shape[1] + 14)
+    return Cost(flops=flops, bytes=moved, unit=products(x, weight))
 
 
 def cross_entropy_cost(logits: Tensor, target: Tensor, **options: Any) -> Cost:

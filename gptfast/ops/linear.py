@@ -45,7 +45,7 @@ from torch import Tensor
 
 from gptfast.ops import dispatch, library, linear_gradients
 from gptfast.ops.dispatch import shape
-from gptfast.ops.spec import Case, Cost, Inputs, Op, nbytes
+from gptfast.ops.spec import Case, Cost, Inputs, Op, nbytes, products
 from gptfast.quantize import GROUP, PackedWeight, QuantizedWeight
 
 ACTIVATIONS = ("exact", "int8")
@@ -95,7 +95,8 @@ def cost(x: Tensor, weight: Weight, bias: Tensor | None = None, *, activations: 
     (N, K), rows = weight.shape, x.numel() // weight.shape[1]
     stored = nbytes(weight) if isinstance(weight, Tensor) else weight.nbytes
     moved = stored + nbytes(x, bias) + rows * N * x.element_size()
-    return Cost(flops=2.0 * rows * N * K, bytes=moved, unit="int8" if activations == "int8" else "fp32")
+    unit = "int8" if activations == "int8" else products(x, weight)
+    return Cost(flops=2.0 * rows * N * K, bytes=moved, unit=unit)
 
 
 def train_cost(x: Tensor, weight: Weight, bias: Tensor | None = None, *, activations: str = "exact") -> Cost:
@@ -103,7 +104,8 @@ def train_cost(x: Tensor, weight: Weight, bias: Tensor | None = None, *, activat
     forward = cost(x, weight, bias, activations=activations)
     assert isinstance(weight, Tensor)
     y = x.numel() // weight.shape[1] * weight.shape[0] * x.element_size()
-    return Cost(flops=3 * forward.flops, bytes=forward.bytes + y + nbytes(x, x, weight, weight, bias))
+    moved = forward.bytes + y + nbytes(x, x, weight, weight, bias)
+    return Cost(flops=3 * forward.flops, bytes=moved, unit=forward.unit)
 
 
 @cache

@@ -161,7 +161,8 @@ def register(op: str, reference: Callable[..., Any], statistics: Callable[..., t
             s, weight, mean, rstd = ctx.saved_tensors
             _, _, _, _, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad
             given: dict[str, Any] = dict(
-                dy=dy, dsum=dsum, s=s, weight=weight, mean=mean, rstd=rstd, eps=ctx.eps, dropout_p=0.0, seed=0, stream=0,
+                dy=dy, dsum=dsum, s=s, weight=weight, mean=mean, rstd=rstd,
+                eps=ctx.eps, dropout_p=0.0, seed=0, stream=0,
                 wants_residual=wants_residual, wants_weight=wants_weight, wants_bias=wants_bias,
             )  # fmt: skip
             if dy is None or library.needed(given):

@@ -73,7 +73,7 @@ class Cost:
 
     flops: float  # floating-point (or integer multiply-add) operations, a multiply-add counting two
     bytes: float  # the fewest bytes that must cross memory: inputs read once, outputs written once
-    unit: str = "fp32"  # the arithmetic peak that bounds it: "fp32" or "int8"
+    unit: str = "fp32"  # the arithmetic peak that bounds it: "fp32", "bf16" or "int8"
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,11 @@ class Op:
     # The arguments of row `b` of the batch alone, and how many rows a call has; None = no batch.
     take: Callable[[Mapping[str, Any], int], dict[str, Any]] | None = None
     batch: Callable[[Mapping[str, Any]], int] = field(default=lambda arguments: next(iter(arguments.values())).shape[0])
+
+
+def products(*operands: Any) -> str:
+    """The unit of a Cost that products of these bound."""
+    return "bf16" if all(isinstance(x, Tensor) and x.dtype == torch.bfloat16 for x in operands) else "fp32"
 
 
 def nbytes(*tensors: Tensor | None) -> int:

@@ -39,7 +39,7 @@ from gptfast.ops import dispatch, library, loss_gradients
 from gptfast.ops.cross_entropy import check_head, check_target_shape, check_targets, counting, wide
 from gptfast.ops.cross_entropy_cases import token_kl_cases, token_logprobs_cases
 from gptfast.ops.dispatch import require, shape
-from gptfast.ops.spec import Cost, Op, nbytes
+from gptfast.ops.spec import Cost, Op, nbytes, products
 
 
 def _logprobs(
@@ -152,7 +152,8 @@ def token_logprobs_cost(x: Tensor, weight: Tensor, target: Tensor, **options: An
     """The product of the forward pass, and 14 operations for each logit; the backward pass costs three products."""
     rows = (target != options.get("ignore_index", -100)).sum().item()
     moved = nbytes(x, weight, target, options.get("bias"))
-    return Cost(flops=rows * weight.shape[0] * (2.0 * weight.shape[1] + 14), bytes=moved)
+    flops = rows * weight.shape[0] * (2.0 * weight.shape[1] + 14)
+    return Cost(flops=flops, bytes=moved, unit=products(x, weight))
 
 
 def token_kl_cost(x_p: Tensor, weight_p: Tensor, x_q: Tensor, weight_q: Tensor, **options: Any) -> Cost:
@@ -161,7 +162,8 @@ def token_kl_cost(x_p: Tensor, weight_p: Tensor, x_q: Tensor, weight_q: Tensor, 
     rows = x_p.shape[:-1].numel() if mask is None else mask.sum().item()
     (V, C), D = weight_p.shape, weight_q.shape[1]
     moved = nbytes(x_p, weight_p, x_q, weight_q, options.get("bias_p"), options.get("bias_q"))
-    return Cost(flops=rows * V * (2.0 * (C + D) + 44), bytes=moved)
+    flops = rows * V * (2.0 * (C + D) + 44)
+    return Cost(flops=flops, bytes=moved, unit=products(x_p, weight_p, x_q, weight_q))
 
 
 def token_logprobs(

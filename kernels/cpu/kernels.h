@@ -210,7 +210,7 @@ struct Advance {                  // all (rows)
 };
 
 struct Ceilings {
-  enum { FP32 = 0, INT8 = 1, READ = 2, COPY = 3 };
+  enum { FP32 = 0, INT8 = 1, READ = 2, COPY = 3, BF16 = 4 };
   double* work;      // written: the operations or bytes that all workers did
   void* sink;        // 2 vectors for each worker: operands, then results, so that no work can be left out
   const void* data;  // READ and COPY: bytes in all, shared out among the workers
