@@ -160,17 +160,18 @@ def register(op: str, reference: Callable[..., Any], statistics: Callable[..., t
         def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
             s, weight, mean, rstd = ctx.saved_tensors
             _, _, _, _, wants_weight, wants_bias, wants_residual = ctx.needs_input_grad
+            tensors = dict(dy=dy, dsum=dsum, s=s, weight=weight, mean=mean, rstd=rstd)
             given: dict[str, Any] = dict(
-                dy=dy, dsum=dsum, s=s, weight=weight, mean=mean, rstd=rstd,
-                eps=ctx.eps, dropout_p=0.0, seed=0, stream=0,
+                **tensors, eps=ctx.eps, dropout_p=0.0, seed=0, stream=0,
                 wants_residual=wants_residual, wants_weight=wants_weight, wants_bias=wants_bias,
             )  # fmt: skip
-            if dy is None or library.needed(given):
+            if dy is None or library.needed(tensors):
                 given |= dict(dy=torch.zeros_like(s) if dy is None else dy, seed=None, backend=ctx.backend)
                 launch = second
             else:
-                strides = dy.stride(), None if dsum is None else dsum.stride()
-                key = *strides, wants_weight, wants_bias, torch.get_num_threads(), dispatch.preferred()
+                # all tensors: hooks on saved ones may lay them out anew
+                layouts, wants = dispatch.signature(tensors), (wants_weight, wants_bias)
+                key = *layouts, *wants, torch.get_num_threads(), dispatch.preferred()
                 if (launch := ctx.plan.backward.get(key)) is None:
                     name = f"{op}.{op}_backward"
                     launch = dispatch.prepared(name, ctx.backend, backward_reference, s, given)

@@ -18,7 +18,7 @@ constexpr int STRIP_TILES = STRIP / TILE;
 constexpr int DIMS_AT_ONCE = 64;
 constexpr int GROUP = 6;                         // queries x DQ_VECTORS sums + DQ_VECTORS + 1 fill the registers
 constexpr int DQ_VECTORS = LANES == 16 ? 4 : 2;  // of dims
-static_assert(STRIP % TILE == 0 && QUERIES % GROUP == 0 && QUERIES % BLOCK == 0);
+static_assert(STRIP % TILE == 0 && QUERIES % GROUP == 0 && QUERIES % BLOCK == 0 && QUERIES % LANES == 0);
 INLINE int row_stride(int dim) { return round_up(dim, LANES) + 16; }  // spread over L1's sets
 
 // The queries of a block: rows .. QUERIES are zero and see what the last one does.

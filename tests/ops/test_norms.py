@@ -72,6 +72,21 @@ def test_views_give_the_bits_of_contiguous_tensors(norm: Norm, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("norm", NORMS)
+def test_a_hook_may_lay_a_saved_tensor_out_anew(norm: Norm, isa: str) -> None:
+    torch.manual_seed(0)
+    wide, weight, dy = torch.randn(40, 200), torch.randn(70, requires_grad=True), torch.randn(40, 70)
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        x = wide[:, :70].detach().requires_grad_()
+        return torch.autograd.grad(norm(x, weight, backend="cpu"), [x, weight], dy)
+
+    wanted = gradients()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.contiguous()):
+        got = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted))
+
+
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_infinity_spread_over_their_row_alone(norm: Norm, value: float, isa: str) -> None:
     x = torch.randn(3, 70)
