@@ -106,7 +106,7 @@ class Op:
 
 def products(*operands: Any) -> str:
     """The unit of a Cost that products of these bound."""
-    return "bf16" if all(isinstance(x, Tensor) and x.dtype == torch.bfloat16 for x in operands) else "fp32"
+    return "bf16" if all(getattr(x, "dtype", None) == torch.bfloat16 for x in operands) else "fp32"
 
 
 def nbytes(*tensors: Tensor | None) -> int:

@@ -20,6 +20,8 @@ void linear_int8(const Linear&, Worker&);
 }
 namespace avx512bf16 {
 void attention_backward(const AttentionBackward&, Worker&);
+void linear(const Linear&, Worker&);
+void linear_packed(const Linear&, Worker&);
 void product(const Product&, Worker&);
 void vocabulary_logits(const Vocabulary&, Worker&);
 void vocabulary_gradients(const Vocabulary&, Worker&);
@@ -49,6 +51,8 @@ std::vector<Choice> runnable() {
   if (all.size() == 4 && __builtin_cpu_supports("avx512bf16")) {
     all.push_back({"avx512bf16", all.back().kernels});
     all.back().kernels.attention_backward = avx512bf16::attention_backward;
+    all.back().kernels.linear = avx512bf16::linear;
+    all.back().kernels.linear_packed = avx512bf16::linear_packed;
     all.back().kernels.product = avx512bf16::product;
     all.back().kernels.vocabulary_logits = avx512bf16::vocabulary_logits;
     all.back().kernels.vocabulary_gradients = avx512bf16::vocabulary_gradients;

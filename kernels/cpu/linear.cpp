@@ -1,13 +1,18 @@
 // Linear with float weights (fp32, bf16, fp16), row-major as PyTorch keeps them. Lanes hold partial sums over k: output
 // (i, j) is the sum by halves of LANES fma chains over k = lane, lane + LANES, ..., in chunks of CHUNK that are added
 // in order. Neither the number of rows nor a tile's size touches that order.
+//
+// Of x and W in bfloat16, on a machine that multiplies pairs of them, a lane adds two neighbours of k at a time.
 #include "linear.h"
+
+#include "pairs.h"
 
 namespace gptfast::ISA {
 
 namespace {
 
-constexpr int64_t CHUNK = 768;  // the op page's constant: eight rows of x take 24 of L1's 32 KiB
+// The op page's constant, k or pairs of them: eight rows of x take 24 of L1's 32 KiB.
+constexpr int64_t CHUNK = 768 * PER_LANE;
 #if defined(__AVX512F__)
 constexpr int FEW = 8, TILE = 6, WIDTH = 4;  // 24 sums and the tile of W fit 32 registers
 constexpr int few_width(int rows) { return rows <= 3 ? 8 : 24 / rows; }
@@ -95,7 +100,7 @@ INLINE void reduce_turned(const f32v (&acc)[TURNED][NR], float* out, bool add) {
 #endif
 
 // One chunk of MR x NR outputs. x: [step][MR][LANES], zero beyond K; W where it lies: NR rows and, for the last step,
-// how many of its lanes there are. What is fetched goes to L2.
+// how many of its numbers there are. What is fetched goes to L2.
 template <int MR, int NR, class W>
 INLINE void dot_rows(const float* x, const W* const* w, int64_t length, Ahead ahead, f32v (&acc)[MR][NR]) {
   constexpr int STEPS =
@@ -106,24 +111,24 @@ INLINE void dot_rows(const float* x, const W* const* w, int64_t length, Ahead ah
     for (int j = 0; j < NR; j++) b[j] = load_w(w[j] + k);
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++) {
-      const f32v a = in_register(load(x + k * MR + i * LANES));
+      const f32v a = in_register(load(x + k / PER_LANE * MR + i * LANES));
 #pragma GCC unroll 8
-      for (int j = 0; j < NR; j++) acc[i][j] = fma(a, b[j], acc[i][j]);
+      for (int j = 0; j < NR; j++) acc[i][j] = add_products(acc[i][j], a, b[j]);
     }
   };
   int64_t k = 0;
   auto whole_steps = [&](auto n) {
     constexpr int N = decltype(n)::value;
-    for (; k + N * LANES <= length; ahead.bytes += N * ahead.step) {
+    for (; k + N * STEP <= length; ahead.bytes += N * ahead.step) {
 #pragma GCC unroll 8
       for (int j = 0; j < NR; j++) __builtin_prefetch((const char*)w[j] + ahead.bytes, 0, 2);
 #pragma GCC unroll 2
-      for (int s = 0; s < N; s++, k += LANES) step([](const W* p) { return load(p); }, k);
+      for (int s = 0; s < N; s++, k += STEP) step([](const W* p) { return load_lanes(p); }, k);
     }
   };
   whole_steps(Int<STEPS>{});
   if constexpr (STEPS > 1) whole_steps(Int<1>{});
-  if (const int tail = (int)(length - k)) step([tail](const W* p) { return load(p, tail); }, k);
+  if (const int tail = (int)(length - k)) step([tail](const W* p) { return load_lanes(p, tail); }, k);
 }
 
 // The same with W packed like x: [step][NR][LANES].
@@ -137,20 +142,20 @@ INLINE void dot_packed(const float* x, const float* w, int64_t steps, f32v (&acc
     for (int i = 0; i < MR; i++) {
       const f32v a = in_register(load(x + i * LANES));
 #pragma GCC unroll 8
-      for (int j = 0; j < NR; j++) acc[i][j] = fma(a, b[j], acc[i][j]);
+      for (int j = 0; j < NR; j++) acc[i][j] = add_products(acc[i][j], a, b[j]);
     }
   }
 }
 
-// rows x K in fp32 as [step][rows][LANES], K padded with zeros to whole steps; rows beyond `present` repeat the last
+// rows x K in lanes as [step][rows][LANES], K padded with zeros to whole steps; rows beyond `present` repeat the last
 // one. The rows are walked side by side, the next ones on their way, so that memory is asked for many lines at a time.
 template <class T>
 void pack_rows(const T* x, int64_t stride, int64_t K, int rows, int64_t present, float* out) {
-  for (int64_t k = 0; k < K; k += LANES)
+  for (int64_t k = 0; k < K; k += STEP)
     for (int i = 0; i < rows; i++, out += LANES) {
       const T* p = x + min<int64_t>(i, present - 1) * stride + k;
       __builtin_prefetch(p + rows * stride);
-      store(out, K - k >= LANES ? load(p) : load(p, (int)(K - k)));
+      store(out, K - k >= STEP ? load_lanes(p) : load_lanes(p, K - k));
     }
 }
 
@@ -229,9 +234,9 @@ void streamed(const Linear& a, const float* x, int64_t padded, Worker& worker, f
         for (int64_t t = 0; t < tiles.count; t++)
           with_int<LOW, HIGH>(tiles.height(t), [&](auto rows) {
             constexpr int MR = decltype(rows)::value;
-            const int64_t length = min(CHUNK, a.depth - k), step = ceil_div(LANES * sizeof(W), tiles.count);
-            const Ahead ahead = {NR * a.weight_stride * (int64_t)sizeof(W) + t * (length / LANES) * step, step};
-            streamed_tile<MR, NR>(x + tiles.begin(t) * padded + k * MR,
+            const int64_t length = min(CHUNK, a.depth - k), step = ceil_div(STEP * sizeof(W), tiles.count);
+            const Ahead ahead = {NR * a.weight_stride * (int64_t)sizeof(W) + t * (length / STEP) * step, step};
+            streamed_tile<MR, NR>(x + tiles.begin(t) * padded + k / PER_LANE * MR,
                                   (const W*)a.weight + (col + c * NR) * a.weight_stride + k, a.weight_stride,
                                   cols - c * NR, length, ahead, sums + (t * across + c) * SLOT, k > 0);
           });
@@ -242,7 +247,7 @@ void streamed(const Linear& a, const float* x, int64_t padded, Worker& worker, f
   });
 }
 
-// More rows: blocks of W are widened and packed once and stay in L2 while the rows pass, a tile of them in L1.
+// More rows: blocks of W are packed once, numbers alone widened, and stay in L2 while the rows pass, a tile of them in L1.
 template <class W>
 void blocked(const Linear& a, const float* x, int64_t padded, Worker& worker, float* sums, float* weight) {
   const Tiles tiles(a.rows, TILE);
@@ -253,7 +258,7 @@ void blocked(const Linear& a, const float* x, int64_t padded, Worker& worker, fl
     const int64_t col = task / blocks.count * BLOCK_COLS, cols = min(BLOCK_COLS, a.cols - col);
     const int64_t across = ceil_div(cols, WIDTH);
     for (int64_t k = 0; k < a.depth; k += CHUNK) {
-      const int64_t length = min(CHUNK, a.depth - k), steps = ceil_div(length, LANES);
+      const int64_t length = min(CHUNK, a.depth - k), steps = ceil_div(length, STEP);
       for (int64_t c = 0; c < across; c++)
         pack_rows((const W*)a.weight + (col + c * WIDTH) * a.weight_stride + k, a.weight_stride, length, WIDTH,
                   cols - c * WIDTH, weight + c * WIDTH * steps * LANES);
@@ -261,7 +266,7 @@ void blocked(const Linear& a, const float* x, int64_t padded, Worker& worker, fl
         with_int<TILE - 1, TILE>(tiles.height(t), [&](auto rows) {
           constexpr int MR = decltype(rows)::value;
           for (int64_t c = 0; c < across; c++)
-            packed_tile<MR>(x + tiles.begin(t) * padded + k * MR, weight + c * WIDTH * steps * LANES, steps,
+            packed_tile<MR>(x + tiles.begin(t) * padded + k / PER_LANE * MR, weight + c * WIDTH * steps * LANES, steps,
                             sums + ((t - begin) * across + c) * SLOT, k > 0);
         });
     }
@@ -269,22 +274,16 @@ void blocked(const Linear& a, const float* x, int64_t padded, Worker& worker, fl
   });
 }
 
-}  // namespace
-
-void linear_columns(const Linear& a, Worker& worker);  // linear_columns.cpp
-
-// y = x W^T + bias; a negative weight_stride is that of W^T, where this is what lies in memory. x is first laid out in
-// fp32 tiles: together in the workspace, rows * (K rounded up to 16) floats, or, without one, by every worker for
-// itself.
-void linear(const Linear& a, Worker& worker) {
-  if (a.weight_stride < 0) return linear_columns(a, worker);
-  constexpr int64_t SUMS = BLOCK_TILES * (BLOCK_COLS / WIDTH) * SLOT, MEMORY = SUMS + BLOCK_COLS * CHUNK;
-  const int64_t padded = ceil_div(a.depth, LANES) * LANES;
+// y = x W^T + bias. x is first laid out in tiles of lanes: together in the workspace, rows * (K rounded up to 16)
+// floats, or, without one, by every worker for itself.
+void by_rows(const Linear& a, Worker& worker) {
+  constexpr int64_t SUMS = BLOCK_TILES * (BLOCK_COLS / WIDTH) * SLOT, MEMORY = SUMS + BLOCK_COLS * CHUNK / PER_LANE;
+  const int64_t padded = ceil_div(a.depth, STEP) * LANES;
   const Tiles tiles(a.rows, a.rows <= FEW ? FEW : TILE);
   float* sums = (float*)worker.scratch((MEMORY + (a.workspace ? 0 : a.rows * padded)) * sizeof(float));
   float* x = a.workspace ? (float*)a.workspace : sums + MEMORY;
   prepare(a.workspace, tiles.count, worker, [&](int64_t begin, int64_t end) {
-    with_storage(a.dtype, [&](auto t) {
+    with_numbers(a.dtype, [&](auto t) {
       for (int64_t i = begin; i < end; i++) {
         const int rows = tiles.height(i);
         pack_rows((const decltype(t)*)a.x + tiles.begin(i) * a.x_stride, a.x_stride, a.depth, rows, rows,
@@ -292,7 +291,7 @@ void linear(const Linear& a, Worker& worker) {
       }
     });
   });
-  with_storage(a.format, [&](auto w) {
+  with_numbers(a.format, [&](auto w) {
     using W = decltype(w);
     if (a.rows > STREAMED)
       blocked<W>(a, x, padded, worker, sums, sums + SUMS);
@@ -305,5 +304,27 @@ void linear(const Linear& a, Worker& worker) {
       });
   });
 }
+
+}  // namespace
+
+#if defined(__AVX512BF16__)
+}
+namespace gptfast::avx512 {
+void linear(const Linear&, Worker&);
+}
+namespace gptfast::ISA {
+void linear(const Linear& a, Worker& worker) {
+  if (a.dtype == BFLOAT16 && a.format == BFLOAT16 && a.weight_stride >= 0) return by_rows(a, worker);
+  avx512::linear(a, worker);
+}
+#else
+void linear_columns(const Linear& a, Worker& worker);  // linear_columns.cpp
+
+// A negative weight_stride is that of W^T, where this is what lies in memory.
+void linear(const Linear& a, Worker& worker) {
+  if (a.weight_stride < 0) return linear_columns(a, worker);
+  by_rows(a, worker);
+}
+#endif
 
 }  // namespace gptfast::ISA

@@ -1,12 +1,16 @@
 // Linear with packed float weights, panels of 16 columns as [k][16]: one output per lane, so that nothing is summed
 // across lanes. Chunks of CHUNK k in order, the chunks added in order.
+//
+// Of x and W in bfloat16, on a machine that multiplies pairs of them, two neighbours of k are one step.
+#include "pairs.h"
 #include "prologue.h"
 
 namespace gptfast::ISA {
 
 namespace {
 
-constexpr int64_t CHUNK = 96;  // the op page's constant: what three panels of it take, L2 delivers while rows pass
+// The op page's constant, k or pairs of them: what three panels of it take, L2 delivers while rows pass.
+constexpr int64_t CHUNK = 96 * PER_LANE;
 #if defined(__AVX512F__)
 constexpr int TILE = 8, ABREAST = 3, ONE_ABREAST = 3;  // rows, panels, panels of one row: 24 sums of 32 registers
 #elif defined(__AVX2__)
@@ -16,12 +20,21 @@ constexpr int TILE = 3, ABREAST = 1, ONE_ABREAST = 1;
 #endif
 constexpr int64_t BLOCK_TILES = 256 / TILE;  // rows whose sums stay in L2 while panels pass
 constexpr int64_t SPAN = 4 * CHUNK;          // of their depth, what stays there while the columns of a task pass
-constexpr int64_t DEEP = 768, GROUPS = 4;    // more depth would not stay: a task takes more columns, up to 4 times
+constexpr int64_t DEEP = 768 * PER_LANE, GROUPS = 4;    // more depth would not stay: a task takes more columns, up to 4 times
 constexpr int64_t AHEAD = 1536;              // bytes of each panel: DRAM latency at a thread's share of the bandwidth
 // AVX2, one row: four streams that the hardware's prefetcher sees by itself; asked for as well they are 0.9x as fast.
 constexpr bool fetches(int abreast) { return VEC_BYTES != 32 || abreast == ABREAST; }
 
-// sums[MR][NP * PANEL] = (add ? sums : 0) + x[k][MR] * w[panel][k][PANEL], k in order. Panels lie `stride` apart. The
+// LANES outputs at a step of k, from row `w` of a panel on; of a pair its second may not be there.
+template <class W>
+INLINE f32v load_step(const W* w, bool whole) {
+  if constexpr (PAIRS)
+    return bitcast<f32v>(interleaved(load_pairs(w, whole ? 2 * PANEL : PANEL)));
+  else
+    return load(w);
+}
+
+// sums[MR][NP * PANEL] = (add ? sums : 0) + x[step][MR] * w[panel][k][PANEL] over `length` k in order. Panels lie `stride` apart. The
 // next tile of rows, whose x is on its way meanwhile, lies next_x floats further.
 template <int MR, int NP, class W>
 __attribute__((noinline)) void tile(const float* x, const W* w, int64_t stride, int64_t length, Ahead ahead,
@@ -29,21 +42,24 @@ __attribute__((noinline)) void tile(const float* x, const W* w, int64_t stride, 
   constexpr int NV = NP * PARTS;
   f32v acc[MR][NV] = {};
   const char* next = (const char*)w + ahead.bytes;
-#pragma GCC unroll 1
-  for (; length > 0; length--, x += MR, w += PANEL, next += ahead.step) {
+  auto step = [&](bool whole) __attribute__((always_inline)) {
     f32v b[NV];
     if (VEC_BYTES >= 32 && MR > 1 && NP == ABREAST) __builtin_prefetch(x + next_x);
 #pragma GCC unroll 4
     for (int p = 0; p < NP; p++) {
       if (fetches(NP)) __builtin_prefetch(next + p * stride * sizeof(W), 0, FETCHED_TO);
 #pragma GCC unroll 4
-      for (int part = 0; part < PARTS; part++) b[p * PARTS + part] = in_register(load(w + p * stride + part * LANES));
+      for (int part = 0; part < PARTS; part++)
+        b[p * PARTS + part] = in_register(load_step(w + p * stride + part * LANES, whole));
     }
 #pragma GCC unroll 8
     for (int i = 0; i < MR; i++)
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; v++) acc[i][v] = fma(splat(x[i]), b[v], acc[i][v]);
-  }
+      for (int v = 0; v < NV; v++) acc[i][v] = add_products(acc[i][v], splat(x[i]), b[v]);
+  };
+#pragma GCC unroll 1
+  for (; length >= PER_LANE; length -= PER_LANE, x += MR, w += PER_LANE * PANEL, next += ahead.step) step(true);
+  if (PAIRS && length) step(false);
 #pragma GCC unroll 8
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 8
@@ -54,7 +70,8 @@ __attribute__((noinline)) void tile(const float* x, const W* w, int64_t stride, 
 template <class W, int NP, int HIGH>
 void block(const Linear& a, const float* x, const Tiles& tiles, int64_t begin, int64_t end, int64_t first,
            int64_t count, float* sums) {
-  constexpr int COLS = NP * PANEL, LINE = PANEL * sizeof(W);
+  constexpr int COLS = NP * PANEL, LINE = PER_LANE * PANEL * sizeof(W);
+  const int64_t deep = lanes_of(a.depth);
   const int64_t row = tiles.begin(begin), size = (tiles.begin(end) - row) * COLS;
   for (int64_t from = 0; from < a.depth; from += SPAN)
     for (int64_t c = 0; c < count; c++)
@@ -75,36 +92,37 @@ void block(const Linear& a, const float* x, const Tiles& tiles, int64_t begin, i
             const bool last = k + CHUNK >= a.depth;
             if (last && tiles.count > 1)
               for (int i = 0; i < MR; i++) prefetch_outputs(a, r + i, col, n);
-            tile<MR, NP>(x + r * a.depth + k * MR, weight, PANEL * a.depth, length, ahead,
-                         t + 1 < end ? MR * a.depth : 0, out, k > 0);
+            tile<MR, NP>(x + r * deep + k / PER_LANE * MR, weight, PANEL * a.depth, length, ahead,
+                         t + 1 < end ? MR * deep : 0, out, k > 0);
             if (last)
               for (int i = 0; i < MR; i++) store_outputs(a, r + i, col, out + i * COLS, n);
           });
 }
 
-}  // namespace
-
-// y = x W^T + bias. x is first laid out in fp32 tiles: together in the workspace, or, without one, by every worker for
-// itself.
-void linear_packed(const Linear& a, Worker& worker) {
+// y = x W^T + bias. x is first laid out in tiles of lanes: together in the workspace, or, without one, by every worker
+// for itself.
+void by_panels(const Linear& a, Worker& worker) {
   const Tiles tiles(a.rows, TILE), blocks(tiles.count, BLOCK_TILES);
   const int64_t columns = tiles.count == 1 ? 1 : min(ceil_div(a.depth, DEEP), GROUPS);
   const int64_t sums_size = BLOCK_TILES * TILE * ABREAST * PANEL * columns;
   const bool shared = a.workspace;
+  const int64_t deep = lanes_of(a.depth);
   const int64_t floats = x_floats(a, shared ? TILE : a.rows);
   float* sums = (float*)worker.scratch((sums_size + floats + (shared ? 0 : a.rows * a.depth)) * sizeof(float));
   float *made = sums + sums_size, *x = shared ? (float*)a.workspace : made + floats;
   prepare(shared, tiles.count, worker, [&](int64_t begin, int64_t end) {
-    with_storage(a.dtype, [&](auto t) {
+    with_numbers(a.dtype, [&](auto t) {
       for (int64_t i = begin; i < end; i++) {
         const int rows = tiles.height(i);
         const auto from = x_rows<decltype(t)>(a, tiles.begin(i), rows, shared, made);
-        interleave_rows(from.x, from.stride, a.depth, rows, rows, x + tiles.begin(i) * a.depth);
+        interleave(deep, rows, rows, x + tiles.begin(i) * deep, [&](int row, int64_t k, int) {
+          return load_lanes(from.x + row * from.stride + PER_LANE * k, a.depth - PER_LANE * k);
+        });
       }
     });
   });
   const int64_t panels = ceil_div(a.cols, PANEL);
-  with_storage(a.format, [&](auto w) {
+  with_numbers(a.format, [&](auto w) {
     using W = decltype(w);
     auto all = [&](auto np, auto high) {
       constexpr int NP = decltype(np)::value, HIGH = decltype(high)::value;
@@ -126,5 +144,21 @@ void linear_packed(const Linear& a, Worker& worker) {
       all(Int<ABREAST>{}, Int<TILE>{});
   });
 }
+
+}  // namespace
+
+#if defined(__AVX512BF16__)
+}
+namespace gptfast::avx512 {
+void linear_packed(const Linear&, Worker&);
+}
+namespace gptfast::ISA {
+void linear_packed(const Linear& a, Worker& worker) {
+  if (a.dtype == BFLOAT16 && a.format == BFLOAT16) return by_panels(a, worker);
+  avx512::linear_packed(a, worker);
+}
+#else
+void linear_packed(const Linear& a, Worker& worker) { by_panels(a, worker); }
+#endif
 
 }  // namespace gptfast::ISA

@@ -18,13 +18,10 @@ constexpr int SHARES = 4;                 // tasks of a worker, at least, where 
 
 INLINE int64_t panels(int64_t n, int R) { return ceil_div(n, R); }
 
-// LANES lanes of the depth of a row of `length`, from lane k on.
+// Lanes of the depth of a row of `length`, from lane k on.
 template <class T>
 INLINE f32v along(const T* row, int64_t k, int64_t length) {
-  if constexpr (PAIRS)
-    return bitcast<f32v>(load_pairs(row + 2 * k, length - 2 * k));
-  else
-    return load(row + k, (int)min<int64_t>(LANES, length - k));
+  return load_lanes(row + PER_LANE * k, length - PER_LANE * k);
 }
 
 // One panel of a chunk, [depth][R], from rows that lie along the depth: `count` of them, the others zero.

@@ -3,7 +3,7 @@
 #pragma once
 #include "linear.h"
 
-#if defined(__AVX512VNNI__)  // which adds nothing to making rows
+#if defined(__AVX512VNNI__) || defined(__AVX512BF16__)  // which add nothing to making rows
 namespace gptfast::avx512 {
 #else
 namespace gptfast::ISA {
@@ -14,7 +14,7 @@ void make_row(const Linear& a, int64_t r, bool others, void* y, float* memory);
 }  // namespace
 
 namespace gptfast::ISA {
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) || defined(__AVX512BF16__)
 using avx512::make_row;
 #endif
 
