@@ -1,5 +1,5 @@
 """SmolLM2-135M end to end: gptfast on the file's own 4- and 8-bit weights against transformers (fp32, SDPA) on the same
-weights dequantised, in turns in one process.
+weights dequantised, in turns in one process; or both in bfloat16.
 
 The rival gets its best: no generate() machinery around its forward pass, a cache, one position's logits, inference
 mode, the same number of threads.
@@ -63,8 +63,9 @@ def ours(lm: LanguageModel, name: str, unit: str) -> Contender:
     return Contender(name, run, unit, lm.model.weight_bytes())
 
 
-def theirs(lm: LanguageModel) -> Contender:
-    """transformers' own class around our dequantised tensors (its GGUF reader takes 22 s for the same)."""
+def theirs(lm: LanguageModel, dtype: str) -> Contender:
+    """transformers' own class around our dequantised tensors (its GGUF reader takes 22 s for the same), in "fp32" or
+    "bf16"."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -75,7 +76,7 @@ def theirs(lm: LanguageModel) -> Contender:
     with torch.device("meta"):
         made = AutoConfig.for_model(config.pop("model_type"), **config)
         model: Any = AutoModelForCausalLM.from_config(made, attn_implementation="sdpa")
-    model.to_empty(device="cpu")
+    model.to_empty(device="cpu").to(torch.float32 if dtype == "fp32" else torch.bfloat16)
     model.load_state_dict(tensors, strict=False)
     model.tie_weights()
     fresh = AutoModelForCausalLM.from_config(made).model.rotary_emb  # buffers are in no state dict
@@ -94,7 +95,7 @@ def theirs(lm: LanguageModel) -> Contender:
             tokens.append(ids)
         return Timed(first - start, time.perf_counter() - first, torch.cat(tokens, 1).tolist())
 
-    return Contender("transformers fp32", run, "fp32", sum(p.nbytes for p in model.parameters()))
+    return Contender(f"transformers {dtype}", run, dtype, sum(p.nbytes for p in model.parameters()))
 
 
 def english(lm: LanguageModel, workload: Workload) -> list[list[int]]:
@@ -203,12 +204,21 @@ def main(argv: Sequence[str] = ()) -> int:
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--quick", action="store_true", help="2 rounds")
     p.add_argument("--threads", type=int)
+    p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of transformers; bf16: ours too")
     args = p.parse_args(argv)
     with threads_set(args.threads), torch.inference_mode():
         if hardware.machine().isa is not None:
             hardware.ceilings(refresh=True)
-        exact, fast = (gptfast.load("smollm2", activations=a) for a in ("exact", "int8"))
-        contenders = [ours(fast, "gptfast int8", "int8"), ours(exact, "gptfast exact", "fp32"), theirs(exact)]
+        if args.dtype == "bf16":
+            exact = gptfast.load("smollm2", weights="bf16")
+            contenders = [ours(exact, "gptfast bf16", "bf16"), theirs(exact, "bf16")]
+        else:
+            exact, fast = (gptfast.load("smollm2", activations=a) for a in ("exact", "int8"))
+            contenders = [
+                ours(fast, "gptfast int8", "int8"),
+                ours(exact, "gptfast exact", "fp32"),
+                theirs(exact, "fp32"),
+            ]
         rows: list[dict[str, Any]] = []
         for workload in WORKLOADS:
             print(f"SmolLM2-135M, {workload.name} ...", file=sys.stderr, flush=True)
@@ -218,6 +228,6 @@ def main(argv: Sequence[str] = ()) -> int:
     same = [
         row["equal_tokens"]
         for row in rows
-        if row["contender"] == "gptfast exact" and row["workload"] == WORKLOADS[0].name
+        if row["contender"] in ("gptfast exact", "gptfast bf16") and row["workload"] == WORKLOADS[0].name
     ]
     return 0 if same[0] >= 16 else 1

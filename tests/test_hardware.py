@@ -217,7 +217,7 @@ def test_an_instruction_set_has_all_kernels_or_says_which() -> None:
     every = set(_cpu.own_kernels("baseline"))
     own = {isa: set(_cpu.own_kernels(isa)) for isa in _cpu.isas()}
     training = {"attention_backward", "product", "vocabulary_logits", "vocabulary_gradients"}
-    some = {"avx512vnni": {"linear_int8"}, "avx512bf16": training | {"linear", "linear_packed"}}
+    some = {"avx512vnni": {"linear_int8"}, "avx512bf16": training | {"attention", "linear", "linear_packed"}}
     assert own == {isa: some.get(isa, every) for isa in own}
     with pytest.raises(ValueError, match="instruction set 'mmx' was asked for"):
         _cpu.own_kernels("mmx")

@@ -43,9 +43,12 @@ the rest, this costs something that can be measured: benchmarks/quality.py.
 Everything is computed in fp32 (fp64 for fp64) and rounded once; lse is fp32. A row's result depends on that row alone,
 not on the batch. On the CPU keys are taken in chunks of 128 counted from the first key, and the chunks' (maximum, sum,
 output) are merged in order, so it doesn't depend on the number of threads either, or on whether the row came in a
-prefill or one token at a time. Triton's kernels differ in two things: a prefill carries one running maximum through
-blocks of keys where decode merges chunks of 256, so the two agree within the tolerance only, each bitwise in itself;
-and with 16-bit inputs P and dS are rounded to that dtype for their products. Scores beyond 2^27 may overflow there.
+prefill or one token at a time. Where a machine multiplies pairs of bfloat16 (GPTFAST_CPU_ISA=avx512bf16), q, k and v
+of it, in a cache too, are used as they are, two dims or two keys at a time, and P is rounded to bfloat16 for its
+product with V, though not for z; numbers that are subnormal count as zero there. Triton's kernels differ in two things:
+a prefill carries one running maximum through blocks of keys where decode merges chunks of 256, so the two agree within
+the tolerance only, each bitwise in itself; and with 16-bit inputs P and dS are rounded to that dtype for their
+products. Scores beyond 2^27 may overflow there.
 
 Values at masked places must be finite. Dao: FlashAttention-2 (arXiv:2307.08691); Press et al.: ALiBi
 (arXiv:2108.12409); Xiao et al.: attention sinks (arXiv:2309.17453); the softcap is Gemma 2's (arXiv:2408.00118).

@@ -140,7 +140,10 @@ struct Head {
       rope_row(turned, x, a.cos + turn, a.sin + turn, D, a.rotary, a.interleaved);
       x = turned;
     }
-    for (int d = 0; d < D; d += LANES) store(to + d, load(x + d, min(LANES, D - d)) * a.scale);
+    for (int d = 0; d < D; d += STEP) {
+      const f32v q = load_lanes(x + d, D - d);
+      store(to + d / PER_LANE, PAIRS ? q : q * a.scale);
+    }
   }
 
   // Rows first .. of a tile in its memory, with nothing attended to yet. `few`: at most FEW rows, in the `few` shape.
@@ -150,6 +153,7 @@ struct Head {
     t.few = few;
     t.rows = min(rows() - first, ROWS);
     t.dim = D;
+    t.scale = a.scale;
     t.width = round_up(t.rows, LANES);
     const int W = t.width;
     t.q = memory;
@@ -178,7 +182,7 @@ struct Head {
     for (int r = 0; r < W; r += LANES) {
       memset(spare, 0, LANES * padded * sizeof(float));
       for (int i = 0; i < LANES && r + i < t.rows; i++) load_query(first + r + i, spare + i * padded);
-      for (int d = 0; d < D; d += LANES) {
+      for (int d = 0; d < (int)lanes_of(D); d += LANES) {
         f32v x[LANES];
         for (int i = 0; i < LANES; i++) x[i] = load(spare + i * padded + d);
         transpose(x);
@@ -362,9 +366,9 @@ void run_strip(const Head<T, C>& head, Tile* tiles, int count, int first, int la
     float *kt = x.packs + slot * 2 * x.block, *vt = kt + x.block;
     if (!x.kept[slot].has(id, c, from, to)) {
       for (int g = begin; g < end; g++) {
-        pack_k(head.keys_of(c, g, from, to, x.s), head.D, kt + g * head.D * LANES);
+        pack_k(head.keys_of(c, g, from, to, x.s), head.D, kt + g * lanes_of(head.D) * LANES);
         pack_v(head.values_of(c, g, from, to, x.s), max(from - g * LANES, 0), min(to - g * LANES, LANES), head.D,
-               vt + g * LANES * LANES);
+               vt + g * LANES / PER_LANE * LANES);
       }
       x.kept[slot] = {id, c, from, to};
     }
@@ -507,6 +511,17 @@ void run(const Attention& a, Worker& worker) {
 
 }  // namespace
 
+#if defined(__AVX512BF16__)
+}
+namespace gptfast::avx512 {
+void attention(const Attention&, Worker&);
+}
+namespace gptfast::ISA {
+void attention(const Attention& a, Worker& worker) {
+  if (a.dtype == BFLOAT16 && a.cache_dtype == BFLOAT16) return run<bf16, bf16>(a, worker);
+  avx512::attention(a, worker);
+}
+#else
 // fp32 queries take keys and values of any storage dtype, others those of their own.
 void attention(const Attention& a, Worker& worker) {
   if (a.dtype == a.cache_dtype)
@@ -518,5 +533,6 @@ void attention(const Attention& a, Worker& worker) {
   else
     run<float, f16>(a, worker);
 }
+#endif
 
 }  // namespace gptfast::ISA

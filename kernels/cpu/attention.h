@@ -1,10 +1,12 @@
 // The arithmetic of attention on one chunk of keys, in two shapes that give the same bits: `rows` puts query rows in
 // the lanes (prefill), `few` puts keys (QK) and dims (PV) in them (decode). Both keep one order of summation:
-//   score(row, key)   fma over d = 0, 1, ... from 0
+//   score(row, key)   fma over d = 0, 1, ... from 0; by pairs of dims it is multiplied by the scale thereafter
 //   row sum           LANES partial sums, key j to partial j % LANES, keys in order; then added by halves
-//   out(row, d)       fma over the keys of the chunk in order, from 0
+//   out(row, d)       fma over the keys of the chunk in order, from 0; pairs of keys are even ones and their next
 // A masked key has probability 0 exactly and adding it changes nothing, so it may be computed or skipped.
-// K is packed as kt[key / LANES][d][LANES] and V as vt[d / LANES][key][LANES], in fp32.
+// K is packed as kt[key / LANES][d][LANES] and V as vt[d / LANES][key][LANES], in fp32, or by pairs of d and of keys
+// (pairs.h): of bfloat16 the products of Q K are exact then, and probabilities are rounded to it for those with V, as
+// on GPUs; their sums are of those not rounded.
 #pragma once
 #include "attention_keys.h"
 #include "philox.h"
@@ -81,9 +83,10 @@ INLINE f32v finite(f32v m) { return select(m == NONE, f32v{}, m); }
 
 // The rows of a tile and what is known of them so far. In the `rows` shape q and o are transposed, [d][width].
 struct Tile {
-  int first, rows, width, dim;     // the first row; width: rows rounded up to lanes
-  bool few;                        // which shape; in `few`, q is [row][DIM] and o [row][dim rounded up to lanes]
-  float *q, *o, *m, *l;            // q comes scaled
+  int first, rows, width, dim;  // the first row; width: rows rounded up to lanes
+  bool few;                     // which shape; in `few`, q is [row][DIM] and o [row][dim rounded up to lanes]
+  float scale;                  // of scores by pairs; else q comes scaled
+  float *q, *o, *m, *l;
   float *slope, *sink;             // per row
   int32_t *low, *high, *position;  // keys [low, high) are seen by a row; both grow with the row
   uint64_t* element;               // dropout's number of the row's first key
@@ -149,9 +152,10 @@ struct Ends {
   int group(int v) const { return (int)ceil_div(at[v], LANES); }
 };
 
-// Scores before their terms to s, for vectors FROM .. NV, and the maximum of the plain ones to m.
+// Scores before their terms to s, for vectors FROM .. NV, and the maximum of the plain ones to m. dim: in lanes.
 template <int NV, int FROM = 0>
-NOINLINE void qk_rows(const float* qt, const float* kt, float* s, int dim, int begin, int end, Plain plain, float* m) {
+NOINLINE void qk_rows(const float* qt, const float* kt, float scale, float* s, int dim, int begin, int end, Plain plain,
+                      float* m) {
   constexpr int W = NV * LANES;
   for (int j = begin; j < end; j += BLOCK) {
     const float* k = kt + (j / LANES * dim) * LANES + j % LANES;
@@ -162,11 +166,14 @@ NOINLINE void qk_rows(const float* qt, const float* kt, float* s, int dim, int b
       UNROLL for (int v = FROM; v < NV; v++) row[v] = in_register(load(q + v * LANES));
       UNROLL for (int i = 0; i < BLOCK; i++) {
         const f32v key = splat(k[i]);
-        UNROLL for (int v = FROM; v < NV; v++) acc[i][v] = fma(row[v], key, acc[i][v]);
+        UNROLL for (int v = FROM; v < NV; v++) acc[i][v] = add_products(acc[i][v], row[v], key);
       }
     }
     UNROLL for (int i = 0; i < BLOCK; i++) {
-      UNROLL for (int v = FROM; v < NV; v++) store(s + (j + i) * W + v * LANES, acc[i][v]);
+      UNROLL for (int v = FROM; v < NV; v++) {
+        if constexpr (PAIRS) acc[i][v] *= scale;
+        store(s + (j + i) * W + v * LANES, acc[i][v]);
+      }
     }
     if (FROM > 0 || !plain.has(j / LANES)) continue;
     UNROLL for (int v = 0; v < NV; v++) {
@@ -272,24 +279,34 @@ NOINLINE void drop_rows(const Tile& t, const Keys& keys, float* p) {
   }
 }
 
+// p rounded to pairs of keys, p[key / 2][width], in place.
+template <int NV>
+NOINLINE void pair_rows(float* p, int first, int last) {
+  constexpr int W = NV * LANES;
+  for (int j = first; j < last; j += 2) UNROLL for (int v = 0; v < NV; v++) {
+      const float* at = p + j * W + v * LANES;
+      store(p + j / 2 * W + v * LANES, bitcast<f32v>(beside(load(at), load(at + W))));
+    }
+}
+
 // o = o a + (P V) b
 template <int NV>
 NOINLINE void pv_rows(const float* p, const float* vt, float* o, const float* a, const float* b, int dim, int begin,
                       const Ends<NV>& ends) {
   constexpr int W = NV * LANES;
   for (int d = 0; d < dim; d += BLOCK) {
-    const float *x = vt + d / LANES * CHUNK * LANES + begin * LANES + d % LANES, *row = p + begin * W;
+    int j = begin / PER_LANE;
+    const float *x = vt + (d / LANES * CHUNK / PER_LANE + j) * LANES + d % LANES, *row = p + j * W;
     f32v acc[BLOCK][NV] = {};
-    int j = begin;
     auto vectors_from = [&](auto from) {
       constexpr int FROM = decltype(from)::value;
       if constexpr (FROM < NV) {
-        NO_UNROLL for (const int last = ends.at[FROM]; j < last; j++, x += LANES, row += W) {
+        NO_UNROLL for (const int last = (int)lanes_of(ends.at[FROM]); j < last; j++, x += LANES, row += W) {
           f32v weight[NV];
           UNROLL for (int v = FROM; v < NV; v++) weight[v] = in_register(load(row + v * LANES));
           UNROLL for (int i = 0; i < BLOCK; i++) {
             const f32v value = splat(x[i]);
-            UNROLL for (int v = FROM; v < NV; v++) acc[i][v] = fma(weight[v], value, acc[i][v]);
+            UNROLL for (int v = FROM; v < NV; v++) acc[i][v] = add_products(acc[i][v], weight[v], value);
           }
         }
       }
@@ -317,7 +334,7 @@ void chunk_rows(const Tile& t, const Keys& keys, const float* kt, const float* v
     constexpr int FROM = decltype(from)::value;
     if constexpr (FROM < NV) {
       const int end = ends.group(FROM) * LANES;
-      qk_rows<NV, FROM>(t.q, kt, s, t.dim, begin, end, plain, mc);
+      qk_rows<NV, FROM>(t.q, kt, t.scale, s, (int)lanes_of(t.dim), begin, end, plain, mc);
       begin = max(begin, end);
     }
   };
@@ -327,6 +344,7 @@ void chunk_rows(const Tile& t, const Keys& keys, const float* kt, const float* v
   score_rows<NV>(t, keys, ends, plain, s, mc);
   exp_rows<NV>(keys, ends, s, mc, lc);
   if (keys.dropout.below) drop_rows<NV>(t, keys, s);
+  if constexpr (PAIRS) pair_rows<NV>(s, keys.first_group() * LANES, keys.last_group() * LANES);
   for (int v = 0; v < NV * LANES; v += LANES) merge(t.m + v, t.l + v, load(mc + v), load(lc + v), a + v, b + v);
   pv_rows<NV>(s, vt, t.o, a, b, t.dim, keys.begin, ends);
 }
@@ -335,7 +353,8 @@ void chunk_rows(const Tile& t, const Keys& keys, const float* kt, const float* v
 
 // Keys are turned in registers and used there, for all rows and GROUPS x LANES keys at a time.
 template <class T, int R>
-NOINLINE void qk_few(const float* q, const Rows<T>* k, const Rows<T>* v, int first, int last, int dim, float* s) {
+NOINLINE void qk_few(const float* q, const Rows<T>* k, const Rows<T>* v, float scale, int first, int last, int dim,
+                     float* s) {
   for (int g = first / GROUPS * GROUPS; g < last; g += GROUPS) {
     auto at = [&](int u) { return max(first, min(g + u, last - 1)); };
     auto rows = [&](int u) { return k[at(u)]; };
@@ -348,24 +367,31 @@ NOINLINE void qk_few(const float* q, const Rows<T>* k, const Rows<T>* v, int fir
       f32v words[GROUPS][4];
       if constexpr (FETCH_NEXT) values.fetch();
       UNROLL for (int u = 0; u < GROUPS; u++) quads[u].turn(words[u], T{});
-      UNROLL for (int i = 0; i < DIMS<T>; i++) {
+      UNROLL for (int i = 0; i < DIMS<T> / PER_LANE; i++) {
         f32v key[GROUPS];
-        UNROLL for (int u = 0; u < GROUPS; u++) key[u] =
-            Rows<T>::scaled(scales[u], value(words[u][i / PER_WORD<T>], i % PER_WORD<T>, T{}));
+        UNROLL for (int u = 0; u < GROUPS; u++) {
+          if constexpr (PAIRS)
+            key[u] = words[u][i];
+          else
+            key[u] = Rows<T>::scaled(scales[u], value(words[u][i / PER_WORD<T>], i % PER_WORD<T>, T{}));
+        }
         UNROLL for (int r = 0; r < R; r++) {
-          const f32v x = splat(q[r * DIM + d + i]);
-          UNROLL for (int u = 0; u < GROUPS; u++) acc[r][u] = fma(x, key[u], acc[r][u]);
+          const f32v x = splat(q[r * DIM + d / PER_LANE + i]);
+          UNROLL for (int u = 0; u < GROUPS; u++) acc[r][u] = add_products(acc[r][u], x, key[u]);
         }
       }
     }
-    for (; d < dim; d++) {
+    for (; d < dim; d += PER_LANE) {
       UNROLL for (int u = 0; u < GROUPS; u++) {
-        const f32v key = column(rows(u), d);
-        UNROLL for (int r = 0; r < R; r++) acc[r][u] = fma(splat(q[r * DIM + d]), key, acc[r][u]);
+        const f32v key = column_of_lanes(rows(u), d, dim);
+        UNROLL for (int r = 0; r < R; r++) acc[r][u] = add_products(acc[r][u], splat(q[r * DIM + d / PER_LANE]), key);
       }
     }
     UNROLL for (int r = 0; r < R; r++) {
-      UNROLL for (int u = 0; u < GROUPS; u++) store(s + r * CHUNK + (g + u) * LANES, acc[r][u]);
+      UNROLL for (int u = 0; u < GROUPS; u++) {
+        if constexpr (PAIRS) acc[r][u] *= scale;
+        store(s + r * CHUNK + (g + u) * LANES, acc[r][u]);
+      }
     }
   }
 }
@@ -390,11 +416,14 @@ NOINLINE inline void softmax_few(const Tile& t, const Keys& keys, int r, float* 
     total += e;
   }
   *l = sum(total);
-  if (!keys.dropout.below) return;
-  int32_t room[CHUNK + 4 * LANES];
-  const int32_t* keep = kept(t, keys, r, room);
-  for (int g = keys.first_group(); g < keys.last_group(); g++, keep += LANES)
-    store(s + g * LANES, select(load(keep), load(s + g * LANES), f32v{}));
+  if (keys.dropout.below) {
+    int32_t room[CHUNK + 4 * LANES];
+    const int32_t* keep = kept(t, keys, r, room);
+    for (int g = keys.first_group(); g < keys.last_group(); g++, keep += LANES)
+      store(s + g * LANES, select(load(keep), load(s + g * LANES), f32v{}));
+  }
+  if constexpr (PAIRS)
+    for (int g = keys.first_group(); g < keys.last_group(); g++) store_half(s + g * LANES / 2, load(s + g * LANES));
 }
 
 // Vectors of dims side by side for R rows: AVX2 needs 8 sums or more to hide an fma's 4 cycles, and has 16 registers
@@ -412,17 +441,25 @@ NOINLINE void pv_few(const Rows<T>* v, const Keys& keys, int d, int n, const flo
   f32v acc[R][ND] = {};
   for (int g = begin / LANES; g * LANES < end; g++) {
     const int last = min(end - g * LANES, LANES);
-    int j = max(begin - g * LANES, 0);
+    const int first = max(begin - g * LANES, 0);
+    int j = first / PER_LANE * PER_LANE;
     const T* from = v[g].at + j * v[g].stride + d;
-    NO_UNROLL for (; j < last; j++, from += v[g].stride) {
-      const T* ahead = FETCH_NEXT ? (const T*)keys.ahead.row(g * LANES + j) + d : from + AHEAD * v[g].stride;
+    NO_UNROLL for (; j < last; j += PER_LANE, from += PER_LANE * v[g].stride) {
+      const T* ahead[PER_LANE];
+      UNROLL for (int i = 0; i < PER_LANE; i++) ahead[i] =
+          FETCH_NEXT ? (const T*)keys.ahead.row(g * LANES + j + i) + d : from + AHEAD * v[g].stride;
       f32v weight[R];
-      UNROLL for (int r = 0; r < R; r++) weight[r] = splat(p[r * CHUNK + g * LANES + j]);
+      UNROLL for (int r = 0; r < R; r++) weight[r] = splat(p[r * CHUNK + (g * LANES + j) / PER_LANE]);
       UNROLL for (int u = 0; u < ND; u++) {
-        f32v x = v[g].scaled(j, ND == 1 ? load(from, n) : load(from + u * LANES));
+        f32v x;
+        if constexpr (PAIRS)
+          x = value_lanes(v[g], j, first, last, d + u * LANES, ND == 1 ? n : LANES);
+        else
+          x = v[g].scaled(j, ND == 1 ? load(from, n) : load(from + u * LANES));
         x = in_register(x);
-        if (u % (64 / (LANES * (int)sizeof(T))) == 0) __builtin_prefetch(ahead + u * LANES, 0, FETCH_NEXT ? 2 : 3);
-        UNROLL for (int r = 0; r < R; r++) acc[r][u] = fma(weight[r], x, acc[r][u]);
+        if (u % (64 / (LANES * (int)sizeof(T))) == 0)
+          for (const T* to : ahead) __builtin_prefetch(to + u * LANES, 0, FETCH_NEXT ? 2 : 3);
+        UNROLL for (int r = 0; r < R; r++) acc[r][u] = add_products(acc[r][u], weight[r], x);
       }
     }
   }
@@ -450,7 +487,7 @@ template <class T, int R>
 void chunk_few(const Tile& t, const Keys& keys, const Rows<T>* k, const Rows<T>* v, float* s) {
   float mc[LANES], lc[LANES] = {}, a[LANES], b[LANES];
   store(mc, splat(NONE));
-  qk_few<T, R>(t.q, k, v, keys.first_group(), keys.last_group(), t.dim, s);
+  qk_few<T, R>(t.q, k, v, t.scale, keys.first_group(), keys.last_group(), t.dim, s);
   for (int r = 0; r < R; r++) softmax_few(t, keys, r, s + r * CHUNK, mc + r, lc + r);
   merge(t.m, t.l, load(mc), load(lc), a, b);
   pv_dims<T, R>(t, keys, v, 0, s, a, b);

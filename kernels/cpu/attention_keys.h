@@ -1,7 +1,10 @@
 // Keys and values as they lie in memory, of any storage dtype: turned in registers, widened, packed; and the constants
 // of attention's shapes.
+//
+// Where the machine multiplies pairs of bfloat16 those are packed as they are: two dims of a key, and two keys of a
+// dim.
 #pragma once
-#include "vec.h"
+#include "pairs.h"
 
 namespace gptfast::ISA {
 
@@ -173,6 +176,14 @@ INLINE f32v column(const Rows<T>& rows, int d) {
   for (int i = 0; i < LANES; i++) x[i] = load1(rows.at + i * rows.stride + d);
   return rows.scaled(rows.scales(), load(x));
 }
+// The same of PER_LANE dims, of which `dim` are there.
+template <class T>
+INLINE f32v column_of_lanes(const Rows<T>& rows, int d, int dim) {
+  if constexpr (!PAIRS) return column(rows, d);
+  uint32_t x[LANES] = {};
+  for (int i = 0; i < LANES; i++) memcpy(x + i, rows.at + i * rows.stride + d, min(dim - d, 2) * sizeof(T));
+  return load((const float*)x);
+}
 
 // Rows that lie apart are no stream that a machine would see.
 template <class T>
@@ -221,7 +232,7 @@ INLINE void touch_rows(const Rows<T>& rows, int dim) {
     }
 }
 
-// kt[d][LANES] = LANES keys.
+// kt[d][LANES] = LANES keys, a lane of PER_LANE dims after another.
 template <class T>
 NOINLINE void pack_k(const Rows<T>& k, int dim, float* kt) {
   prefetch_rows(k, dim, 2);
@@ -231,23 +242,42 @@ NOINLINE void pack_k(const Rows<T>& k, int dim, float* kt) {
   for (; d + DIMS<T> <= dim; d += DIMS<T>) {
     f32v words[4];
     quads.turn(words, T{});
-    UNROLL for (int i = 0; i < DIMS<T>; i++)
-        store(kt + (d + i) * LANES, k.scaled(scales, value(words[i / PER_WORD<T>], i % PER_WORD<T>, T{})));
+    if constexpr (PAIRS) {
+      UNROLL for (int i = 0; i < 4; i++) store(kt + (d / 2 + i) * LANES, words[i]);
+    } else {
+      UNROLL for (int i = 0; i < DIMS<T>; i++)
+          store(kt + (d + i) * LANES, k.scaled(scales, value(words[i / PER_WORD<T>], i % PER_WORD<T>, T{})));
+    }
   }
-  for (; d < dim; d++) store(kt + d * LANES, column(k, d));
+  for (; d < dim; d += PER_LANE) store(kt + d / PER_LANE * LANES, column_of_lanes(k, d, dim));
 }
 
-// vt[d / LANES][key][LANES] = values begin .. end. By columns: vectors of one key lie CHUNK LANES floats apart, in few
-// sets of L1.
+// Value j of a group and, with pairs, the one after it, from dim d on, n of them; those outside of begin .. end are
+// zero.
+template <class T>
+INLINE f32v value_lanes(const Rows<T>& v, int j, int begin, int end, int d, int n) {
+  const T* row = v.at + j * v.stride + d;
+  if constexpr (PAIRS) {
+    static constexpr T none[LANES] = {};
+    return bitcast<f32v>(load_two(j < begin ? none : row, j + 1 < end ? row + v.stride : nullptr, n));
+  } else {
+    return v.scaled(j, n == LANES ? load(row) : load(row, n));
+  }
+}
+
+// vt[d / LANES][key][LANES] = values begin .. end, a lane of PER_LANE keys after another. By columns: vectors of one
+// key lie CHUNK LANES floats apart, in few sets of L1.
 template <class T>
 NOINLINE void pack_v(const Rows<T>& v, int begin, int end, int dim, float* vt) {
   prefetch_rows(v, dim, 2);
+  auto column = [&](int d, int n) __attribute__((always_inline)) {
+    float* to = vt + d * CHUNK / PER_LANE;
+    for (int j = begin / PER_LANE * PER_LANE; j < end; j += PER_LANE)
+      store(to + j / PER_LANE * LANES, value_lanes(v, j, begin, end, d, n));
+  };
   int d = 0;
-  for (; d + LANES <= dim; d += LANES)
-    for (int j = begin; j < end; j++) store(vt + d * CHUNK + j * LANES, v.scaled(j, load(v.at + j * v.stride + d)));
-  if (d < dim)
-    for (int j = begin; j < end; j++)
-      store(vt + d * CHUNK + j * LANES, v.scaled(j, load(v.at + j * v.stride + d, dim - d)));
+  for (; d + LANES <= dim; d += LANES) column(d, LANES);
+  if (d < dim) column(d, dim - d);
 }
 
 // A row of dtype T in the cache's dtype C.

@@ -19,6 +19,7 @@ namespace avx512vnni {
 void linear_int8(const Linear&, Worker&);
 }
 namespace avx512bf16 {
+void attention(const Attention&, Worker&);
 void attention_backward(const AttentionBackward&, Worker&);
 void linear(const Linear&, Worker&);
 void linear_packed(const Linear&, Worker&);
@@ -50,6 +51,7 @@ std::vector<Choice> runnable() {
   }
   if (all.size() == 4 && __builtin_cpu_supports("avx512bf16")) {
     all.push_back({"avx512bf16", all.back().kernels});
+    all.back().kernels.attention = avx512bf16::attention;
     all.back().kernels.attention_backward = avx512bf16::attention_backward;
     all.back().kernels.linear = avx512bf16::linear;
     all.back().kernels.linear_packed = avx512bf16::linear_packed;

@@ -247,7 +247,7 @@ void streamed(const Linear& a, const float* x, int64_t padded, Worker& worker, f
   });
 }
 
-// More rows: blocks of W are packed once, numbers alone widened, and stay in L2 while the rows pass, a tile of them in L1.
+// More rows: blocks of W are packed once and stay in L2 while the rows pass, a tile of them in L1.
 template <class W>
 void blocked(const Linear& a, const float* x, int64_t padded, Worker& worker, float* sums, float* weight) {
   const Tiles tiles(a.rows, TILE);

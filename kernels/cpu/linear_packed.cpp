@@ -20,8 +20,8 @@ constexpr int TILE = 3, ABREAST = 1, ONE_ABREAST = 1;
 #endif
 constexpr int64_t BLOCK_TILES = 256 / TILE;  // rows whose sums stay in L2 while panels pass
 constexpr int64_t SPAN = 4 * CHUNK;          // of their depth, what stays there while the columns of a task pass
-constexpr int64_t DEEP = 768 * PER_LANE, GROUPS = 4;    // more depth would not stay: a task takes more columns, up to 4 times
-constexpr int64_t AHEAD = 1536;              // bytes of each panel: DRAM latency at a thread's share of the bandwidth
+constexpr int64_t DEEP = 768 * PER_LANE, GROUPS = 4;  // more depth would not stay: a task takes more columns
+constexpr int64_t AHEAD = 1536;  // bytes of each panel: DRAM latency at a thread's share of the bandwidth
 // AVX2, one row: four streams that the hardware's prefetcher sees by itself; asked for as well they are 0.9x as fast.
 constexpr bool fetches(int abreast) { return VEC_BYTES != 32 || abreast == ABREAST; }
 
@@ -34,8 +34,8 @@ INLINE f32v load_step(const W* w, bool whole) {
     return load(w);
 }
 
-// sums[MR][NP * PANEL] = (add ? sums : 0) + x[step][MR] * w[panel][k][PANEL] over `length` k in order. Panels lie `stride` apart. The
-// next tile of rows, whose x is on its way meanwhile, lies next_x floats further.
+// sums[MR][NP * PANEL] = (add ? sums : 0) + x[step][MR] * w[panel][k][PANEL] over `length` k in order. Panels lie
+// `stride` apart. The next tile of rows, whose x is on its way meanwhile, lies next_x floats further.
 template <int MR, int NP, class W>
 __attribute__((noinline)) void tile(const float* x, const W* w, int64_t stride, int64_t length, Ahead ahead,
                                     int64_t next_x, float* sums, bool add) {
