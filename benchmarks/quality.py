@@ -26,6 +26,7 @@ WAYS = (
     *(("q4_1", "int8"), ("q4_0", "int8")),
 )
 CACHES = ("fp16", "bf16", "int8")  # under fp32 weights and activations
+SHIPPED = (None, "int8", "bf16")  # what loading the package without a word gives
 ROW = 512  # tokens that see one another
 
 
@@ -49,7 +50,7 @@ def measure(tokens: int) -> list[dict[str, Any]]:
     wanted = log_probs(exact, rows)
     results = []
     kept = [("fp32", "exact", name) for name in ("fp32", *CACHES)]
-    for weights, activations, kv_cache in (*kept, *[(*way, "fp32") for way in WAYS]):
+    for weights, activations, kv_cache in (*kept, *[(*way, "fp32") for way in WAYS], SHIPPED):
         print(f"{weights or 'as stored'}, {activations}, {kv_cache} ...", file=sys.stderr, flush=True)
         if weights == "fp32":
             lm = exact

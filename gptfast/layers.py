@@ -310,9 +310,11 @@ class Attention(Layer):
             scales = {}
             if cache.k_scale is not None and cache.v_scale is not None:
                 scales = {"k_scale": cache.k_scale[layer], "v_scale": cache.v_scale[layer]}
+            rounds = isinstance(self.qkv.weight, QuantizedWeight) and self.qkv.activations != "exact" and not scales
             mixed = ops.attention_kvcache(
                 *(q, cache.k[layer], cache.v[layer], cache.lengths),
                 **dict(k=k, v=v, window=self.window, cos=cos, sin=sin, backend=self.backend, **scales),
+                activations="rounded" if rounds else "exact",
             )
         else:
             if tables is not None:

@@ -130,6 +130,6 @@ def test_smaller_caches(model: GPT, exact: list[Tensor], kept: torch.dtype, most
 def test_the_cache_is_as_exact_as_the_activations(model: GPT) -> None:
     lm = LanguageModel(model)
     model.activations = "int8"
-    assert lm.new_cache().kv.dtype == torch.float16
+    assert lm.new_cache().kv.dtype == torch.bfloat16
     model.activations = "exact"
     assert lm.new_cache().kv.dtype == torch.float32

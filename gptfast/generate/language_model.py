@@ -74,7 +74,7 @@ class LanguageModel:
 
     model      int64 (B, T) -> fp32 logits (B, T, V)
     tokenizer  None where there is none: then prompts are token ids and texts are empty
-    kv_cache   the dtype of new KV caches: "fp32", "bf16", "fp16", "int8"; None = fp16 where activations are rounded to
+    kv_cache   the dtype of new KV caches: "fp32", "bf16", "fp16", "int8"; None = bf16 where activations are rounded to
                int8, else the model's own
     """
 
@@ -96,13 +96,13 @@ class LanguageModel:
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """What new KV caches keep keys and values in. fp16 moves SmolLM2's logits by a mean KL of 5.3e-7 nats, int8
+        """What new KV caches keep keys and values in. bf16 moves SmolLM2's logits by a mean KL of 5e-5 nats, int8
         activations by 3.1e-3."""
         if self.kv_cache is not None:
             return CACHE_DTYPES[self.kv_cache]
         model = self.model
         rounded = isinstance(model, GPT) and isinstance(self._head, QuantizedWeight) and model.activations != "exact"
-        return torch.float16 if rounded and model.dtype == torch.float32 else model.dtype
+        return torch.bfloat16 if rounded and model.dtype == torch.float32 else model.dtype
 
     @property
     def _head(self) -> Weight:

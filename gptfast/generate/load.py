@@ -39,7 +39,7 @@ def load(
     weights       None = as stored; "fp32", "bf16", "fp16", "q8" and "q4" (gptfast's own choice of blocks), "q8_0",
                   "q4_0", "q4_1" (GGUF's, as ggml quantises): gptfast.model.convert
     activations   None = the fast choice for the weights, "exact" or "int8"
-    kv_cache      the dtype that keys and values are kept in: "fp32", "bf16", "fp16" or "int8"; None = fp16 where
+    kv_cache      the dtype that keys and values are kept in: "fp32", "bf16", "fp16" or "int8"; None = bf16 where
                   activations are rounded to int8, else the activations' own
     backend       passed to every op; None = the best that is here
     tokenizer     instead of the one beside the weights; a live model has none of its own

@@ -32,8 +32,10 @@ lies beyond is not written; block_table and cache_batch_idx must then be right. 
 to (x1 cos - x2 sin, x2 cos + x1 sin), rounded to the storage dtype. cache_leftpad (B,) int32: the first slots to leave
 out; key 0 is the slot after them.
 
-The caches may be of another float dtype than q, k and v: these are rounded to it, to nearest even, as they are written,
-and all queries of the call see what was written. fp16 holds values up to 65,504 with 11 bits, bf16 all with 8.
+The caches may be of another float dtype than q, k and v: k and v are rounded to it, to nearest even, as they are
+written, and all queries of the call see what was written. fp16 holds values up to 65,504 with 11 bits, bf16 all with 8.
+activations="rounded", with caches of floats: q is rounded to their dtype too, so that matrix instructions of 16-bit
+numbers may be used, on P also; what comes out is q's dtype still. Error: that of attention in the caches' dtype.
 
 They may be int8 too, with k_scale and v_scale fp32, shaped like them without D and written beside them: the D values x
 of a head at a position are kept as scale = max |x| / 127 and round(x * (127 / max |x|)), computed in fp32, and count as
@@ -329,6 +331,7 @@ def reference_kvcache(
     cache_batch_idx: Tensor | None = None,
     cache_leftpad: Tensor | None = None,
     return_lse: bool = False,
+    activations: str = "exact",
 ) -> Result:
     """The meaning of attention_kvcache, in plain PyTorch."""
     Sq, page, outs, lses = q.shape[1], k_cache.shape[1], [], []
@@ -341,6 +344,7 @@ def reference_kvcache(
             row = slot * 0 + (b if cache_batch_idx is None else cache_batch_idx[b])
         turn = (cos[total - Sq : total], sin[total - Sq : total]) if cos is not None and sin is not None else None
         mine = _rotate(q[b], turn, interleaved)
+        mine = mine.to(k_cache.dtype).to(q.dtype) if activations == "rounded" else mine
         if k is not None and v is not None:
             new = row[length:], slot[length:]
             _keep(_rotate(k[b], turn, interleaved), k_cache, k_scale, new)
@@ -414,6 +418,7 @@ def attention_kvcache(
     cache_batch_idx: Tensor | None = None,
     cache_leftpad: Tensor | None = None,
     return_lse: bool = False,
+    activations: str = "exact",
     backend: str | None = None,
 ) -> Any:
     """out like q (B, Sq, H, D), or (out, lse (B, H, Sq)); with k, v they are written to the caches first, in place.
@@ -426,7 +431,7 @@ def attention_kvcache(
         "k_scale": k_scale, "v_scale": v_scale, "block_table": block_table,
         "causal": causal, "scale": scale, "window": tuple(window), "softcap": softcap, "alibi_slopes": alibi_slopes,
         "sinks": sinks, "cos": cos, "sin": sin, "interleaved": interleaved, "cache_batch_idx": cache_batch_idx,
-        "cache_leftpad": cache_leftpad, "return_lse": return_lse,
+        "cache_leftpad": cache_leftpad, "return_lse": return_lse, "activations": activations,
     }  # fmt: skip
     page = "attention.attention_kvcache"
     function = dispatch.prepared(page, backend, reference_kvcache, q, arguments, check_kvcache)
@@ -443,7 +448,8 @@ def cost_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *
         k_cache.shape[3] * k_cache.element_size() + (4 if terms.get("k_scale") is not None else 0)
     )
     moved = nbytes(q, q, k, terms.get("v")) + 2 * keys * row
-    return Cost(flops=4 * q.shape[-1] * q.shape[2] * pairs, bytes=moved, unit=products(q, k_cache, v_cache))
+    operands = (k_cache, v_cache) if terms.get("activations") == "rounded" else (q, k_cache, v_cache)
+    return Cost(flops=4 * q.shape[-1] * q.shape[2] * pairs, bytes=moved, unit=products(*operands))
 
 
 OPS = [

@@ -203,6 +203,10 @@ def cases_kvcache() -> list[Case]:
         case([0, 129], 9, 4, 1, 40, 140, *("append", "rope", "fp16"), return_lse=True),
         case([20, 260], 40, 4, 2, 32, 304, *("append", "pages", "bf16")),
         case([5, 130, 300], 1, 3, 3, 20, 300, "fp16"),
+        case([5, 130], 1, 6, 2, 63, 140, *("append", "bf16"), activations="rounded"),
+        case([0, 129], 9, 4, 1, 40, 140, *("append", "rope", "bf16"), activations="rounded", return_lse=True),
+        case([20, 260], 40, 4, 2, 32, 304, *("append", "rope", "fp16"), activations="rounded"),
+        case([64], 65, 3, 3, 72, 140, *("append", "bf16"), activations="rounded"),
         case([5, 0, 130], 1, 6, 2, 64, 140, *("append", "int8")),
         case([0, 129], 9, 4, 1, 40, 140, *("append", "rope", "int8"), return_lse=True),
         case([20, 260], 40, 4, 2, 32, 304, *("append", "pages", "int8")),
@@ -224,12 +228,18 @@ def baseline_kvcache(
     k: Tensor | None = None,
     v: Tensor | None = None,
     return_lse: bool = False,
+    activations: str = "exact",
     **terms: Any,
 ) -> Result:
     """The new rows written by indexing, then F.scaled_dot_product_attention on the filled part of the cache, where all
-    lengths are equal and nothing else is asked for; else the reference in q's dtype."""
+    lengths are equal and nothing else is asked for; else the reference in q's dtype. Rounded: in the caches' dtype."""
     from gptfast.ops.attention import reference_kvcache
 
+    if activations == "rounded":
+        held = {name: None if t is None else t.to(k_cache.dtype) for name, t in (("k", k), ("v", v))}
+        caches = k_cache, v_cache, lengths
+        made = baseline_kvcache(q.to(k_cache.dtype), *caches, **held, return_lse=return_lse, **terms)
+        return (made[0].to(q.dtype), made[1]) if return_lse else made.to(q.dtype)
     total, Sq = int(lengths[0]) + (0 if k is None else q.shape[1]), q.shape[1]
     if terms or return_lse or len(lengths) > 1:
         return reference_kvcache(q, k_cache, v_cache, lengths, k=k, v=v, return_lse=return_lse, **terms)

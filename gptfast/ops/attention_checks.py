@@ -77,6 +77,7 @@ def check_kvcache(
     scale: float | None,
     interleaved: bool,
     return_lse: bool,
+    activations: str,
 ) -> None:
     """Raises where shapes or dtypes don't fit together."""
     op, dtype = "attention_kvcache", q.dtype
@@ -99,6 +100,14 @@ def check_kvcache(
                 raise ValueError(f"{op}: expected {wanted}, got {shape(scales)}")
         elif scales is not None:
             raise ValueError(f"{op}: expected no {name} with caches of {shape(k_cache)}, got {shape(scales)}")
+    allowed = ("exact",) if k_cache.dtype == torch.int8 else ("exact", "rounded")
+    require(
+        activations in allowed,
+        lambda: (
+            f"{op}: expected activations {' or '.join(map(repr, allowed))} with caches of {shape(k_cache)}, "
+            f"got {activations!r}"
+        ),
+    )
     check_heads(op, q, k_cache)
     check_terms(op, q, B, window, softcap, alibi_slopes, sinks)
     require((k is None) == (v is None), f"{op}: expected k and v, or neither, got one of them")

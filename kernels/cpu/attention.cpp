@@ -140,10 +140,19 @@ struct Head {
       rope_row(turned, x, a.cos + turn, a.sin + turn, D, a.rotary, a.interleaved);
       x = turned;
     }
-    for (int d = 0; d < D; d += STEP) {
-      const f32v q = load_lanes(x + d, D - d);
-      store(to + d / PER_LANE, PAIRS ? q : q * a.scale);
-    }
+    auto put = [&](auto row) {
+      for (int d = 0; d < D; d += STEP) {
+        const f32v q = load_lanes(row + d, D - d);
+        store(to + d / PER_LANE, PAIRS ? q : q * a.scale);
+      }
+    };
+    if constexpr (!__is_same(T, C) && sizeof(C) == 2)
+      if (PAIRS || a.rounded) {
+        C held[DIM];
+        write_row(held, x, D);
+        return put((const C*)held);
+      }
+    if constexpr (!PAIRS || __is_same(T, C)) put(x);
   }
 
   // Rows first .. of a tile in its memory, with nothing attended to yet. `few`: at most FEW rows, in the `few` shape.
@@ -518,7 +527,10 @@ void attention(const Attention&, Worker&);
 }
 namespace gptfast::ISA {
 void attention(const Attention& a, Worker& worker) {
-  if (a.dtype == BFLOAT16 && a.cache_dtype == BFLOAT16) return run<bf16, bf16>(a, worker);
+  if (a.cache_dtype == BFLOAT16) {
+    if (a.dtype == BFLOAT16) return run<bf16, bf16>(a, worker);
+    if (a.rounded) return run<float, bf16>(a, worker);
+  }
   avx512::attention(a, worker);
 }
 #else

@@ -260,6 +260,7 @@ def prepare_attention_kvcache(
     cache_batch_idx: Tensor | None,
     cache_leftpad: Tensor | None,
     return_lse: bool,
+    activations: str,
     **terms: Any,
 ) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
     """The op for arguments of these shapes, strides and dtypes. What it allocates is for all that the cache has room
@@ -302,7 +303,7 @@ def prepare_attention_kvcache(
         *("attention", threads, outputs, inputs, given),
         results=len(outputs),
         workspace=4 * floats,
-        **numbers | extra | _dropout(),
+        **numbers | extra | _dropout() | {"rounded": activations == "rounded"},
     )
 
 
@@ -343,6 +344,7 @@ def _numbers(
             "right": window[1],
         },
         **{"bias_dtype": 0, "slopes_batch": 0, "page": 0, "table_stride": 0, "rotary": 0, "interleaved": 0},
+        "rounded": 0,
     }
     return threads, B * Hk * chunks * partial, numbers
 

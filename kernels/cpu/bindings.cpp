@@ -332,7 +332,7 @@ PYBIND11_MODULE(_cpu, m) {
        mask, bias, slopes, sinks, cu_q, cu_k, lengths, leftpad, batch_index, block_table, B, Sq, Sk, H, Hk, D,
        q_longest, q_strides, k_strides, v_strides, k_new_strides, v_new_strides, k_scale_strides, v_scale_strides,
        mask_strides, bias_strides, slopes_batch, page, table_stride, rotary, chunks, partial, seed, scale, softcap,
-       keep_scale, stream, drop_below, dtype, cache_dtype, bias_dtype, causal, left, right, interleaved);
+       keep_scale, stream, drop_below, dtype, cache_dtype, bias_dtype, causal, left, right, interleaved, rounded);
   BIND(attention_backward, AttentionBackward, dq, dk, dv, dbias, dsinks, delta, norm, workspace, dout, out, lse, dlse,
        q, k, v, mask, bias, slopes, sinks, cu_q, cu_k, B, Sq, Sk, H, Hk, D, q_longest, k_longest, q_strides, k_strides,
        v_strides, dout_strides, out_strides, mask_strides, bias_strides, bias_shape, slopes_batch, room, seed, scale,

@@ -78,6 +78,7 @@ struct Attention {
   uint32_t stream, drop_below;       // drop_below = floor(p * 2^32); 0 = no dropout
   int32_t dtype, cache_dtype;        // cache_dtype: of k, v and the caches; dtype, or any where that is FLOAT32
   int32_t bias_dtype, causal, left, right, interleaved;
+  int32_t rounded;  // q to cache_dtype, of 16 bits; and P for its product with V where that pays
 };
 
 struct AttentionBackward {  // of an Attention without a cache, whose names it keeps

@@ -318,10 +318,12 @@ def attention_kvcache(
     cache_batch_idx: Tensor | None,
     cache_leftpad: Tensor | None,
     return_lse: bool,
+    activations: str,
 ) -> Tensor | tuple[Tensor, Tensor]:
     q = with_rows(q)
     B, Sq, H, D = q.shape
     Hk, room = k_cache.shape[2], k_cache.shape[1]
+    held = k_cache.dtype if activations == "rounded" else q.dtype
     out = empty(q.shape, q.dtype, q)
     lse = empty((B, H, Sq), torch.float32, q) if return_lse else None
     rows, pads, table = (edges(t) for t in (cache_batch_idx, cache_leftpad, block_table))
@@ -329,12 +331,12 @@ def attention_kvcache(
     page = 1
     if table is not None:
         page, room = room, room * table.shape[1]
-    tile = tiles.attention_kvcache(Sq * (H // Hk), D, q.dtype, arch(q), k_cache.dtype == torch.int8, table is not None)
+    tile = tiles.attention_kvcache(Sq * (H // Hk), D, held, arch(q), k_cache.dtype == torch.int8, table is not None)
     caches = strides(kc=k_cache, vc=v_cache)
     for name, t in (("ks", k_scale), ("vs", v_scale)):
         caches |= {f"{name}_{axis}": 0 if t is None else t.stride(n) for n, axis in enumerate(("batch", "row", "head"))}
     if k is not None or cos is not None:
-        turned = None if cos is None else empty(q.shape, q.dtype, q)
+        turned = None if cos is None else empty(q.shape, held, q)
         k, v = (None if t is None else with_rows(t) for t in (k, v))
         heads = (0 if k is None else 2 * Hk) + (0 if cos is None else H)
         launch(
@@ -352,6 +354,7 @@ def attention_kvcache(
             fp_fusion=False,  # the page rounds each product
         )
         q = q if turned is None else turned
+    q = q.to(held)
     chunk = tile.blocks["CHUNK"]
     splits = max(cdiv(room, chunk), 1)
     R = Sq * (H // Hk)

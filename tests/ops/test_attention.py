@@ -422,6 +422,10 @@ ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     "overflow": (bad_cache(lengths=ints(3, 13)), r"lengths 0 to 12 \(16 slots, 4 new tokens\), got \[3, 13\]"),
     "negative": (bad_cache(lengths=ints(-1, 3)), r"lengths 0 to 12 .* got \[-1, 3\]"),
     "lengths": (bad_cache(lengths=torch.tensor([1, 2])), r"expected lengths \(2,\) int32, got \(2,\) int64"),
+    "activations": (
+        bad_cache(activations="int8"),
+        r"activations 'exact' or 'rounded' with caches of \(2, 16, 2, 40\) float32, got 'int8'",
+    ),
     "k alone": (bad_cache(v=None), "expected k and v, or neither, got one of them"),
     "k shape": (bad_cache(k=randn(2, 3, HK, D)), r"expected k and v \(2, 4, 2, 40\) .* got \(2, 3, 2, 40\)"),
     "rows": (bad_cache(lengths=ints(1, 2), q=randn(2, 4, H, 8)), r"k_cache \(B, Smax, Hk, 8\)"),

@@ -179,7 +179,7 @@ def test_lengths_beyond_a_cache_write_and_read_nothing_there(int8: bool) -> None
     terms: dict[str, Any] = dict(
         k_scale=scales[0], v_scale=scales[1], block_table=None, causal=True, scale=None, window=(-1, -1), softcap=0.0,
         alibi_slopes=None, sinks=None, cos=None, sin=None, interleaved=False, cache_batch_idx=None, cache_leftpad=None,
-        return_lse=False,
+        return_lse=False, activations="exact",
     )  # fmt: skip
     lengths = torch.tensor([room - 1, room, 5000], dtype=torch.int32, device=device)
     found = attention_kvcache(q, caches[0], caches[1], lengths, k=k, v=v, **terms)
