@@ -189,8 +189,10 @@ def measure(names: Sequence[str], shape: Shape, rounds: int) -> list[dict[str, A
             times[name].append((time.perf_counter() - start) / steps)
     peaks = {name: memory_apart(name, shape) for name in names}
     work = flops(shape)
-    moved = 28.0 * max(c.parameters for c in contenders.values())  # by AdamW: 4 numbers read, 3 written
-    bound = hardware.roofline(Cost(flops=work, bytes=moved)) if hardware.machine().isa else None
+    unit, size = ("fp32", 4) if shape.dtype == "float32" else ("bf16", 2)
+    # By AdamW: its two numbers of fp32 read and written, the parameter too, the gradient read.
+    moved = (16.0 + 3 * size) * max(c.parameters for c in contenders.values())
+    bound = hardware.roofline(Cost(flops=work, bytes=moved, unit=unit)) if hardware.machine().isa else None
     rows = []
     for name in names:
         spread = Spread.of(times[name])
