@@ -85,15 +85,6 @@ __attribute__((noinline)) void dw_tile(const float* g, const float* x, int64_t r
     for (int v = 0; v < 3; v++, sums += LANES) store(sums, add ? load(sums) + acc[i][v] : acc[i][v]);
 }
 
-// LANES lanes of a row from k on, of which `length` numbers are left.
-template <class T>
-INLINE f32v lanes_at(const T* p, int64_t length) {
-  if constexpr (PAIRS)
-    return bitcast<f32v>(load_pairs(p, length));
-  else
-    return load(p, (int)min<int64_t>(LANES, length));
-}
-
 // n rows of W as [group][k][COLS], the columns beyond n zero.
 template <class T>
 void pack_columns(const T* w, int64_t stride, int n, int64_t length, float* out) {
@@ -106,7 +97,7 @@ void pack_columns(const T* w, int64_t stride, int n, int64_t length, float* out)
       for (int i = 0; i < LANES; i++) {
         const T* p = w + (c + i) * stride + k * PER_LANE;
         if (c + i < n) __builtin_prefetch(p + LANES * stride);
-        t[i] = c + i < n ? lanes_at(p, length - k * PER_LANE) : f32v{};
+        t[i] = c + i < n ? load_lanes(p, length - k * PER_LANE) : f32v{};
       }
       transpose(t);
       for (int i = 0; i < deep; i++) store(to + (k + i) * COLS, t[i]);
@@ -266,19 +257,10 @@ void dx_block(const Vocabulary& a, int64_t block, const float* g, const float* w
 
 namespace {
 
-// f(T{}) with the type of x and W.
-template <class F>
-INLINE void with_operands(const Vocabulary& a, F f) {
-  if constexpr (PAIRS)
-    f(bf16{});
-  else
-    with_storage(a.dtype, f);
-}
-
 void make_logits(const Vocabulary& a, Worker& worker) {
   const Terms terms(a.softcap, a.inverse_temperature);
   float* packed = (float*)worker.scratch((DEPTH * BLOCK + (a.logits ? 0 : a.padded * BLOCK)) * sizeof(float));
-  with_operands(a, [&](auto t) {
+  with_numbers(a.dtype, [&](auto t) {
     using T = decltype(t);
     worker.each(ceil_div(a.rows, HIGH), [&](int64_t tile) {
       float* out = a.tiles + tile * HIGH * a.depth;
@@ -288,7 +270,7 @@ void make_logits(const Vocabulary& a, Worker& worker) {
         for (int64_t k = 0; k < lanes_of(a.depth); k += LANES) {
           const int n = (int)min<int64_t>(LANES, lanes_of(a.depth) - k);
           float lanes[LANES];
-          store(lanes, r < a.rows ? lanes_at(x + k * PER_LANE, a.depth - k * PER_LANE) : f32v{});
+          store(lanes, r < a.rows ? load_lanes(x + k * PER_LANE, a.depth - k * PER_LANE) : f32v{});
           for (int l = 0; l < n; l++) out[(k + l) * HIGH + i] = lanes[l];
         }
       }
@@ -315,7 +297,7 @@ void make_gradients(const Vocabulary& a, Worker& worker) {
   const int64_t halves = PAIRS ? BLOCK * lanes_of(a.padded) : 0;  // of G: pairs of rows, and rows
   float* w = (float*)worker.scratch((packed + BLOCK * WIDE + 2 * halves) * sizeof(float));
   float *pairs = w + packed + BLOCK * WIDE, *rows = pairs + halves;
-  with_operands(a, [&](auto t) {
+  with_numbers(a.dtype, [&](auto t) {
     using T = decltype(t);
     const int64_t depth = a.depth;
     if (a.dweight)

@@ -183,15 +183,6 @@ void few_rows(const Product& p, const float* a, Worker& worker) {
   });
 }
 
-// f(T{}) with the type of an operand.
-template <class F>
-INLINE void with_operand(int dtype, F f) {
-  if constexpr (PAIRS)
-    f(bf16{});
-  else
-    with_storage(dtype, f);
-}
-
 void multiply_all(const Product& p, Worker& worker) {
   const int64_t rows = panels(p.rows, MR) * MR, cols = panels(p.cols, NR) * NR;
   float *a = p.workspace, *b = a + rows * lanes_of(p.depth);
@@ -200,17 +191,17 @@ void multiply_all(const Product& p, Worker& worker) {
   const int64_t of_a = ceil_div(p.rows, each_a), of_b = few ? 0 : ceil_div(p.cols, each_b);
   worker.each(of_a + of_b, [&](int64_t task) {
     if (task < of_a)
-      with_operand(p.a_dtype, [&](auto t) {
+      with_numbers(p.a_dtype, [&](auto t) {
         pack<MR>((const decltype(t)*)p.a, p.a_row, p.a_depth, p.rows, p.depth, task * each_a, each_a, a,
                  p.of_b ? nullptr : p.sums, p.add);
       });
     else
-      with_operand(p.b_dtype, [&](auto t) {
+      with_numbers(p.b_dtype, [&](auto t) {
         pack<NR>((const decltype(t)*)p.b, p.b_col, p.b_depth, p.cols, p.depth, (task - of_a) * each_b, each_b, b,
                  p.of_b ? p.sums : nullptr, p.add);
       });
   });
-  if (few) return with_operand(p.b_dtype, [&](auto t) { few_rows<decltype(t)>(p, a, worker); });
+  if (few) return with_numbers(p.b_dtype, [&](auto t) { few_rows<decltype(t)>(p, a, worker); });
   int64_t tall = ROWS, wide = COLS;
   while (ceil_div(p.rows, tall) * ceil_div(p.cols, wide) < SHARES * worker.count && wide > 2 * NR)
     (wide > 8 * NR || tall < ROWS ? wide : tall) /= 2;
