@@ -96,8 +96,8 @@ class LanguageModel:
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """What new KV caches keep keys and values in. bf16 moves SmolLM2's logits by a mean KL of 5e-5 nats, int8
-        activations by 3.1e-3."""
+        """What new KV caches keep keys and values in. With queries and caches in bf16 int8 activations move SmolLM2's
+        logits by a mean KL of 3.13e-3 nats, with fp32's by 3.05e-3."""
         if self.kv_cache is not None:
             return CACHE_DTYPES[self.kv_cache]
         model = self.model
