@@ -131,11 +131,12 @@ INLINE void dot_rows(const float* x, const W* const* w, int64_t length, Ahead ah
   if (const int tail = (int)(length - k)) step([tail](const W* p) { return load_lanes(p, tail); }, k);
 }
 
-// The same with W packed like x: [step][NR][LANES].
+// The same with W packed like x: [step][NR][LANES]. As many lines as there are steps, from `next` on, are fetched.
 template <int MR, int NR>
-INLINE void dot_packed(const float* x, const float* w, int64_t steps, f32v (&acc)[MR][NR]) {
-  for (; steps > 0; steps--, x += MR * LANES, w += NR * LANES) {
+INLINE void dot_packed(const float* x, const float* w, int64_t steps, const float* next, f32v (&acc)[MR][NR]) {
+  for (; steps > 0; steps--, x += MR * LANES, w += NR * LANES, next += LANES) {
     f32v b[NR];
+    __builtin_prefetch(next, 0, 2);
 #pragma GCC unroll 8
     for (int j = 0; j < NR; j++) b[j] = load(w + j * LANES);
 #pragma GCC unroll 8
@@ -163,8 +164,9 @@ void pack_rows(const T* x, int64_t stride, int64_t K, int rows, int64_t present,
 template <int MR, int NR, class W>
 __attribute__((noinline)) void streamed_tile(const float* x, const W* weight, int64_t stride, int64_t present,
                                              int64_t length, Ahead ahead, float* sums, bool add) {
-  const W* w[NR];
-  for (int j = 0; j < NR; j++) w[j] = weight + min<int64_t>(j, present - 1) * stride;
+  const W* w[NR] = {weight};
+#pragma GCC unroll 8
+  for (int j = 1; j < NR; j++) w[j] = w[j - 1] + (j < present ? stride : 0);  // products would be taken as vectors
   f32v acc[MR][NR] = {};
   dot_rows<MR, NR>(x, w, length, ahead, acc);
 #if defined(__AVX512F__)
@@ -175,9 +177,10 @@ __attribute__((noinline)) void streamed_tile(const float* x, const W* weight, in
 
 // The same with W packed.
 template <int MR>
-__attribute__((noinline)) void packed_tile(const float* x, const float* w, int64_t steps, float* sums, bool add) {
+__attribute__((noinline)) void packed_tile(const float* x, const float* w, int64_t steps, const float* next,
+                                           float* sums, bool add) {
   f32v acc[MR][WIDTH] = {};
-  dot_packed<MR, WIDTH>(x, w, steps, acc);
+  dot_packed<MR, WIDTH>(x, w, steps, next, acc);
   reduce<MR * WIDTH>(&acc[0][0], sums, add);
 }
 
@@ -265,8 +268,9 @@ void blocked(const Linear& a, const float* x, int64_t padded, Worker& worker, fl
       for (int64_t t = begin; t < end; t++)
         with_int<TILE - 1, TILE>(tiles.height(t), [&](auto rows) {
           constexpr int MR = decltype(rows)::value;
+          const float *here = x + tiles.begin(t) * padded + k / PER_LANE * MR, *next = here + MR * padded;
           for (int64_t c = 0; c < across; c++)
-            packed_tile<MR>(x + tiles.begin(t) * padded + k / PER_LANE * MR, weight + c * WIDTH * steps * LANES, steps,
+            packed_tile<MR>(here, weight + c * WIDTH * steps * LANES, steps, next + min<int64_t>(c, MR) * steps * LANES,
                             sums + ((t - begin) * across + c) * SLOT, k > 0);
         });
     }
