@@ -31,15 +31,6 @@ Sequence sequence(const AttentionBackward& a, int64_t b) {
   return s;
 }
 
-// The keys [low, high) that query i may attend to: causality and the window are aligned to the last key.
-void visible(const AttentionBackward& a, const Sequence& s, int i, int* low, int* high) {
-  const int64_t here = (int64_t)i + s.k_len - s.q_len;
-  int64_t to = a.causal ? here + 1 : s.k_len, from = a.left >= 0 ? here - a.left : 0;
-  if (a.right >= 0) to = min(to, here + a.right + 1);
-  *low = (int)max<int64_t>(from, 0);
-  *high = (int)max<int64_t>(min<int64_t>(to, s.k_len), 0);
-}
-
 // Of each query of a block: sum of p, sum of p dp.
 struct Sums {
   float p[QUERIES], dp[QUERIES];

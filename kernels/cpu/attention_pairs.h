@@ -5,6 +5,7 @@
 #pragma once
 #include "attention_backward.h"
 #include "pairs.h"
+#include "transpose.h"
 
 #if defined(__AVX512BF16__)
 namespace gptfast::ISA::attn {

@@ -18,6 +18,7 @@ CHUNK, BAND, ROWS = 96, 4096, 16
 # Of a launch for a product of training: rows or columns, and depth, whole chunks of the op page's 384.
 LENGTH, DEPTH = 4096, 10 * 384
 KEPT = 64 << 20  # bytes that a thread keeps for its next product's operands: fresh memory would cost a tenth of one
+PRODUCTS = 16  # take as long as an element that is streamed through: of threads()
 OWN = 8192  # so few elements of x, in up to 8 rows, every worker lays out for itself: sharing them would cost more
 
 
@@ -64,7 +65,7 @@ def prepare_linear(
         bias_dtype = DTYPES[bias.dtype] if fits else DTYPES[torch.float32]
     return prepare(
         kernel,
-        threads(cols * depth),
+        threads(cols * depth * -(-count // PRODUCTS)),
         {"y": ((*x.shape[:-1], cols), dtype)},
         inputs,
         dict(x=x, weight=weight, bias=bias),
@@ -172,7 +173,7 @@ def multiply(
         return c.zero_() if bias is None else c.copy_(bias.expand(M, N)), sums
     bias = None if bias is None else bias.float().contiguous()
     (a_row, a_depth), (b_depth, b_col) = a.stride(), b.stride()
-    width, workers = _width(M), threads(M * N)
+    width, workers = _width(M), threads(M * N * -(-K // PRODUCTS))
     for m in range(0, M, LENGTH):
         for n in range(0, N, width):
             rows, cols = min(LENGTH, M - m), min(width, N - n)
@@ -219,7 +220,7 @@ def _once(
     c = "c" if dtype == torch.float32 else "rounded"
     launch = _cpu.Prepared("product", (c, "sums", "workspace", "a", "b", "bias"), sizes | types)
     make, summed = maker((M, N) if shape is None else shape, dtype), M if row_sums else N if column_sums else 0
-    workers, room = threads(M * N), 4 * K * (M + N + 128)
+    workers, room = threads(M * N * -(-K // PRODUCTS)), 4 * K * (M + N + 128)
 
     def run(a: Tensor, b: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         c, sums = make(), torch.empty(summed) if summed else None

@@ -6,6 +6,7 @@
 //   dW, db   rows in order, in chunks of ROWS
 // Of bfloat16, on a machine that multiplies pairs of them, G is rounded to bfloat16 for its products.
 #include "pairs.h"
+#include "transpose.h"
 #include "vocabulary.h"
 
 namespace gptfast::ISA {
