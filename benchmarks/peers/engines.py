@@ -52,6 +52,14 @@ ENGINES = (
         {4: ("int4",), 8: ("int8",), 32: ("fp32",)},
         ("openvino==2026.4.1", "openvino-genai==2026.4.1", "nncf==3.4.0", "safetensors"),
     ),
+    Engine(
+        "onnxruntime_genai",
+        {4: ("int4",), 32: ("fp32",)},
+        (
+            *("onnxruntime-genai==0.18.0", "onnxruntime==1.32.0", "onnx==1.23.2", "onnx-ir==1.1.0"),
+            *("torch", "transformers"),  # its builder reads the model with them; constraints/ pins these
+        ),
+    ),
     Engine("ctranslate2", {8: ("int8",), 32: ("float32",)}, ("ctranslate2==4.8.5", "safetensors")),
     Engine("transformers", {32: ("fp32",)}),
 )

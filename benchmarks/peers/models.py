@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,9 @@ class SmolLM2(Subject):
                 save_gguf(exact.model, file, kind, open_gguf(shipped).metadata)
         if not (self.folder / "folder").exists():
             exact.model.save_folder(self.folder / "folder")
+        assert exact.tokenizer is not None
+        for name, content in exact.tokenizer.to_files().items():
+            (self.folder / "folder" / name).write_text(content if isinstance(content, str) else json.dumps(content))
         return exact
 
     def prompts(self, lm: LanguageModel) -> dict[str, list[list[int]]]:
