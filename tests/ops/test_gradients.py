@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._dynamo.config
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -196,7 +197,8 @@ def test_numerical_gradients(op: Op, case: Case, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.skipif(not where.on_the_cpu(), reason="the CPU's session does it")
 @pytest.mark.parametrize("op", [op for op in ops.pages().values() if op.differentiable], ids=lambda op: op.name)
 def test_functional_transforms_go_through_the_reference(op: Op) -> None:
-    """torch.func.grad gives autograd's gradients; a kernel asked for by name is refused with a sentence."""
+    """torch.func.grad gives autograd's gradients, forward mode their products with tangents; a kernel asked for by name
+    is refused with a sentence."""
     case = op.cases()[0]
     arguments = case.arguments(torch.float32)
     given = upstream(op, arguments)
@@ -210,3 +212,9 @@ def test_functional_transforms_go_through_the_reference(op: Op) -> None:
     assert torch.allclose(torch.func.grad(loss)(arguments[name]), wanted, rtol=1e-4, atol=1e-5)
     with pytest.raises(ops.BackendError, match=r"torch\.func"):
         torch.func.grad(lambda x: loss(x, "cpu"))(arguments[name])
+    tangent = torch.randn(arguments[name].shape, generator=torch.Generator().manual_seed(0))
+    with forward_ad.dual_level():  # where nothing wants a gradient, a kernel would drop the tangent
+        moved = forward_ad.unpack_dual(loss(forward_ad.make_dual(arguments[name], tangent))).tangent
+        with pytest.raises(ops.BackendError, match="forward mode"):
+            loss(arguments[name], "cpu")
+    assert torch.allclose(moved, (wanted * tangent).sum(), rtol=1e-4, atol=1e-5)
