@@ -393,7 +393,19 @@ def test_nan_is_named(lm: LanguageModel) -> None:
         (dict(prompt=["a", "b"], seed=[1]), "one for each of 2 prompts, got 1"),
         (dict(prompt=["a", "b"], temperature=[1.0]), "one temperature, or one for each of 2 prompts, got 1"),
         (dict(prompt="a", stop=""), "strings that aren't empty"),
+        (dict(prompt="a", stop=[-1], min_new_tokens=2), f"token ids from 0 to {V - 1}, got -1"),  # no last token
+        (dict(prompt="a", stop=[V], min_new_tokens=2), f"token ids from 0 to {V - 1}, got {V}"),
+        (dict(prompt="a", stop=1.5), "stop to hold strings .*got 1.5"),
+        (dict(prompt="a", stop=None), "stop to hold strings .*got None"),
+        (dict(prompt=None), "a prompt of text or of token ids, or a list of them, got None"),
+        (dict(prompt={"role": "user"}), "a prompt of text or of token ids, or a list of them, got {'role'"),
+        (dict(prompt="a", seed=1.5), "seed a whole number from 0 .*got 1.5"),
+        (dict(prompt="a", temperature="hot"), "temperature a number, or a list of them, got 'hot'"),
+        (dict(prompt=["a", "b"], top_k=[1.5, 2]), "top_k a whole number, or a list of them, got 1.5"),
+        (dict(prompt="a", logit_bias={"a": 1.0}), "logit_bias {token id: bias} or a tensor"),
+        (dict(prompt="a", logit_bias=[1.0]), "logit_bias {token id: bias} or a tensor"),
         (dict(prompt="a", temperature=-1.0), "temperature"),
+        (dict(prompt="a", top_k=1.5), "top_k a whole number"),
         (dict(prompt="a", top_p=1.5), "top_p between 0 and 1, got 1.5"),
         (dict(prompt="a", return_logprobs="all"), "'raw' or 'processed', got 'all'"),
         (dict(prompt="a", logit_bias={V: 1.0}), "token ids from 0"),
@@ -419,6 +431,13 @@ def test_more_wrong_arguments(lm: LanguageModel) -> None:
     assert bare.generate([1, 2], max_new_tokens=3, seed=1).text == ""
     with pytest.raises(ValueError, match="has no tokenizer: expected token ids"):
         bare.generate("a")
+
+
+def test_an_end_token_that_the_model_does_not_have(lm: LanguageModel) -> None:
+    """A tokenizer may have more tokens than the model."""
+    other = LanguageModel(lm.model)
+    other.eos_ids = (V + 5,)
+    assert len(other.generate([1, 2], min_new_tokens=2, max_new_tokens=3, seed=1).token_ids) == 3
 
 
 @pytest.mark.parametrize("name", ["nope", "/nowhere/model.gguf"])
