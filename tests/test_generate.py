@@ -461,6 +461,9 @@ def test_a_model_as_it_stands(lm: LanguageModel, tmp_path: Path) -> None:
         ]
     with pytest.raises(ValueError, match="kv_cache None or one of fp32, bf16, fp16, int8, got 'int3'"):
         gptfast.load(lm.model, kv_cache="int3")
+    for device in ("nonsense", "meta", *(["cuda"] if not torch.cuda.is_available() else [])):
+        with pytest.raises(ValueError, match=f"expected a device that this PyTorch can use, got '{device}'"):
+            gptfast.load(lm.model, device=device)
     (tmp_path / "x.txt").write_text("x")
     with pytest.raises(ValueError, match=r"expected a \.gguf file or a folder with config\.json"):
         gptfast.load(tmp_path / "x.txt")
