@@ -49,7 +49,7 @@ def load(
     if kv_cache is not None and kv_cache not in CACHE_DTYPES:
         raise ValueError(f"load: expected kv_cache None or one of {', '.join(CACHE_DTYPES)}, got {kv_cache!r}")
     if device is not None:
-        _check_device(device)
+        check_device(device)
     with uncollected():
         model, found, name = open_model(name_or_path, weights)
     if device is not None:
@@ -90,15 +90,15 @@ def open_model(
     )
 
 
-def _check_device(device: torch.device | str) -> None:
-    """Before the weights are read: PyTorch says by AssertionError, RuntimeError or in silence what isn't here."""
+def check_device(device: torch.device | str) -> None:
+    """Raises ValueError where tensors can't be there: PyTorch says it by AssertionError, RuntimeError or not at all."""
     why = "it holds no values"
     try:
         if torch.empty(0, device=device).device.type != "meta":
             return
     except (AssertionError, RuntimeError) as error:
         why = str(error).partition("\n")[0]
-    raise ValueError(f"load: expected a device that this PyTorch can use, got {str(device)!r}: {why}")
+    raise ValueError(f"expected a device that this PyTorch can use, got {str(device)!r}: {why}")
 
 
 def _folder_tokenizer(folder: Folder) -> Tokenizer | None:
