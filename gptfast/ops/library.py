@@ -194,7 +194,7 @@ def recorded(arguments: Mapping[str, Any]) -> bool:
     if torch.is_grad_enabled():
         for x in arguments.values():  # any() of a generator takes twice as long, and this is asked of every call
             if isinstance(x, Tensor) and x.requires_grad:
-                return True
+                return not torch.is_inference_mode_enabled()  # within which enable_grad() records nothing
     return False
 
 

@@ -196,6 +196,23 @@ def test_numerical_gradients(op: Op, case: Case, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.skipif(not where.on_the_cpu(), reason="the CPU's session does it")
 @pytest.mark.parametrize("op", [op for op in ops.pages().values() if op.differentiable], ids=lambda op: op.name)
+def test_inference_mode_records_nothing(op: Op) -> None:
+    """Also within enable_grad(), where PyTorch's own ops do as they do without it."""
+    arguments = op.cases()[0].arguments(torch.float32)
+    wanted = outputs(op.function(**arguments))
+    first, *others = [name for name in op.differentiable if arguments.get(name) is not None]
+    for name in (first, *others):
+        arguments[name].requires_grad_()
+    with torch.inference_mode(), torch.enable_grad():
+        if others:  # what was made in inference mode can't be saved for a backward pass
+            arguments[first] = arguments[first].clone()
+        got = outputs(op.function(**arguments))
+    assert not any(y.requires_grad for y in got)
+    assert all(torch.equal(y, z) for y, z in zip(got, wanted))
+
+
+@pytest.mark.skipif(not where.on_the_cpu(), reason="the CPU's session does it")
+@pytest.mark.parametrize("op", [op for op in ops.pages().values() if op.differentiable], ids=lambda op: op.name)
 def test_functional_transforms_go_through_the_reference(op: Op) -> None:
     """torch.func.grad gives autograd's gradients, forward mode their products with tangents; a kernel asked for by name
     is refused with a sentence."""
