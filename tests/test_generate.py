@@ -393,7 +393,19 @@ def test_nan_is_named(lm: LanguageModel) -> None:
         (dict(prompt=["a", "b"], seed=[1]), "one for each of 2 prompts, got 1"),
         (dict(prompt=["a", "b"], temperature=[1.0]), "one temperature, or one for each of 2 prompts, got 1"),
         (dict(prompt="a", stop=""), "strings that aren't empty"),
+        (dict(prompt="a", stop=[-1], min_new_tokens=2), f"token ids from 0 to {V - 1}, got -1"),  # no last token
+        (dict(prompt="a", stop=[V], min_new_tokens=2), f"token ids from 0 to {V - 1}, got {V}"),
+        (dict(prompt="a", stop=1.5), "stop to hold strings .*got 1.5"),
+        (dict(prompt="a", stop=None), "stop to hold strings .*got None"),
+        (dict(prompt=None), "a prompt of text or of token ids, or a list of them, got None"),
+        (dict(prompt={"role": "user"}), "a prompt of text or of token ids, or a list of them, got {'role'"),
+        (dict(prompt="a", seed=1.5), "seed a whole number from 0 .*got 1.5"),
+        (dict(prompt="a", temperature="hot"), "temperature a number, or a list of them, got 'hot'"),
+        (dict(prompt=["a", "b"], top_k=[1.5, 2]), "top_k a whole number, or a list of them, got 1.5"),
+        (dict(prompt="a", logit_bias={"a": 1.0}), "logit_bias {token id: bias} or a tensor"),
+        (dict(prompt="a", logit_bias=[1.0]), "logit_bias {token id: bias} or a tensor"),
         (dict(prompt="a", temperature=-1.0), "temperature"),
+        (dict(prompt="a", top_k=1.5), "top_k a whole number"),
         (dict(prompt="a", top_p=1.5), "top_p between 0 and 1, got 1.5"),
         (dict(prompt="a", return_logprobs="all"), "'raw' or 'processed', got 'all'"),
         (dict(prompt="a", logit_bias={V: 1.0}), "token ids from 0"),
@@ -421,6 +433,13 @@ def test_more_wrong_arguments(lm: LanguageModel) -> None:
         bare.generate("a")
 
 
+def test_an_end_token_that_the_model_does_not_have(lm: LanguageModel) -> None:
+    """A tokenizer may have more tokens than the model."""
+    other = LanguageModel(lm.model)
+    other.eos_ids = (V + 5,)
+    assert len(other.generate([1, 2], min_new_tokens=2, max_new_tokens=3, seed=1).token_ids) == 3
+
+
 @pytest.mark.parametrize("name", ["nope", "/nowhere/model.gguf"])
 def test_a_model_that_is_not_there(name: str) -> None:
     with pytest.raises(FileNotFoundError, match=r"expected a \.gguf file, a Hugging Face folder, or one of smollm2"):
@@ -442,6 +461,9 @@ def test_a_model_as_it_stands(lm: LanguageModel, tmp_path: Path) -> None:
         ]
     with pytest.raises(ValueError, match="kv_cache None or one of fp32, bf16, fp16, int8, got 'int3'"):
         gptfast.load(lm.model, kv_cache="int3")
+    for device in ("nonsense", "meta", *(["cuda"] if not torch.cuda.is_available() else [])):
+        with pytest.raises(ValueError, match=f"expected a device that this PyTorch can use, got '{device}'"):
+            gptfast.load(lm.model, device=device)
     (tmp_path / "x.txt").write_text("x")
     with pytest.raises(ValueError, match=r"expected a \.gguf file or a folder with config\.json"):
         gptfast.load(tmp_path / "x.txt")

@@ -235,6 +235,21 @@ def test_training_never_makes_the_logits() -> None:
     assert output.logits.shape == (*ids.shape, model.config.vocab_size)
 
 
+def test_the_logits_stand_in_their_place_in_training() -> None:
+    """`loss, logits = output[:2]` is what many loops write: with a cache, its keys would come second."""
+    model = family("llama").train()
+    ids = text()
+    wanted = model(input_ids=ids, labels=ids)
+    gptfast.patch(model)
+    output = model(input_ids=ids, labels=ids)
+    assert output[0] is output.loss and "_made" not in vars(output), "the loss alone makes no logits"
+    assert [type(x) for x in output[:]] == [type(x) for x in wanted[:]] and len(output.to_tuple()) == 3
+    assert "logits" in output and output[1] is output.get("logits") is output["logits"] is output.logits
+    torch.testing.assert_close(output[1], wanted[1])
+    with pytest.raises(KeyError):
+        output["nothing"]
+
+
 def test_options() -> None:
     model = family("llama")
     report = gptfast.patch(model, attention=False, norm=False, rope=False, loss=False, linear=False)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 import gptfast
 from gptfast.ops.spec import tolerance
@@ -276,6 +277,29 @@ def test_adapters_on_a_projection_go_on_working() -> None:
     assert torch.equal(model(X), plain)
     model[0] = nn.Sequential(model[0], nn.Identity())
     torch.testing.assert_close(model(X), plain)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("patched_first", [False, True])
+@pytest.mark.parametrize("how", ["parametrized", "pruned"])
+def test_parametrized_and_pruned_projections(how: str, patched_first: bool, grad: bool) -> None:
+    """A parametrization changes a layer's class, and both take weight and bias from among its parameters. The layer is
+    square: a product with the weight's transpose would go unnoticed."""
+    model = nn.Sequential(nn.Linear(24, 24), nn.GELU(), nn.Linear(24, 24))
+    x = X.detach().clone().requires_grad_(grad)
+    if patched_first:
+        gptfast.patch(model)
+    for name in ("weight", "bias"):
+        if how == "parametrized":
+            parametrize.register_parametrization(model[0], name, nn.Softsign())
+        else:
+            prune.l1_unstructured(model[0], name, 0.5)
+    if not patched_first:
+        gptfast.patch(model)
+    with torch.set_grad_enabled(grad):
+        first: Any = model[0]
+        wanted = F.linear(F.gelu(F.linear(x, first.weight, first.bias)), model[2].weight, model[2].bias)
+        torch.testing.assert_close(model(x), wanted)
 
 
 def test_someone_elses_forward_is_left() -> None:

@@ -228,6 +228,45 @@ def test_a_generation_is_the_same_without_replay(
 PROMPT = torch.randint(97, (1100,), generator=torch.Generator().manual_seed(8)).tolist()
 
 
+def _swap_parameters(model: GPT, others: GPT) -> None:
+    for module, other in zip(model.modules(), others.modules()):
+        for name, parameter in other._parameters.items():
+            setattr(module, name, parameter)
+
+
+def _swap_data(model: GPT, others: GPT) -> None:
+    for parameter, other in zip(model.parameters(), others.parameters()):
+        parameter.data = other.data.clone()
+
+
+SWAPS = {
+    "parameters": _swap_parameters,
+    "data": _swap_data,
+    "assign": lambda model, others: model.load_state_dict(others.state_dict(), assign=True),
+    "dtype": lambda model, _: model.bfloat16(),
+    "pack": lambda model, _: model.pack(),
+}
+
+
+@pytest.mark.parametrize("speculation", [None, "prompt-lookup"], ids=str)
+@pytest.mark.parametrize("swap", SWAPS.values(), ids=list(SWAPS))
+def test_weights_that_are_put_in_after_a_call(swap: Any, speculation: str | None) -> None:
+    """What was recorded holds pointers, and the memory of the weights before is somebody else's by now."""
+    lm = LanguageModel(model_of("llama"), kv_cache="fp32")
+    settings: dict[str, Any] = dict(max_new_tokens=24, temperature=0.0, speculation=speculation)
+    lm.generate(PROMPT[:9], **settings)
+    others = GPT(lm.model.config).eval()
+    with torch.no_grad():
+        for p in others.parameters():
+            p.copy_(torch.randn(p.shape))
+    swap(lm.model, others)
+    kept = [torch.full((n,), torch.nan) for n in (64, 96 * 64, 64 * 64) for _ in range(50)]  # where the weights were
+    got = lm.generate(PROMPT[:9], **settings)
+    del kept
+    assert got.token_ids == LanguageModel(lm.model, kv_cache="fp32").generate(PROMPT[:9], **settings).token_ids
+    assert all(not r.weights for r in lm._replays._free), "no call, no memory kept"
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "packed-float32", "q8_0", "q4_1", "q4_1 int8"])
 @pytest.mark.parametrize("name", CONFIGS)

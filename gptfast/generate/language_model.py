@@ -6,8 +6,9 @@ import operator
 import os
 import random
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from numbers import Integral, Real
 from time import perf_counter
 from typing import Any, Literal
 
@@ -239,7 +240,7 @@ class LanguageModel:
         if return_logprobs not in (False, True, "raw", "processed"):
             raise ValueError(f"expected return_logprobs False, True, 'raw' or 'processed', got {return_logprobs!r}")
         count = len(prompts) * n
-        stop_strings, stop_ids = _stops(stop)
+        stop_strings, stop_ids = _stops(stop, self.model.config.vocab_size)
         if cache is not None and cache.batch != count:
             raise ValueError(f"expected a cache of {count} rows, one for each text, got one of {cache.batch}")
         held = cache.tokens if cache is not None else [[]] * count
@@ -264,7 +265,7 @@ class LanguageModel:
             vocabulary=self.model.config.vocab_size,
             device=self.model.device,
             logit_bias=self._bias(logit_bias),
-            forbidden_first=sorted(ends),
+            forbidden_first=[t for t in sorted(ends) if t < self.model.config.vocab_size],  # a tokenizer may have more
             min_new=min_new_tokens,
             processors=processors,
             return_logprobs=return_logprobs,
@@ -371,6 +372,8 @@ class LanguageModel:
         """Each prompt's token ids, and whether there was a list of them."""
         if isinstance(prompt, Tensor):
             prompt = prompt.tolist()
+        if not hasattr(prompt, "__len__") or isinstance(prompt, Mapping):
+            raise ValueError(f"expected a prompt of text or of token ids, or a list of them, got {prompt!r:.80}")
         listed = not isinstance(prompt, str) and len(prompt) > 0 and hasattr(prompt[0], "__len__")
         bos = cache is None or len(cache) == 0
         return [self._ids(p, parse_special, bos) for p in (prompt if listed else [prompt])], listed
@@ -395,6 +398,8 @@ class LanguageModel:
     def _bias(self, bias: Mapping[int, float] | Tensor | None) -> Tensor | None:
         if bias is None or isinstance(bias, Tensor):
             return bias
+        if not isinstance(bias, Mapping) or not all(isinstance(x, Real) for pair in bias.items() for x in pair):
+            raise ValueError(f"expected logit_bias {{token id: bias}} or a tensor (V,), got {bias!r:.80}")
         self._check(list(bias) or [0])
         dense = torch.zeros(self.model.config.vocab_size, device=self.model.device)
         for token, value in bias.items():
@@ -408,10 +413,13 @@ def _at_least(name: str, value: Any, least: int) -> int:
     return value
 
 
-def _stops(stop: str | int | Sequence[str | int]) -> tuple[tuple[str, ...], frozenset[int]]:
-    given = [stop] if isinstance(stop, str | int) else list(stop)
-    if wrong := [s for s in given if not isinstance(s, str | int) or s == ""]:
-        raise ValueError(f"expected stop to hold strings that aren't empty and token ids, got {wrong[0]!r}")
+def _stops(stop: Any, vocabulary: int) -> tuple[tuple[str, ...], frozenset[int]]:
+    given = list(stop) if isinstance(stop, Sequence | Set) and not isinstance(stop, str) else [stop]
+    for s in given:
+        if not (0 <= s < vocabulary if isinstance(s, int) else isinstance(s, str) and s):
+            raise ValueError(
+                f"expected stop to hold strings that aren't empty and token ids from 0 to {vocabulary - 1}, got {s!r}"
+            )
     strings = tuple(s for s in given if isinstance(s, str))
     return strings, frozenset(s for s in given if not isinstance(s, str))
 
@@ -420,7 +428,7 @@ def _seeds(seed: int | Sequence[int] | None, prompts: int, n: int) -> list[int]:
     """Of each row: its prompt's seed plus its number among the n. All are below 2^63."""
     if seed is None:
         seed = random.SystemRandom().randrange(2**32)
-    each = [seed] * prompts if isinstance(seed, int) else list(seed)
+    each = list(seed) if isinstance(seed, Sequence) and not isinstance(seed, str) else [seed] * prompts
     if len(each) != prompts:
         raise ValueError(f"expected one seed, or one for each of {prompts} prompts, got {len(each)}")
     for s in each:
@@ -442,8 +450,12 @@ def _parameters(given: dict[str, Any], prompts: int, n: int) -> dict[str, Any]:
         if isinstance(value, Sequence) and not isinstance(value, str):
             if len(value) != prompts:
                 raise ValueError(f"expected one {name}, or one for each of {prompts} prompts, got {len(value)}")
-            value = [v for v in value for _ in range(n)]
-        spread[name] = NEUTRAL[name] if value is None else value
+            value = [NEUTRAL[name] if v is None else v for v in value for _ in range(n)]
+        whole, value = name == "top_k", NEUTRAL[name] if value is None else value
+        for v in value if isinstance(value, list) else [value]:
+            if not isinstance(v, Integral if whole else Real):
+                raise ValueError(f"expected {name} a {'whole ' * whole}number, or a list of them, got {v!r}")
+        spread[name] = value
     return spread
 
 

@@ -48,6 +48,8 @@ def load(
     """
     if kv_cache is not None and kv_cache not in CACHE_DTYPES:
         raise ValueError(f"load: expected kv_cache None or one of {', '.join(CACHE_DTYPES)}, got {kv_cache!r}")
+    if device is not None:
+        check_device(device)
     with uncollected():
         model, found, name = open_model(name_or_path, weights)
     if device is not None:
@@ -86,6 +88,17 @@ def open_model(
     raise FileNotFoundError(
         f"no model at {str(source)!r}: expected a .gguf file, a Hugging Face folder, or one of {', '.join(PRESETS)}"
     )
+
+
+def check_device(device: torch.device | str) -> None:
+    """Raises ValueError where tensors can't be there: PyTorch says it by AssertionError, RuntimeError or not at all."""
+    why = "it holds no values"
+    try:
+        if torch.empty(0, device=device).device.type != "meta":
+            return
+    except (AssertionError, RuntimeError) as error:
+        why = str(error).partition("\n")[0]
+    raise ValueError(f"expected a device that this PyTorch can use, got {str(device)!r}: {why}")
 
 
 def _folder_tokenizer(folder: Folder) -> Tokenizer | None:

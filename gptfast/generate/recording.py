@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptfast.generate.cache import KVCache
 from gptfast.model import GPT
+from gptfast.quantize import PackedWeight, QuantizedWeight
 
 
 class NotReplayable(RuntimeError):
@@ -23,6 +24,8 @@ class Recording:
         self.key = self.key_of(model, cache, tokens)
         self.tokens = tokens
         self.seconds: float | None = None  # what a step that draws takes, where that is known
+        self.weights: list[Tensor] = []  # those it works on while it is in use: they keep their memory
+        self.places: list[Any] = []  # where they lie
         self._cache: KVCache | None = None
         self._keys: Tensor | None = None  # its first layer's
 
@@ -41,8 +44,9 @@ class Recording:
         self._cache, self._keys = cache, cache.k[0]
 
     def unbind(self) -> None:
-        """Lets go of the cache."""
+        """Lets go of the cache and of the weights."""
         self._cache = self._keys = None
+        self.weights = []
 
     def bound(self, cache: KVCache) -> bool:
         """Whether the next pass would work on this cache as it is now."""
@@ -52,3 +56,23 @@ class Recording:
 def pointers(cache: KVCache) -> list[int]:
     """Where a cache's tensors lie in memory."""
     return [t.data_ptr() for t in (*cache.tensors(), cache.lengths)]
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    """A model's weights as they are now, quantised and packed ones too, in memory that these tensors keep."""
+    found: list[Tensor] = []
+    pending: list[nn.Module | None] = [model]
+    while pending:  # modules() takes five times as long
+        if (module := pending.pop()) is None:
+            continue
+        pending += module._modules.values()
+        found += [p.detach() for p in module._parameters.values() if p is not None]
+        weight = module.__dict__.get("weight")
+        if isinstance(weight, QuantizedWeight | PackedWeight):
+            found.append(weight.packed)
+    return found
+
+
+def places(tensors: list[Tensor]) -> list[Any]:
+    """Where tensors lie in memory, and as what."""
+    return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]

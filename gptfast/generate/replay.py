@@ -25,7 +25,7 @@ from gptfast.generate.arena import Arena
 from gptfast.generate.cache import KVCache
 from gptfast.generate.fuse import Launch, fused
 from gptfast.generate.graph import GraphReplay
-from gptfast.generate.recording import NotReplayable, Recording, pointers
+from gptfast.generate.recording import NotReplayable, Recording, places, pointers, weights
 from gptfast.kernels import reason_missing
 from gptfast.model import GPT
 
@@ -366,6 +366,7 @@ class Replays:
         self._passes: dict[int, int] = {}  # how many were wanted, by their tokens
         self._free: list[Recording] = []  # the last one used at the end
         self._refused: set[tuple[Any, ...]] = set()
+        self._places: list[Any] = []  # where the weights lie that these were recorded with
         self._lock = threading.Lock()
 
     def take(self, cache: KVCache, record: bool, tokens: int = 1) -> Replay | GraphReplay | None:
@@ -389,10 +390,17 @@ class Replays:
         key = kind.key_of(self.model, cache, tokens) if isinstance(self.model, GPT) else ()
         with self._lock:
             found = next((r for r in self._free if isinstance(r, kind) and r.serves(key, cache)), None)
-            if found is not None:
-                self._free.remove(found)
-            elif not record or key in self._refused or not _replayable(self.model, cache):
+            if found is None and (not record or key in self._refused or not _replayable(self.model, cache)):
                 return None
+            held = weights(self.model)
+            if (lie := places(held)) != self._places:  # what was recorded works on weights that the model had before
+                self._places, self._free = lie, []
+                self._refused.clear()
+                if found is not None and not (record and _replayable(self.model, cache)):
+                    return None
+                found = None
+            elif found is not None:
+                self._free.remove(found)
         try:
             found = found or kind(self.model, cache, tokens)
         except NotReplayable as reason:
@@ -400,12 +408,15 @@ class Replays:
             self._refused.add(key)
             return None
         found.bind(cache)
+        found.weights, found.places = held, lie
         return found
 
     def give(self, recording: Recording) -> None:
         """Takes one back, for the next call."""
         recording.unbind()
         with self._lock:
+            if recording.places != self._places:
+                return
             if isinstance(recording, Pass):  # that for the largest caches serves all
                 same = [r for r in self._free if isinstance(r, Pass) and r.key == recording.key]
                 recording = max(*same, recording, key=lambda r: r.capacity) if same else recording

@@ -91,6 +91,7 @@ def cross_entropy_cases() -> list[Case]:
         case(13, 391, ignored="some", weighted=True, label_smoothing=0.2, z_loss=1e-3),
         case(6, 600, ignored="all"),
         case(6, 50, ignored="most", reduction="sum", softcap=30.0),
+        case(0, 10),
         case(0, 10, reduction="none"),
         case(512, 50257, tags="bench big"),
         case(64, 8192, tags="bench"),

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gptfast.ops import dispatch
 
@@ -158,7 +159,8 @@ def route(
     too, where nothing but gradients is recorded.
 
     That one is for calls that PyTorch must see and a kernel would serve. Without a kernel the reference, which is
-    PyTorch's ops, is seen by itself; so it is under torch.func's transforms, which take no registered gradients.
+    PyTorch's ops, is seen by itself; so it is under torch.func's transforms, which take no registered gradients, and in
+    forward mode.
     """
     if backend == "reference" or isinstance(backend, dispatch.Explain):
         return backend, False
@@ -168,9 +170,11 @@ def route(
         random = {"seed": 0, "stream": 0} if arguments.get("dropout_p") else {}  # which are others in each call
         return backend, dispatch.served(op, backend, arguments | random if random else arguments, check) or False
     if not torch.compiler.is_compiling():
-        if _functorch.peek_interpreter_stack() is not None:
+        if transformed():
             if backend is not None:
-                raise dispatch.BackendError(f"{op}: torch.func's transforms go through the reference, not {backend!r}")
+                raise dispatch.BackendError(
+                    f"{op}: torch.func's transforms and forward mode go through the reference, not {backend!r}"
+                )
             return "reference", False
         device = next(x for x in arguments.values() if isinstance(x, Tensor))
         if dispatch.choose(op, backend, device, arguments)[1] is None:
@@ -190,7 +194,7 @@ def recorded(arguments: Mapping[str, Any]) -> bool:
     if torch.is_grad_enabled():
         for x in arguments.values():  # any() of a generator takes twice as long, and this is asked of every call
             if isinstance(x, Tensor) and x.requires_grad:
-                return True
+                return not torch.is_inference_mode_enabled()  # within which enable_grad() records nothing
     return False
 
 
@@ -202,7 +206,12 @@ def watched(arguments: Mapping[str, Any]) -> bool:
         for x in arguments.values():
             if isinstance(x, Tensor) and type(x) not in _ORDINARY:
                 return True
-    return torch._C._len_torch_dispatch_stack() > 0 or _functorch.peek_interpreter_stack() is not None
+    return torch._C._len_torch_dispatch_stack() > 0 or transformed()
+
+
+def transformed() -> bool:
+    """Whether torch.func transforms the call, or its tensors may have the tangents of forward mode."""
+    return _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def under_autocast(x: Tensor, *others: Tensor | None) -> bool:

@@ -38,7 +38,7 @@ class Linear(Replacement):
         return self.original(*args, **kwargs)
 
 
-def served(layer: nn.Module, x: Tensor, bias: bool, backend: str | None) -> Tensor | None:
+def served(layer: Any, x: Tensor, bias: bool, backend: str | None) -> Tensor | None:
     """The projection of x by ops.linear, with or without its bias, where it is for that; else None."""
     weight: Any = layer.weight
     if not x.is_cpu or x.dtype != weight.dtype or x.numel() == 0:
@@ -49,10 +49,10 @@ def served(layer: nn.Module, x: Tensor, bias: bool, backend: str | None) -> Tens
         return None
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return None
-    rows = weight if type(layer) is nn.Linear else weight.t()
+    rows = weight if isinstance(layer, nn.Linear) else weight.t()  # whose class a parametrization changes
     if x.shape[-1] != rows.shape[1]:
         return None  # PyTorch says what is wrong
-    return ops.linear(x, rows, layer._parameters["bias"] if bias else None, backend=backend)
+    return ops.linear(x, rows, layer.bias if bias else None, backend=backend)
 
 
 def product(layer: nn.Module, x: Tensor, backend: str | None) -> tuple[Tensor, Tensor | None]:

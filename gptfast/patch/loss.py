@@ -6,6 +6,7 @@ reads `logits` from the output makes them then, by the head, as part of the same
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
 from functools import cache
@@ -85,7 +86,20 @@ def _output_class() -> Any:
             return value
 
         def __getitem__(self, key: Any) -> Any:
-            return self.logits if key == "logits" else super().__getitem__(key)
+            if key == "logits":
+                return self.logits
+            return self.loss if key == 0 else super().__getitem__(key)
+
+        def __contains__(self, key: object) -> bool:
+            return key == "logits" or super().__contains__(key)
+
+        def get(self, key: Any, default: Any = None) -> Any:
+            return self.logits if key == "logits" else super().get(key, default)
+
+        def to_tuple(self) -> tuple[Any, ...]:
+            """Also for places and slices, such as the logits' [1]."""
+            values = (getattr(self, field.name) for field in dataclasses.fields(self))
+            return tuple(value for value in values if value is not None)
 
     return CausalLMOutput
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from gptfast.formats.tokenizer import Tokenizer
-from gptfast.generate.load import open_model
+from gptfast.generate.load import check_device, open_model
 from gptfast.model import GPT
 from gptfast.train import config as dials
 from gptfast.train import data
@@ -65,6 +65,8 @@ def main(stage: str, arguments: Sequence[str]) -> int:
     given = parser.parse_args(list(arguments))
     if given.threads is not None:
         torch.set_num_threads(given.threads)
+    if given.device is not None:
+        check_device(given.device)
     preset = recipe_preset(given.preset).stages.get(stage, {}) if given.preset else None
     config = dials.from_flags(cls, given, preset)
     world = World.join(given.parallel, given.device)

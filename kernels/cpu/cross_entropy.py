@@ -371,7 +371,8 @@ def cross_entropy_forward(
     ce, z = loss.of(slice(None), made)
     if reduction == "none":
         return (ce if z is None else ce + z).reshape(target.shape), made.lse, made.rest
-    return loss.reduced(ce, z).float(), made.lse, made.rest
+    mean_of_none = reduction == "mean" and loss.rows == 0
+    return torch.tensor(torch.nan) if mean_of_none else loss.reduced(ce, z).float(), made.lse, made.rest
 
 
 def cross_entropy_backward(

@@ -306,6 +306,8 @@ def cross_entropy_forward(wants: Sequence[bool], logits: Tensor, **options: Any)
     loss = Loss(**options)
     got = loss.of(rows(logits.reshape(-1, logits.shape[-1]))[0])
     made = got.loss.reshape(options["target"].shape) if loss.reduction == "none" else total(got.loss)
+    if loss.reduction == "mean" and got.loss.numel() == 0:
+        made.fill_(torch.nan)
     return made, got.lse, got.rest
 
 

@@ -77,6 +77,15 @@ def test_ignored_rows_may_hold_anything(isa: str) -> None:
     assert ops.cross_entropy(logits, target, ignore_index=-1, reduction="none")[1::2].eq(0).all()
 
 
+@pytest.mark.parametrize("rows", [(0,), (3,), (2, 0)], ids=str)
+def test_a_mean_of_no_rows_is_nan(rows: tuple[int, ...], isa: str) -> None:
+    logits, target = torch.randn(*rows, 8, requires_grad=True), torch.full(rows, -100)
+    loss = ops.cross_entropy(logits, target, backend="cpu")
+    assert loss.isnan() and torch.autograd.grad(loss, logits)[0].eq(0).all()
+    assert ops.cross_entropy(logits, target, reduction="sum") == 0
+    assert ops.linear_cross_entropy(logits, torch.randn(11, 8), target).isnan()
+
+
 def test_a_token_that_is_ruled_out(isa: str) -> None:
     x, weight, bias = torch.randn(3, 8), torch.randn(300, 8), torch.zeros(300)
     bias[250:] = -torch.inf

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._dynamo.config
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -195,8 +196,26 @@ def test_numerical_gradients(op: Op, case: Case, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.skipif(not where.on_the_cpu(), reason="the CPU's session does it")
 @pytest.mark.parametrize("op", [op for op in ops.pages().values() if op.differentiable], ids=lambda op: op.name)
+def test_inference_mode_records_nothing(op: Op) -> None:
+    """Also within enable_grad(), where PyTorch's own ops do as they do without it."""
+    arguments = op.cases()[0].arguments(torch.float32)
+    wanted = outputs(op.function(**arguments))
+    first, *others = [name for name in op.differentiable if arguments.get(name) is not None]
+    for name in (first, *others):
+        arguments[name].requires_grad_()
+    with torch.inference_mode(), torch.enable_grad():
+        if others:  # what was made in inference mode can't be saved for a backward pass
+            arguments[first] = arguments[first].clone()
+        got = outputs(op.function(**arguments))
+    assert not any(y.requires_grad for y in got)
+    assert all(torch.equal(y, z) for y, z in zip(got, wanted))
+
+
+@pytest.mark.skipif(not where.on_the_cpu(), reason="the CPU's session does it")
+@pytest.mark.parametrize("op", [op for op in ops.pages().values() if op.differentiable], ids=lambda op: op.name)
 def test_functional_transforms_go_through_the_reference(op: Op) -> None:
-    """torch.func.grad gives autograd's gradients; a kernel asked for by name is refused with a sentence."""
+    """torch.func.grad gives autograd's gradients, forward mode their products with tangents; a kernel asked for by name
+    is refused with a sentence."""
     case = op.cases()[0]
     arguments = case.arguments(torch.float32)
     given = upstream(op, arguments)
@@ -210,3 +229,9 @@ def test_functional_transforms_go_through_the_reference(op: Op) -> None:
     assert torch.allclose(torch.func.grad(loss)(arguments[name]), wanted, rtol=1e-4, atol=1e-5)
     with pytest.raises(ops.BackendError, match=r"torch\.func"):
         torch.func.grad(lambda x: loss(x, "cpu"))(arguments[name])
+    tangent = torch.randn(arguments[name].shape, generator=torch.Generator().manual_seed(0))
+    with forward_ad.dual_level():  # where nothing wants a gradient, a kernel would drop the tangent
+        moved = forward_ad.unpack_dual(loss(forward_ad.make_dual(arguments[name], tangent))).tangent
+        with pytest.raises(ops.BackendError, match="forward mode"):
+            loss(arguments[name], "cpu")
+    assert torch.allclose(moved, (wanted * tangent).sum(), rtol=1e-4, atol=1e-5)

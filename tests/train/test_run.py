@@ -129,6 +129,8 @@ def test_what_is_refused(base: Path, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"reward as 'package.module:function'"):
         main("ppo", ["--out", str(tmp_path), "--init", str(base), "--data", str(folder / "chats.jsonl"),
                      "--reward", "no_such:thing"])  # fmt: skip
+    with pytest.raises(ValueError, match="a device that this PyTorch can use, got 'nonsense'"):
+        main("sft", ["--out", str(tmp_path), "--init", str(base), "--device", "nonsense"])
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": 3}\n')
     with pytest.raises(ValueError, match=r"bad.jsonl.*2"):
         main("sft", ["--out", str(tmp_path), "--init", str(base), "--data", str(tmp_path / "bad.jsonl")])
