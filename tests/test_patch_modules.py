@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -297,8 +297,8 @@ def test_parametrized_and_pruned_projections(how: str, patched_first: bool, grad
     if not patched_first:
         gptfast.patch(model)
     with torch.set_grad_enabled(grad):
-        first: Any = model[0]
-        wanted = F.linear(F.gelu(F.linear(x, first.weight, first.bias)), model[2].weight, model[2].bias)
+        first, last = cast(Any, model[0]), cast(Any, model[2])
+        wanted = F.linear(F.gelu(F.linear(x, first.weight, first.bias)), last.weight, last.bias)
         torch.testing.assert_close(model(x), wanted)
 
 

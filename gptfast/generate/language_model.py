@@ -428,7 +428,7 @@ def _seeds(seed: int | Sequence[int] | None, prompts: int, n: int) -> list[int]:
     """Of each row: its prompt's seed plus its number among the n. All are below 2^63."""
     if seed is None:
         seed = random.SystemRandom().randrange(2**32)
-    each = list(seed) if isinstance(seed, Sequence) and not isinstance(seed, str) else [seed] * prompts
+    each: list[Any] = list(seed) if isinstance(seed, Sequence) and not isinstance(seed, str) else [seed] * prompts
     if len(each) != prompts:
         raise ValueError(f"expected one seed, or one for each of {prompts} prompts, got {len(each)}")
     for s in each:

@@ -434,6 +434,7 @@ def attention_kvcache(
         "cache_leftpad": cache_leftpad, "return_lse": return_lse, "activations": activations,
     }  # fmt: skip
     page = "attention.attention_kvcache"
+    library.untransformed("attention_kvcache", arguments)
     function = dispatch.prepared(page, backend, reference_kvcache, q, arguments, check_kvcache)
     check_lengths(q, k_cache, lengths, k, block_table, cos, cache_batch_idx, cache_leftpad)
     return function(**arguments)

@@ -214,6 +214,19 @@ def transformed() -> bool:
     return _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+def untransformed(op: str, arguments: Mapping[str, Any]) -> None:
+    """Raises BackendError where one of the arguments is transformed: for ops that know no such thing."""
+    if torch.compiler.is_compiling() or not transformed():
+        return
+    for name, x in arguments.items():
+        if not isinstance(x, Tensor):
+            continue
+        tangent = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+        if tangent or _functorch.is_functorch_wrapped_tensor(x):
+            what = "a tangent of forward mode" if tangent else "one of torch.func's transforms"
+            raise dispatch.BackendError(f"{op}: expected {name} as an ordinary tensor, got one under {what}")
+
+
 def under_autocast(x: Tensor, *others: Tensor | None) -> bool:
     """Whether dtypes differ because autocast made some of them: then an op takes them as PyTorch's own would."""
     return any(t is not None and t.dtype != x.dtype for t in others) and autocasting(x)

@@ -44,6 +44,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from gptfast.ops import dispatch, library, linear_gradients
 from gptfast.ops.dispatch import shape
@@ -226,8 +227,11 @@ def linear(
         if backend is None:
             _check(**arguments)
             return linear_gradients.product(x, weight, bias)
-    if not isinstance(weight, Tensor) and not isinstance(backend, dispatch.Explain) and library.recorded(arguments):
-        return _frozen(x, weight, bias, activations, backend)
+    if not isinstance(weight, Tensor) and not isinstance(backend, dispatch.Explain) and library.needed(arguments):
+        if library.transformed() and not torch.compiler.is_compiling():
+            return _transformed(x, weight, bias, activations, backend)
+        if library.recorded(arguments):
+            return _frozen(x, weight, bias, activations, backend)
     return dispatch.prepared("linear", backend, reference, x, arguments, _check)(**arguments)
 
 
@@ -244,6 +248,22 @@ def _frozen(
         return _registered(dy, transposed, None, backend)
 
     return linear_gradients.Frozen.apply(x, bias, run, lambda: _values(weight), multiply)
+
+
+def _transformed(
+    x: Tensor, weight: QuantizedWeight | PackedWeight, bias: Tensor | None, activations: str, backend: str | None
+) -> Tensor:
+    """Under torch.func's transforms and in forward mode: by the reference."""
+    if backend not in (None, "reference"):
+        raise dispatch.BackendError(
+            f"linear: torch.func's transforms and forward mode go through the reference, not {backend!r}"
+        )
+    _check(x, weight, bias, activations)
+    with temporarily_clear_interpreter_stack():
+        values = _values(weight)
+    if activations == "int8":  # whose rounding counts as the identity
+        return reference(x + (round_activations(x) - x).detach(), values, bias).to(x.dtype)
+    return reference(x, values, bias)
 
 
 _registered = linear_gradients.register()

@@ -60,7 +60,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gptfast.ops import dispatch
+from gptfast.ops import dispatch, library
 from gptfast.ops.dispatch import require, shape, unreadable
 from gptfast.ops.sampling_cases import cases
 from gptfast.ops.sampling_math import distances, fraction, log2_weights, uniform_below, weights
@@ -280,6 +280,7 @@ def sample(
     Raises ValueError for arguments that don't fit (values in tensors on another device than the CPU are not looked at);
     BackendError where `backend` can't serve the call.
     """
+    library.untransformed("sample", {"logits": logits, "logit_bias": logit_bias, "mask": mask, "history": history})
     given = (temperature, top_p, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty, top_k)
     plain = NUMBERS.issuperset(map(type, given))
     parameters, penalty = _checked_numbers(*given) if plain else _checked(given, *_rows(logits))

@@ -172,7 +172,7 @@ def multiply(
     if K == 0 or M == 0 or N == 0:
         return c.zero_() if bias is None else c.copy_(bias.expand(M, N)), sums
     bias = None if bias is None else bias.float().contiguous()
-    (a_row, a_depth), (b_depth, b_col) = a.stride(), b.stride()
+    a_row, a_depth, b_depth, b_col = _strides(a, b, row_sums, column_sums)
     width, workers = _width(M), threads(M * N * -(-K // PRODUCTS))
     for m in range(0, M, LENGTH):
         for n in range(0, N, width):
@@ -213,7 +213,7 @@ def _once(
     (M, K), N = a.shape, b.shape[1]
     if not (0 < M <= LENGTH and 0 < N <= _width(M) and 0 < K <= DEPTH) or 1 not in a.stride() or 1 not in b.stride():
         return None
-    (a_row, a_depth), (b_depth, b_col) = a.stride(), b.stride()
+    a_row, a_depth, b_depth, b_col = _strides(a, b, row_sums, column_sums)
     sizes = dict(rows=M, cols=N, depth=K, c_stride=N, a_row=a_row, a_depth=a_depth, b_depth=b_depth, b_col=b_col)
     types = dict(a_dtype=DTYPES[a.dtype], b_dtype=DTYPES[b.dtype], rounded_dtype=DTYPES[dtype])
     types |= dict(of_b=int(column_sums), add=0)
@@ -234,6 +234,18 @@ def _once(
 def _width(rows: int) -> int:
     """Of so many rows, the columns of a launch."""
     return max(LENGTH, LENGTH * LENGTH // rows)
+
+
+def _strides(a: Tensor, b: Tensor, row_sums: bool, column_sums: bool) -> tuple[int, int, int, int]:
+    """a's and b's. What is summed must be contiguous across the sums: of a single one any stride is, and some tensors
+    have another one there."""
+    (a_row, a_depth), (b_depth, b_col) = a.stride(), b.stride()
+    return (
+        1 if row_sums and a.shape[0] == 1 else a_row,
+        a_depth,
+        b_depth,
+        1 if column_sums and b.shape[1] == 1 else b_col,
+    )
 
 
 def _sided(t: Tensor) -> Tensor:

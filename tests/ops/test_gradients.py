@@ -234,4 +234,4 @@ def test_functional_transforms_go_through_the_reference(op: Op) -> None:
         moved = forward_ad.unpack_dual(loss(forward_ad.make_dual(arguments[name], tangent))).tangent
         with pytest.raises(ops.BackendError, match="forward mode"):
             loss(arguments[name], "cpu")
-    assert torch.allclose(moved, (wanted * tangent).sum(), rtol=1e-4, atol=1e-5)
+    assert moved is not None and torch.allclose(moved, (wanted * tangent).sum(), rtol=1e-4, atol=1e-5)

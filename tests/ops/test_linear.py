@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -208,3 +209,42 @@ def test_a_prepared_call_is_chosen_and_checked_again_where_that_may_differ(monke
     assert torch.equal(ops.linear(x, weight), first)
     with pytest.raises(ValueError, match=r"expected weight .* got list"):
         ops.linear(x, [[1.0]])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(1, 5), (5, 1), (1, 1), (3, 1), (500, 1), (40, 7)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_of_one_row_or_column_however_it_lies(rows: int, cols: int, transposed: bool) -> None:
+    """A dimension of one may have any stride, and the tensor counts as contiguous."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 8, generator=g).requires_grad_()
+    weight = (
+        torch.randn(8, cols, generator=g).t() if transposed else torch.randn(cols, 8, generator=g)
+    ).requires_grad_()
+    bias = torch.zeros(cols, requires_grad=True)
+    wide = torch.randn(2 * rows + 3, 2 * cols + 3, generator=g)
+    turned = torch.randn(cols + 2, rows, generator=g).t()[:, :cols]
+    for dy in (turned, wide[: 2 * rows : 2, : 2 * cols : 2], wide[:rows, :1].expand(rows, cols)):
+        found = torch.autograd.grad(ops.linear(x, weight, bias), [x, weight, bias], dy)
+        wanted = torch.autograd.grad(F.linear(x, weight, bias), [x, weight, bias], dy)
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(("kind", "activations"), [("packed", "exact"), ("q8_0", "exact"), ("q8_0", "int8")])
+def test_frozen_weights_under_transforms(kind: str, activations: str) -> None:
+    """Through the reference; the rounding of activations counts as the identity there too."""
+    g = torch.Generator().manual_seed(0)
+    values = torch.randn(6, 32, generator=g)
+    weight = PackedWeight.pack(values) if kind == "packed" else QuantizedWeight.quantize(values, kind)
+    x, tangent = torch.randn(4, 3, 32, generator=g), torch.randn(4, 3, 32, generator=g)
+
+    def run(x: Tensor, backend: str | None = None) -> Tensor:
+        return ops.linear(x, weight, activations=activations, backend=backend)
+
+    torch.testing.assert_close(torch.func.vmap(run)(x), run(x))
+    both: Any = torch.func.jvp(run, (x,), (tangent,))
+    torch.testing.assert_close(both, (run(x), ops.linear(tangent, weight)))
+    leaf = x.clone().requires_grad_()
+    run(leaf).sum().backward()
+    torch.testing.assert_close(torch.func.grad(lambda x: run(x).sum())(x), leaf.grad)
+    with pytest.raises(ops.BackendError, match=r"torch\.func"):
+        torch.func.vmap(lambda x: run(x, "cpu"))(x)

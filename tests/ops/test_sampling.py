@@ -392,3 +392,8 @@ def test_wrong_arguments_get_one_sentence(arguments: dict[str, Any], message: st
     with pytest.raises(ValueError, match=message) as caught:
         sample(**{"logits": torch.zeros(2, 5), **arguments})
     assert str(caught.value).startswith("sample: ") and "\n" not in str(caught.value)
+
+
+def test_transforms_are_refused_in_one_sentence() -> None:
+    with pytest.raises(ops.BackendError, match="sample: expected logits as an ordinary tensor"):
+        torch.func.vmap(lambda logits: ops.sample(logits))(torch.zeros(3, 2, 10))
