@@ -194,7 +194,8 @@ def recorded(arguments: Mapping[str, Any]) -> bool:
     if torch.is_grad_enabled():
         for x in arguments.values():  # any() of a generator takes twice as long, and this is asked of every call
             if isinstance(x, Tensor) and x.requires_grad:
-                return not torch.is_inference_mode_enabled()  # within which enable_grad() records nothing
+                # within inference mode enable_grad() records nothing; a compiler knows no such question
+                return torch.compiler.is_compiling() or not torch.is_inference_mode_enabled()
     return False
 
 
