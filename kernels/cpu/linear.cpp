@@ -311,6 +311,13 @@ void by_rows(const Linear& a, Worker& worker) {
 
 }  // namespace
 
+void linear_columns(const Linear& a, Worker& worker);  // linear_columns.cpp
+
+// A negative weight_stride is that of W^T, where this is what lies in memory.
+void by_layout(const Linear& a, Worker& worker) {
+  a.weight_stride < 0 ? linear_columns(a, worker) : by_rows(a, worker);
+}
+
 #if defined(__AVX512BF16__)
 }
 namespace gptfast::avx512 {
@@ -318,17 +325,11 @@ void linear(const Linear&, Worker&);
 }
 namespace gptfast::ISA {
 void linear(const Linear& a, Worker& worker) {
-  if (a.dtype == BFLOAT16 && a.format == BFLOAT16 && a.weight_stride >= 0) return by_rows(a, worker);
+  if (a.dtype == BFLOAT16 && a.format == BFLOAT16) return by_layout(a, worker);
   avx512::linear(a, worker);
 }
 #else
-void linear_columns(const Linear& a, Worker& worker);  // linear_columns.cpp
-
-// A negative weight_stride is that of W^T, where this is what lies in memory.
-void linear(const Linear& a, Worker& worker) {
-  if (a.weight_stride < 0) return linear_columns(a, worker);
-  by_rows(a, worker);
-}
+void linear(const Linear& a, Worker& worker) { by_layout(a, worker); }
 #endif
 
 }  // namespace gptfast::ISA
