@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -175,6 +176,19 @@ def test_a_missing_extra_is_named() -> None:
     done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True)
     assert done.returncode == 1
     assert "pip install 'gptfast-kernels[cli]'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_ctrl_c_while_modules_load_prints_nothing() -> None:
+    slow = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'torch': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from gptfast.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", slow, "info"], capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
 
 
 def test_wrong_usage(says: Callable[..., str]) -> None:
