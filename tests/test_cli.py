@@ -191,6 +191,20 @@ def test_ctrl_c_while_modules_load_prints_nothing() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
 
 
+def test_ctrl_c_before_the_first_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The exception may come without a word."""
+    from gptfast.train.recipe import Recipe
+
+    def interrupted(self: Recipe) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Recipe, "run", interrupted)
+    monkeypatch.setattr(sys, "argv", ["gptfast", "recipe", "--out", "nowhere"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 130 and capsys.readouterr().err == "stopped; the same command goes on\n"
+
+
 def test_wrong_usage(says: Callable[..., str]) -> None:
     assert "No such option" in says("generate", "--nonsense", code=2)
 

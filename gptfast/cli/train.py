@@ -51,7 +51,7 @@ def recipe(
     try:
         found = made.run()
     except KeyboardInterrupt as error:
-        err.print(f"{error or 'stopped'}; the same command goes on", markup=False)
+        err.print(f"{str(error) or 'stopped'}; the same command goes on", markup=False)
         raise typer.Exit(130) from None
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
