@@ -205,6 +205,10 @@ def test_ctrl_c_before_the_first_step(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert caught.value.code == 130 and capsys.readouterr().err == "stopped; the same command goes on\n"
 
 
+def test_train_has_a_help(says: Callable[..., str]) -> None:
+    assert "gptfast train STAGE --help" in says("train", "--help")
+
+
 def test_wrong_usage(says: Callable[..., str]) -> None:
     assert "No such option" in says("generate", "--nonsense", code=2)
 
