@@ -443,6 +443,9 @@ def test_more_wrong_arguments(lm: LanguageModel) -> None:
         lm.generate("a", temperatur=1.0)
     with pytest.raises(ValueError, match="cache of 2 rows, one for each text, got one of 1"):
         lm.generate(["a", "b"], cache=lm.new_cache())
+    deeper = GPT(GPTConfig(lm.model.config.family, **{**TINY, "n_layer": 3}))
+    with pytest.raises(ValueError, match="a cache made by this model's new_cache, got one of another model"):
+        lm.generate("a", cache=LanguageModel(deeper).new_cache())
     with pytest.raises(ValueError, match="expected one prompt and n=1"):
         lm.stream("a", n=2)
     with pytest.raises(ValueError, match=r"at most 96 tokens.*got 97"):
