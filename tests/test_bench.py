@@ -418,3 +418,12 @@ def test_backward_leaves_out_what_gets_no_gradient(quick: None) -> None:
     assert [row.case for row in rows] == ["1x1536x576"]
     with pytest.raises(ValueError, match=r"no gradient to time in linear/\*q4_1"):
         bench_ops.run_ops(["linear/*q4_1"], **options)
+
+
+@pytest.mark.parametrize("asked", ["-h", "--help"])
+def test_benchmarks_say_what_there_is(asked: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.__main__ import ALL, main
+
+    assert main([asked]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (*ALL, "--quick"))
