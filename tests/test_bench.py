@@ -256,6 +256,8 @@ def test_bad_requests_get_a_sentence(capsys: pytest.CaptureFixture[str]) -> None
         bench.run_ops(contenders=["fast"])
     assert bench.main(["--dtype", "int3"]) == 2
     assert "expected some of float32, bfloat16, float16, got int3" in capsys.readouterr().err
+    assert bench.main(["layer_norm/1x768+residual", "--quick", "--threads", "0"]) == 2
+    assert "expects a positive integer" in capsys.readouterr().err
 
 
 def test_threads_are_given_back() -> None:
