@@ -114,6 +114,19 @@ def test_chat_through_a_pipe_is_quiet(model: str, tmp_path: Path) -> None:
     assert ">" not in printed and "never" not in printed
 
 
+def test_a_stop_text_of_a_chat_can_be_taken_back() -> None:
+    from gptfast.cli.chat import Chat
+    from gptfast.generate import LanguageModel
+    from gptfast.model import GPT, GPTConfig
+
+    lm = LanguageModel(GPT(GPTConfig("gpt2", vocab_size=7, n_layer=1, n_head=1, n_embd=8, context=8)))
+    talk = Chat(lm, None, {"stop": ()})
+    for line, stop in (("/settings stop the", "the"), ("/settings stop", ())):
+        talk.command(line)
+        assert talk.options["stop"] == stop
+        lm.generate([1], max_new_tokens=1, **talk.options)
+
+
 def test_info(says: Callable[..., str]) -> None:
     found = json.loads(gptfast("info", "--json").stdout)
     assert found["backends"]["reference"] is None and found["machine"]["cores"] >= 1
