@@ -51,7 +51,7 @@ ALL = {
 
 def main(argv: Sequence[str]) -> int:
     if argv and argv[0] in ("-h", "--help"):
-        print(__doc__.strip() + "\n\n--quick: a first look, at the ops and at generation.")
+        print(f"{__doc__}\n--quick: a first look, at the ops and at generation.")
         return 0
     if argv and argv[0] in ALL:
         return ALL[argv[0]](argv[1:])
