@@ -50,6 +50,9 @@ ALL = {
 
 
 def main(argv: Sequence[str]) -> int:
+    if argv and argv[0] in ("-h", "--help"):
+        print(f"{__doc__}\n--quick: a first look, at the ops and at generation.")
+        return 0
     if argv and argv[0] in ALL:
         return ALL[argv[0]](argv[1:])
     if argv and not set(argv) <= {"--quick"}:

@@ -311,11 +311,18 @@ class Attention(Layer):
             if cache.k_scale is not None and cache.v_scale is not None:
                 scales = {"k_scale": cache.k_scale[layer], "v_scale": cache.v_scale[layer]}
             rounds = isinstance(self.qkv.weight, QuantizedWeight) and self.qkv.activations != "exact" and not scales
+            # The CPU's kernel takes a cache of another dtype with fp32 queries alone; on the reference a row's bits
+            # would depend on how many are fed together.
+            wider = q.device.type == "cpu" and cache.k[layer].dtype != q.dtype in (torch.bfloat16, torch.float16)
+            if wider:
+                q, k, v = q.float(), k.float(), v.float()
             mixed = ops.attention_kvcache(
                 *(q, cache.k[layer], cache.v[layer], cache.lengths),
                 **dict(k=k, v=v, window=self.window, cos=cos, sin=sin, backend=self.backend, **scales),
                 activations="rounded" if rounds else "exact",
             )
+            if wider:
+                mixed = mixed.to(x.dtype)
         else:
             if tables is not None:
                 q, k = ops.rope(q, k, tables[0][:T], tables[1][:T], backend=self.backend)

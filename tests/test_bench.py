@@ -256,6 +256,8 @@ def test_bad_requests_get_a_sentence(capsys: pytest.CaptureFixture[str]) -> None
         bench.run_ops(contenders=["fast"])
     assert bench.main(["--dtype", "int3"]) == 2
     assert "expected some of float32, bfloat16, float16, got int3" in capsys.readouterr().err
+    assert bench.main(["layer_norm/1x768+residual", "--quick", "--threads", "0"]) == 2
+    assert "expects a positive integer" in capsys.readouterr().err
 
 
 def test_threads_are_given_back() -> None:
@@ -418,3 +420,12 @@ def test_backward_leaves_out_what_gets_no_gradient(quick: None) -> None:
     assert [row.case for row in rows] == ["1x1536x576"]
     with pytest.raises(ValueError, match=r"no gradient to time in linear/\*q4_1"):
         bench_ops.run_ops(["linear/*q4_1"], **options)
+
+
+@pytest.mark.parametrize("asked", ["-h", "--help"])
+def test_benchmarks_say_what_there_is(asked: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.__main__ import ALL, main
+
+    assert main([asked]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (*ALL, "--quick"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -113,6 +114,19 @@ def test_chat_through_a_pipe_is_quiet(model: str, tmp_path: Path) -> None:
     assert ">" not in printed and "never" not in printed
 
 
+def test_a_stop_text_of_a_chat_can_be_taken_back() -> None:
+    from gptfast.cli.chat import Chat
+    from gptfast.generate import LanguageModel
+    from gptfast.model import GPT, GPTConfig
+
+    lm = LanguageModel(GPT(GPTConfig("gpt2", vocab_size=7, n_layer=1, n_head=1, n_embd=8, context=8)))
+    talk = Chat(lm, None, {"stop": ()})
+    for line, stop in (("/settings stop the", "the"), ("/settings stop", ())):
+        talk.command(line)
+        assert talk.options["stop"] == stop
+        lm.generate([1], max_new_tokens=1, **talk.options)
+
+
 def test_info(says: Callable[..., str]) -> None:
     found = json.loads(gptfast("info", "--json").stdout)
     assert found["backends"]["reference"] is None and found["machine"]["cores"] >= 1
@@ -175,6 +189,37 @@ def test_a_missing_extra_is_named() -> None:
     done = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True)
     assert done.returncode == 1
     assert "pip install 'gptfast-kernels[cli]'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_ctrl_c_while_modules_load_prints_nothing() -> None:
+    slow = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'torch': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from gptfast.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", slow, "info"], capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
+
+
+def test_ctrl_c_before_the_first_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The exception may come without a word."""
+    from gptfast.train.recipe import Recipe
+
+    def interrupted(self: Recipe) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Recipe, "run", interrupted)
+    monkeypatch.setattr(sys, "argv", ["gptfast", "recipe", "--out", "nowhere"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 130 and capsys.readouterr().err == "stopped; the same command goes on\n"
+
+
+def test_train_has_a_help(says: Callable[..., str]) -> None:
+    assert "gptfast train STAGE --help" in says("train", "--help")
 
 
 def test_wrong_usage(says: Callable[..., str]) -> None:

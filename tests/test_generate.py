@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 import gptfast
 from gptfast.generate import Generation, LanguageModel, loop
+from gptfast.generate.cache import CACHE_DTYPES, KVCache
 from gptfast.generate.stop import Text
 from gptfast.model import GPT, GPTConfig
 
@@ -158,6 +160,24 @@ def test_logprobs_are_the_scores(lm: LanguageModel, monkeypatch: pytest.MonkeyPa
     np.testing.assert_allclose(found.logprobs, score.token_logprobs[3:], atol=bound, rtol=0)
     assert score.tokens == 3 + len(found.token_ids)
     assert score.perplexity == pytest.approx(np.exp(-np.mean(score.token_logprobs)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kept", ["fp32", "bf16", "fp16", "int8"])
+def test_a_cache_of_another_dtype_changes_no_row(lm: LanguageModel, dtype: torch.dtype, kept: str) -> None:
+    """A 16-bit model's tokens one by one are its tokens together, whatever the cache holds."""
+    model = copy.deepcopy(lm.model).to(dtype)
+    ids = torch.randint(V, (1, 96), generator=torch.Generator().manual_seed(0))
+
+    def fed(*sizes: int) -> Tensor:
+        cache, found = KVCache(model.config, 1, 96, CACHE_DTYPES[kept]), []
+        for tokens in ids.split(sizes, 1):
+            found.append(model(tokens, cache=cache))
+            cache.advance(tokens.shape[1])
+        return torch.cat(found, 1)
+
+    with torch.no_grad():
+        assert torch.equal(fed(96), fed(40, *[1] * 56))
 
 
 def test_scores_are_the_models_own(lm: LanguageModel) -> None:
@@ -423,6 +443,9 @@ def test_more_wrong_arguments(lm: LanguageModel) -> None:
         lm.generate("a", temperatur=1.0)
     with pytest.raises(ValueError, match="cache of 2 rows, one for each text, got one of 1"):
         lm.generate(["a", "b"], cache=lm.new_cache())
+    deeper = GPT(GPTConfig(lm.model.config.family, **{**TINY, "n_layer": 3}))
+    with pytest.raises(ValueError, match="a cache made by this model's new_cache, got one of another model"):
+        lm.generate("a", cache=LanguageModel(deeper).new_cache())
     with pytest.raises(ValueError, match="expected one prompt and n=1"):
         lm.stream("a", n=2)
     with pytest.raises(ValueError, match=r"at most 96 tokens.*got 97"):

@@ -243,6 +243,8 @@ def test_what_it_does_not_take() -> None:
     e(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match="expected dense gradients"):
         AdamW(e.parameters()).step()
+    with pytest.raises(ValueError, match="expected dense gradients, got a sparse one"):
+        clip_grad_norm_(e.parameters(), 1.0)
 
 
 @pytest.mark.parametrize("max_norm", [0.1, 1e3])

@@ -148,7 +148,7 @@ def threads_set(threads: int | None) -> Iterator[None]:
     """PyTorch's threads, which gptfast follows; as before afterwards."""
     before = torch.get_num_threads()
     try:
-        torch.set_num_threads(threads or before)
+        torch.set_num_threads(before if threads is None else threads)
         yield
     finally:
         torch.set_num_threads(before)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from gptfast import uncollected
 
@@ -12,12 +16,27 @@ from gptfast import uncollected
 TRAINING = ("train", "recipe")
 
 
+@contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """Ctrl-C ends the process at once meanwhile, as nothing can be lost yet: half-loaded modules would swallow Python's
+    exception, or print their whole stack."""
+    mine = threading.current_thread() is threading.main_thread()
+    mine = mine and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if mine:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def main() -> None:
     """Runs the command; a missing extra is one sentence, not a traceback."""
     if sys.argv[1:2] and sys.argv[1] in TRAINING:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        with uncollected():
+        with uncollected(), _ended_by_ctrl_c():
             from gptfast.cli.app import app
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in ("typer", "rich"):

@@ -134,7 +134,7 @@ class Chat:
             return
         if name:
             try:
-                self.options[name] = value if name == "stop" and value else json.loads(value or "null")
+                self.options[name] = (value or ()) if name == "stop" else json.loads(value or "null")
             except ValueError:
                 out.print(f"{name}: expected a number, got {value!r}", markup=False)
                 return

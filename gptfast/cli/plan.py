@@ -40,8 +40,8 @@ def plan(
 ) -> None:
     """What training and serving a model would take: memory, time, communication, cost."""
     job = Job(
-        config(model), gpu.lower(), gpus, number(tokens) if tokens else 0.0, context or 0, batch or 0, micro, precision,
-        parallel, checkpointing, mfu, mbu, price, rows,
+        config(model), gpu.lower(), gpus, 0.0 if tokens is None else number(tokens), context or 0, batch or 0, micro,
+        precision, parallel, checkpointing, mfu, mbu, price, rows,
     )  # fmt: skip
     found = planning.plan(job)
     if as_json:
@@ -65,9 +65,12 @@ def number(text: str) -> float:
     units = {"K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
     unit = units.get(text[-1:].upper(), 1.0)
     try:
-        return float(text[:-1] if unit != 1.0 else text) * unit
+        found = float(text[:-1] if unit != 1.0 else text) * unit
     except ValueError:
-        raise ValueError(f"expected --tokens as a number such as 300e9, 10B or 1.4T, got {text!r}") from None
+        found = 0.0
+    if found == 0:
+        raise ValueError(f"expected --tokens as a number such as 300e9, 10B or 1.4T, got {text!r}")
+    return found
 
 
 def as_object(found: Plan) -> dict[str, Any]:

@@ -23,6 +23,9 @@ def train(
     """Run one stage of training. `gptfast train STAGE --help` lists its dials."""
     from gptfast.train.run import main
 
+    if stage in ("--help", "-h"):
+        print(context.get_help())
+        return
     code = main(stage, context.args)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # PyTorch's own teardown of DDP on gloo can lock up: a thread is joined with Python's lock held.
@@ -51,7 +54,7 @@ def recipe(
     try:
         found = made.run()
     except KeyboardInterrupt as error:
-        err.print(f"{error or 'stopped'}; the same command goes on", markup=False)
+        err.print(f"{str(error) or 'stopped'}; the same command goes on", markup=False)
         raise typer.Exit(130) from None
     if as_json:
         print(json.dumps(found, ensure_ascii=False))

@@ -187,16 +187,18 @@ def flash_attn_with_kvcache(
     """q (B, Sq, H, D) against caches (B', Smax, Hk, D) or (pages, page, Hk, D), to which k and v (B, Sq, Hk, D) are
     appended in place -> out, or (out, softmax_lse).
 
-    cache_seqlens: tokens in the cache before the call; None = the whole cache is full. With rotary_cos and rotary_sin
-    (positions, R / 2) the new keys turn by their positions, and so do the queries where there is causality or a
-    window; else all queries stand at cache_seqlens. Raises ValueError for rotary tables without k, and for a k of
-    another length than q.
+    cache_seqlens: tokens in the cache before the call; None = the whole cache is full. cache_batch_idx: the
+    caches' row for each row of q; None = their first B rows. With rotary_cos and rotary_sin (positions, R / 2) the new
+    keys turn by their positions, and so do the queries where there is causality or a window; else all queries stand at
+    cache_seqlens. Raises ValueError for rotary tables without k, and for a k of another length than q.
     """
     B, Sq = q.shape[:2]
     if (rotary_cos is not None or rotary_sin is not None) and k is None:
         raise ValueError("flash_attn_with_kvcache: expected k and v with rotary_cos and rotary_sin, got None")
     if k is not None and k.shape[1] != Sq:
         raise ValueError(f"flash_attn_with_kvcache: expected k of q's length {Sq}, got {k.shape[1]}")
+    if cache_batch_idx is None and block_table is None:
+        k_cache, v_cache = k_cache[:B], v_cache[:B]  # a cache may have rows to spare
     if cache_seqlens is None:
         cache_seqlens = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     if not isinstance(cache_seqlens, Tensor):

@@ -35,7 +35,7 @@ def sampling_from_probs(
     offset: Integer | None = None,
 ) -> Tensor:
     """One id for each row, by its probabilities, which need not sum to 1."""
-    return _draw(probs.log(), indices, generator, check_nan, seed, offset)
+    return _draw(_log(probs), indices, generator, check_nan, seed, offset)
 
 
 def sampling_from_logits(
@@ -62,7 +62,7 @@ def top_p_sampling_from_probs(
     offset: Integer | None = None,
 ) -> Tensor:
     """One id among the likeliest that together have top_p of the mass."""
-    return _draw(probs.log(), indices, generator, check_nan, seed, offset, top_p=top_p)
+    return _draw(_log(probs), indices, generator, check_nan, seed, offset, top_p=top_p)
 
 
 def top_k_sampling_from_probs(
@@ -76,7 +76,7 @@ def top_k_sampling_from_probs(
     offset: Integer | None = None,
 ) -> Tensor:
     """One id among the top_k likeliest."""
-    return _draw(probs.log(), indices, generator, check_nan, seed, offset, top_k=top_k)
+    return _draw(_log(probs), indices, generator, check_nan, seed, offset, top_k=top_k)
 
 
 def min_p_sampling_from_probs(
@@ -90,7 +90,7 @@ def min_p_sampling_from_probs(
     offset: Integer | None = None,
 ) -> Tensor:
     """One id among those at least min_p times as likely as the likeliest."""
-    return _draw(probs.log(), indices, generator, check_nan, seed, offset, min_p=min_p)
+    return _draw(_log(probs), indices, generator, check_nan, seed, offset, min_p=min_p)
 
 
 def top_k_top_p_sampling_from_logits(
@@ -130,17 +130,17 @@ def top_k_top_p_sampling_from_probs(
 ) -> Tensor:
     """The same of probabilities."""
     rest = (indices, filter_apply_order, deterministic, generator, check_nan, seed, offset)
-    return top_k_top_p_sampling_from_logits(probs.log(), top_k, top_p, *rest)
+    return top_k_top_p_sampling_from_logits(_log(probs), top_k, top_p, *rest)
 
 
 def top_p_renorm_probs(probs: Tensor, top_p: Real) -> Tensor:
     """probs with what top_p cuts set to 0, summing to 1."""
-    return _renormed(probs, survivors(probs.log(), top_p=top_p))
+    return _renormed(probs, survivors(_log(probs), top_p=top_p))
 
 
 def top_k_renorm_probs(probs: Tensor, top_k: Integer) -> Tensor:
     """probs with what top_k cuts set to 0, summing to 1."""
-    return _renormed(probs, survivors(probs.log(), top_k=top_k))
+    return _renormed(probs, survivors(_log(probs), top_k=top_k))
 
 
 def top_k_mask_logits(logits: Tensor, top_k: Integer) -> Tensor:
@@ -173,6 +173,11 @@ def chain_speculative_sampling(
     given = maybe_output_accepted_token_num, maybe_output_emitted_draft_token_num
     accepted, emitted = (c.to(torch.int32) if g is None else g.add_(c) for g, c in zip(given, found))
     return ids.to(torch.int32), accepted, emitted
+
+
+def _log(probs: Tensor) -> Tensor:
+    """In fp32: a 16-bit logarithm would move a small probability by up to 3%."""
+    return probs.float().log()
 
 
 def _random(generator: torch.Generator | None, seed: Integer | None, offset: Integer | None) -> tuple[Any, Any]:

@@ -181,8 +181,11 @@ def _shards(tensors: Mapping[str, Tensor], limit: int) -> list[dict[str, Tensor]
     return groups
 
 
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """One safetensors file. Tensors that share memory are written apart: the format knows no sharing."""
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """One safetensors file. Tensors that share memory are written apart: the format knows no sharing.
+
+    Raises OSError where the disk is full or not writable.
+    """
     seen: set[int] = set()
     apart: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -190,7 +193,10 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
         start = flat.untyped_storage().data_ptr()
         apart[name] = flat.clone() if start in seen or flat.untyped_storage().nbytes() != flat.nbytes else flat
         seen.add(start)
-    need("safetensors.torch", "models").save_file(apart, str(path), metadata={"format": "pt"})
+    try:
+        need("safetensors.torch", "models").save_file(apart, str(path), metadata={"format": "pt"})
+    except _safetensors_error() as error:
+        raise OSError(f"the tensors for {path.parent} were not written: {error}") from None
 
 
 def write_folder(
@@ -226,7 +232,7 @@ def write_folder(
     names = [WEIGHTS] if len(groups) == 1 else _shard_names(len(groups))
     for name, group in zip(names, groups):
         with replacing(folder / name) as temporary:
-            _save(group, temporary)
+            write_safetensors(group, temporary)
     if len(groups) > 1:
         total = sum(t.numel() * t.element_size() for t in tensors.values())
         where = {tensor: name for name, group in zip(names, groups) for tensor in group}

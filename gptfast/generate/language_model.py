@@ -243,6 +243,8 @@ class LanguageModel:
         stop_strings, stop_ids = _stops(stop, self.model.config.vocab_size)
         if cache is not None and cache.batch != count:
             raise ValueError(f"expected a cache of {count} rows, one for each text, got one of {cache.batch}")
+        if cache is not None and cache.kv.config != self.model.config:
+            raise ValueError("expected a cache made by this model's new_cache, got one of another model")
         held = cache.tokens if cache is not None else [[]] * count
         contexts = [h + prompts[i // n] for i, h in enumerate(held)]
         for ids in contexts:

@@ -83,10 +83,11 @@ def dpo_loss_reference(
     c = _wide(chosen) if reference_chosen is None else _wide(chosen) - _wide(reference_chosen)
     r = _wide(rejected) if reference_rejected is None else _wide(rejected) - _wide(reference_rejected)
     h, e = beta * (c - r), label_smoothing
-    if kind == "sigmoid":
-        loss = -(1 - e) * F.logsigmoid(h) - e * F.logsigmoid(-h)
-    elif kind == "robust":
-        loss = (-(1 - e) * F.logsigmoid(h) + e * F.logsigmoid(-h)) / (1 - 2 * e)
+    if kind in ("sigmoid", "robust"):
+        loss = -F.logsigmoid(h)
+        if e:  # without it an infinite h, a rejected answer of probability 0, isn't multiplied by 0
+            other = e * F.logsigmoid(-h)
+            loss = (1 - e) * loss - other if kind == "sigmoid" else ((1 - e) * loss + other) / (1 - 2 * e)
     elif kind == "ipo":
         loss = (c - r - 1 / (2 * beta)).square()
     else:

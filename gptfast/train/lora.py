@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from gptfast import ops
 from gptfast.formats.extras import need
 from gptfast.formats.files import FormatError, read_json, replacing
+from gptfast.formats.huggingface import write_safetensors
 from gptfast.layers import Dropout, Linear, Weight, set_weight
 from gptfast.model import GPT, convert, huggingface
 from gptfast.quantize import PackedWeight, QuantizedWeight
@@ -283,7 +284,7 @@ def save_adapter(model: GPT, folder: str | os.PathLike[str], *, base: str | None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / ADAPTERS) as part:
-        need("safetensors.torch", "models").save_file(tensors, str(part), metadata={"format": "pt"})
+        write_safetensors(tensors, part)
     with replacing(folder / CONFIG) as part:
         part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

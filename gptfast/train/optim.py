@@ -157,6 +157,8 @@ def total_norm(grads: Sequence[Tensor], *, backend: str | None = None) -> Tensor
     """
     if not grads:
         return torch.tensor(0.0)
+    if any(g.is_sparse for g in grads):
+        raise ValueError("total_norm: expected dense gradients, got a sparse one")
     kinds: defaultdict[Any, list[Tensor]] = defaultdict(list)
     for g in grads:
         mine = local(g)
@@ -186,10 +188,10 @@ def clip_grad_norm_(
     backend: str | None = None,
 ) -> Tensor:
     """torch.nn.utils.clip_grad_norm_ with the norm in one pass, and a second, over the gradients, only where they are
-    longer than max_norm. Returns the norm before clipping, () float32.
+    longer than max_norm. Returns the norm before clipping, () float32, or float64 where the gradients are.
 
-    Raises RuntimeError for a norm that isn't finite if error_if_nonfinite; the gradients stay as they were. With
-    AdamW(max_norm=...) there is no second pass at all.
+    Raises ValueError for sparse gradients, and RuntimeError for a norm that isn't finite if error_if_nonfinite; they
+    stay as they were. With AdamW(max_norm=...) there is no second pass at all.
     """
     given = [parameters] if isinstance(parameters, Tensor) else parameters
     grads = [p.grad for p in given if p.grad is not None]

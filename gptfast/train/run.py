@@ -78,7 +78,7 @@ def main(stage: str, arguments: Sequence[str]) -> int:
     try:
         result = trainer.run()
     except KeyboardInterrupt as error:
-        print(f"gptfast: {error or 'stopped'}; the same command goes on", file=sys.stderr)
+        print(f"gptfast: {str(error) or 'stopped'}; the same command goes on", file=sys.stderr)
         return 130
     _export_adapter(made, given)
     if world.first:

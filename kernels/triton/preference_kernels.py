@@ -96,10 +96,11 @@ def _pair_losses_kernel(
             value = -log_sigmoid(h)
             by = -sigmoid(-h)
             if KIND == SIGMOID:
-                value = (1.0 - smoothing) * value - smoothing * log_sigmoid(-h)
+                value = (1.0 - smoothing) * value - tl.where(smoothing > 0.0, smoothing * log_sigmoid(-h), 0.0)
                 by = (1.0 - smoothing) * by + smoothing * sigmoid(h)
             elif KIND == ROBUST:
-                value = ((1.0 - smoothing) * value + smoothing * log_sigmoid(-h)) / (1.0 - 2.0 * smoothing)
+                other = tl.where(smoothing > 0.0, smoothing * log_sigmoid(-h), 0.0)
+                value = ((1.0 - smoothing) * value + other) / (1.0 - 2.0 * smoothing)
                 by = ((1.0 - smoothing) * by - smoothing * sigmoid(h)) / (1.0 - 2.0 * smoothing)
             elif KIND == REWARD:
                 value += centring * (c + r) * (c + r)

@@ -178,3 +178,15 @@ def test_kvcache_without_new_tokens() -> None:
         flash_attn.flash_attn_with_kvcache(q, cache, cache, rotary_cos=cache, rotary_sin=cache)
     with pytest.raises(ValueError, match="expected k of q's length 1, got 2"):
         flash_attn.flash_attn_with_kvcache(q, cache, cache, randn(2, 2, 2, 8), randn(2, 2, 2, 8))
+
+
+def test_kvcache_with_rows_to_spare() -> None:
+    """Without cache_batch_idx q's rows have the caches' first ones; the others stay as they are."""
+    q, k, v = randn(2, 1, 4, 8), randn(2, 1, 2, 8), randn(2, 1, 2, 8, seed=1)
+    large, lengths = randn(5, 16, 2, 8), torch.tensor([4, 9], dtype=torch.int32)
+    cache_k, cache_v = large.clone(), large.clone()
+    small_k, small_v = large[:2].clone(), large[:2].clone()
+    out = flash_attn.flash_attn_with_kvcache(q, cache_k, cache_v, k, v, cache_seqlens=lengths)
+    assert torch.equal(out, flash_attn.flash_attn_with_kvcache(q, small_k, small_v, k, v, cache_seqlens=lengths))
+    assert torch.equal(cache_k, torch.cat([small_k, large[2:]]))
+    assert torch.equal(cache_v, torch.cat([small_v, large[2:]]))

@@ -104,3 +104,12 @@ def test_speculation_counts() -> None:
     assert ids.tolist() == [[1, 3, -1]] and accepted is given and given.tolist() == [1] and emitted.tolist() == [1]
     ids, _, emitted = sampling.chain_speculative_sampling(certain[:, :2], torch.tensor([[1, 2]]), certain, seed=0)
     assert ids.tolist() == [[1, 2, 3]] and emitted.tolist() == [2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_probabilities_of_16_bits(dtype: torch.dtype) -> None:
+    """They count as they are: nothing is rounded again."""
+    p = torch.softmax(2 * torch.randn(1000, generator=torch.Generator().manual_seed(0)), -1).to(dtype).expand(N, -1)
+    assert torch.equal(sampling.sampling_from_probs(p, seed=1), sampling.sampling_from_probs(p.float(), seed=1))
+    p = torch.linspace(1, 1.2, 200, dtype=torch.float64).to(dtype)[None] / 1024
+    assert torch.equal(sampling.top_k_renorm_probs(p, 9) > 0, sampling.top_k_renorm_probs(p.float(), 9) > 0)

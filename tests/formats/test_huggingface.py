@@ -76,7 +76,7 @@ def test_a_failed_save_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(huggingface, "_save", full_disk)
+    monkeypatch.setattr(huggingface, "write_safetensors", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_folder(tmp_path, {"v": 2}, {"a": torch.ones(4)})
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
@@ -177,3 +177,15 @@ def test_a_preset_of_another_size_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(registry.PRESETS, "smollm2", registry.PRESETS["smollm2"]._replace(nbytes=5))
     with pytest.raises(FormatError, match="expected 5 bytes, got 98362432"):
         registry.find_preset_file("smollm2")
+
+
+def test_a_really_full_disk_is_an_oserror(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"the tensors for .* were not written: .*File too large"):
+            write_folder(tmp_path / "model", {}, {"a": torch.zeros(4096)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "model").iterdir())

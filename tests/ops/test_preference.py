@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -133,6 +134,16 @@ def test_nothing_overflows_and_rewards_carry_no_gradient() -> None:
     edge = torch.tensor([-1e-6, -90.0], requires_grad=True)
     orpo_loss(edge, torch.tensor([-1.0, -1.0])).backward()
     assert edge.grad is not None and edge.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "robust"])
+def test_a_rejected_answer_of_probability_zero(kind: str) -> None:
+    """log sigmoid(h) of an infinite h is 0, and what isn't smoothed adds nothing."""
+    c = torch.tensor([-1.0, -2.0], requires_grad=True)
+    loss, _, _ = dpo_loss(c, torch.tensor([-torch.inf, -2.0]), kind=kind, reduction="none")
+    torch.testing.assert_close(loss, torch.tensor([0.0, math.log(2)]))
+    (grad,) = torch.autograd.grad(loss.sum(), c)
+    torch.testing.assert_close(grad, torch.tensor([0.0, -0.05]))
 
 
 def test_kl_gets_no_gradient() -> None:

@@ -200,6 +200,8 @@ def test_what_is_printed() -> None:
         (("--mfu", "1.5"), "expected 0 < MFU, MBU <= 1"),
         (("--gpus", "100000"), "expected 1 to 65536 GPUs, got 100000"),
         (("--tokens", "-5"), "expected a positive number of tokens"),
+        (("--tokens", "0"), "expected --tokens as a number such as 300e9"),
+        (("--tokens", ""), "expected --tokens as a number such as 300e9"),
     ],
 )
 def test_wrong_usage(arguments: tuple[str, ...], message: str) -> None:
