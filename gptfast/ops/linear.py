@@ -22,8 +22,8 @@ Orders of summation, constants of this page. On the CPU, float weights: K in chu
 as many partial sums as the machine has lanes (k mod lanes), added by halves. Packed float weights: chunks of 96 k,
 added in order; inside a chunk in order too, so that the last bits differ from those of the same weights unpacked. A
 float weight that is the transpose of a (K, N) one: likewise with chunks of 96 k, and nothing is copied, which suits few
-rows. Where a machine multiplies pairs of bfloat16 (GPTFAST_CPU_ISA=avx512bf16) and both x and a weight are bfloat16, the
-same with two neighbours of k at a time, so in chunks of 1,536 or 192; a product of subnormal numbers is zero there.
+rows. Where a machine multiplies pairs of bfloat16 (GPTFAST_CPU_ISA=avx512bf16) and both x and a weight are bfloat16,
+the same with two neighbours of k at a time, so in chunks of 1,536 or 192; a product of subnormal numbers is zero there.
 Quantised weights: groups of 32 k, added in order; inside a group in order too (exact). In Triton, chunks of 256 k
 (fp32), 1,024 (16-bit numbers) or 512 (quantised weights, by groups of 32, added in order), added in order; inside of
 them the order of the machine's matrix instructions. Neither the number of rows or of threads nor a row's place in x

@@ -22,14 +22,14 @@ struct Terms {
   bool alibi, bias, edge;  // edge: some row of the tile doesn't see some key of the chunk
 };
 
-// tanh to 2 units in the last place: an odd polynomial near 0, 1 - 2 / (e^2x + 1) beyond.
+// tanh to 2 units in the last place: an odd polynomial near 0, 1 - 2 / (e^2x + 1) beyond. NaN stays NaN.
 INLINE f32v tanh(f32v x) {
   f32v a = abs(x), z = x * x, p = splat(-5.70498872745e-3f);
   p = fma(p, z, splat(2.06390887954e-2f));
   p = fma(p, z, splat(-5.37397155531e-2f));
   p = fma(p, z, splat(1.33314422036e-1f));
   p = fma(p, z, splat(-3.33332819422e-1f));
-  f32v near = fma(p * z, x, x), far = 1.0f - 2.0f / (exp2(min(a, splat(20.0f)) * 2.88539008177792681f) + 1.0f);
+  f32v near = fma(p * z, x, x), far = 1.0f - 2.0f / (exp2(min(splat(20.0f), a) * 2.88539008177792681f) + 1.0f);
   return select(a < 0.625f, near, bitcast<f32v>(bitcast<i32v>(far) | (bitcast<i32v>(x) & (int32_t)0x80000000)));
 }
 

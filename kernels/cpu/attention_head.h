@@ -296,7 +296,7 @@ struct Head {
     if (a.lse)
       for (int r = 0; r < t.rows; r++) {
         float* to = a.lse + s.lse + head(t.first + r) * (a.Sq) + (t.first + r) / G;
-        *to = t.l[r] > 0 ? t.m[r] + __builtin_logf(t.l[r]) : NONE;
+        *to = t.l[r] == 0 ? NONE : t.m[r] + __builtin_logf(t.l[r]);
       }
     if (t.few) {
       for (int r = 0; r < t.rows; r++) store_row(t.o + r * padded, t.slope[r], t.first + r);

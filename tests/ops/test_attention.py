@@ -491,3 +491,15 @@ def test_a_tensor_in_a_numbers_place_is_refused(name: str) -> None:
             attention(x, x, x, **given)
     with pytest.raises(ValueError, match=f"attention_kvcache: expected {name} as a plain number, got a tensor"):
         attention_kvcache(q, q.clone(), q.clone(), torch.tensor([4], dtype=torch.int32), **given)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("length", [3, 60])
+def test_nan_shows_in_its_row_alone(isa: str, softcap: float, length: int) -> None:
+    """In out and in the log-sum-exp, capped or not: a model that has diverged must not look healthy."""
+    q, k = (torch.randn(1, length, 2, 16, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    q[0, 1] = torch.nan
+    out, lse = attention(q, k, k, softcap=softcap, return_lse=True, backend="cpu")
+    there = torch.arange(length) == 1
+    assert torch.equal(out[0].isnan().all((1, 2)), there) and torch.equal(out[0].isnan().any(2).any(1), there)
+    assert torch.equal(lse[0].isnan().all(0), there) and torch.equal(lse[0].isnan().any(0), there)

@@ -129,3 +129,12 @@ def test_the_door() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_nan_shows_in_the_loss(isa: str, softcap: float) -> None:
+    """Capped or not: a model that has diverged must not look healthy."""
+    target = torch.tensor([1])
+    assert ops.cross_entropy(torch.tensor([[torch.nan, 1.0, 2.0]]), target, softcap=softcap, backend="cpu").isnan()
+    x = torch.tensor([[torch.nan, 1.0]])
+    assert ops.linear_cross_entropy(x, torch.randn(3, 2), target, softcap=softcap, backend="cpu").isnan()
