@@ -204,7 +204,9 @@ def test_ctrl_c_while_modules_load_prints_nothing() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
 
 
-def test_ctrl_c_before_the_first_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The exception may come without a word."""
     from gptfast.train.recipe import Recipe
 
@@ -212,7 +214,7 @@ def test_ctrl_c_before_the_first_step(monkeypatch: pytest.MonkeyPatch, capsys: p
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Recipe, "run", interrupted)
-    monkeypatch.setattr(sys, "argv", ["gptfast", "recipe", "--out", "nowhere"])
+    monkeypatch.setattr(sys, "argv", ["gptfast", "recipe", "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 130 and capsys.readouterr().err == "stopped; the same command goes on\n"
