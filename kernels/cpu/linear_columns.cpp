@@ -71,7 +71,7 @@ __attribute__((noinline)) void band(const float* x, const W* w, int64_t stride, 
 
 template <class T, class W>
 void columns(const Linear& a, Worker& worker) {
-  const int64_t width = a.rows <= 2 && worker.count <= 4 ? 4 * BAND : BAND;
+  const int64_t width = a.rows <= 2 && worker.count <= 4 ? 4 / PER_LANE * BAND : BAND;  // pairs: half as many chunks
   const int64_t stride = -a.weight_stride;
   const int64_t chunks = ceil_div(a.depth, CHUNK * PER_LANE), bands = ceil_div(a.cols, width);
   auto part = [&](int64_t chunk, int64_t b) { return (float*)a.workspace + (chunk * bands + b) * a.rows * width; };
